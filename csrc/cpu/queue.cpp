@@ -1,0 +1,68 @@
+// The gallery queue on the CPU: a ring written in place.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+
+#include "../ops.h"
+#include "../ring.h"
+
+namespace sst_fast::cpu {
+
+void enqueue(
+    const at::Tensor& features_, const at::Tensor& identities_, at::Tensor& queue, at::Tensor& queue_identities,
+    at::Tensor& state) {
+  const at::Tensor features = features_.contiguous(), identities = identities_.contiguous();
+  const int64_t B = features.size(0), D = features.size(1), K = queue.size(0);
+  TORCH_CHECK(queue.is_contiguous() && queue.size(1) == D && B <= K, "enqueue: shapes disagree");
+  int64_t* ring = state.mutable_data_ptr<int64_t>();
+  const int64_t start = ring[kPosition];
+  TORCH_CHECK(start >= 0 && start < K, "enqueue: the queue's position is outside the queue");
+
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "enqueue", [&] {
+    using From = scalar_t;
+    const From* from = features.const_data_ptr<From>();
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, queue.scalar_type(), "enqueue", [&] {
+      using To = scalar_t;
+      To* to = queue.mutable_data_ptr<To>();
+      at::parallel_for(0, B, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; b++) {
+          const From* row = from + b * D;
+          double square = 0;
+          for (int64_t d = 0; d < D; d++) square += double(row[d]) * double(row[d]);
+          const double scale = normaliser(std::sqrt(square));
+          To* slot = to + ring_slot(start, b, K) * D;
+          for (int64_t d = 0; d < D; d++) slot[d] = static_cast<To>(double(row[d]) * scale);
+        }
+      });
+    });
+  });
+  const int64_t* from = identities.const_data_ptr<int64_t>();
+  int64_t* to = queue_identities.mutable_data_ptr<int64_t>();
+  for (int64_t b = 0; b < B; b++) to[ring_slot(start, b, K)] = from[b];
+  ring[kPosition] = ring_slot(start, B, K);
+  ring[kFill] = ring[kFill] + B < K ? ring[kFill] + B : K;
+}
+
+at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state) {
+  const int64_t K = queue_identities.size(0);
+  int64_t* ring = state.mutable_data_ptr<int64_t>();
+  // More than there are: slots that hold nothing give identity -1.
+  at::Tensor out = at::empty({count}, queue_identities.options());
+  int64_t* gone = out.mutable_data_ptr<int64_t>();
+  int64_t* identities = queue_identities.mutable_data_ptr<int64_t>();
+  const int64_t oldest = ring_oldest(ring[kPosition], ring[kFill], K);
+  for (int64_t b = 0; b < count; b++) {
+    gone[b] = -1;
+    if (b >= ring[kFill]) continue;
+    const int64_t slot = ring_slot(oldest, b, K);
+    gone[b] = identities[slot];
+    identities[slot] = -1;
+  }
+  ring[kFill] = ring[kFill] > count ? ring[kFill] - count : 0;
+  return out;
+}
+
+}  // namespace sst_fast::cpu

@@ -1,0 +1,35 @@
+// The fused sweep for avx2; see sweep_kernel.h.
+#include <cmath>
+#include <cstdint>
+
+#include "../margin.h"
+#include "sweep.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#define SST_NAME "avx2"
+#define SST_NAMESPACE avx2
+#define SST_VECTOR_BYTES 32
+#define SST_MR 6
+#define SST_NV 2
+#include "sweep_kernel.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+namespace sst_fast::cpu {
+const Sweeps* sweeps_avx2() { return &avx2::table; }
+}  // namespace sst_fast::cpu
+#else
+namespace sst_fast::cpu {
+const Sweeps* sweeps_avx2() { return nullptr; }
+}  // namespace sst_fast::cpu
+#endif

@@ -1,0 +1,97 @@
+"""Builds sst_fast._C; everything else about the package is in pyproject.toml. Environment switches:
+
+SST_FAST_FORCE_CUDA=1  build the CUDA sources or fail
+SST_FAST_SKIP_CUDA=1   leave them out
+SST_FAST_REQUIRE_EXTENSION=1  fail instead of installing without any extension
+Otherwise the CUDA sources are built when torch is a CUDA build and nvcc is found. TORCH_CUDA_ARCH_LIST chooses architectures.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent
+CPU = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+CUDA = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
+ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--extended-lambda", "-Werror", "all-warnings", "-diag-suppress", "177,550"]
+
+
+def switch(name: str) -> bool:
+    return os.environ.get(name, "0").lower() not in ("", "0", "false", "no")
+
+
+def with_cuda() -> tuple[bool, str]:
+    """Whether to build the CUDA sources, and the reason in words."""
+    force, skip = switch("SST_FAST_FORCE_CUDA"), switch("SST_FAST_SKIP_CUDA")
+    if force and skip:
+        raise SystemExit("sst-fast: SST_FAST_FORCE_CUDA and SST_FAST_SKIP_CUDA are both set; set one")
+    if skip:
+        return False, "SST_FAST_SKIP_CUDA is set"
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is not a CUDA build"
+    elif cpp_extension.CUDA_HOME is None or not (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
+        missing = "nvcc was not found (set CUDA_HOME)"
+    if missing and force:
+        raise SystemExit(f"sst-fast: SST_FAST_FORCE_CUDA is set, but {missing}")
+    return missing is None, missing or f"torch is built for CUDA {torch.version.cuda}, nvcc in {cpp_extension.CUDA_HOME}"
+
+
+def extension(cuda: bool) -> object:
+    include = [str(ROOT / "csrc")]
+    if not cuda:
+        return cpp_extension.CppExtension(
+            "sst_fast._C", CPU, include_dirs=include, depends=HEADERS, extra_compile_args={"cxx": CXX_FLAGS}
+        )
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    return cpp_extension.CUDAExtension(
+        "sst_fast._C",
+        CPU + CUDA,
+        include_dirs=include,
+        depends=HEADERS,
+        define_macros=[("SST_FAST_CUDA", f'"{torch.version.cuda}"')],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+    )
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Falls back from CUDA to C++ alone, and from C++ to no extension: the package works without, only slower."""
+
+    def run(self) -> None:
+        force = switch("SST_FAST_FORCE_CUDA")
+        print(f"sst-fast: building C++ {'and CUDA' if CUDA_WANTED else 'only'}: {REASON}", flush=True)
+        try:
+            super().run()
+            return
+        except Exception as error:
+            if force or (not CUDA_WANTED and switch("SST_FAST_REQUIRE_EXTENSION")):
+                raise
+            print(f"sst-fast: {error}", flush=True)
+        if CUDA_WANTED:
+            print("sst-fast: building the CUDA sources failed; building C++ only", flush=True)
+            vars(self.extensions[0]).update(
+                {name: value for name, value in vars(extension(False)).items() if not name.startswith("_") and value}
+                | {"define_macros": [], "sources": CPU}
+            )
+            try:
+                super().run()
+                return
+            except Exception as error:
+                if switch("SST_FAST_REQUIRE_EXTENSION"):
+                    raise
+                print(f"sst-fast: {error}", flush=True)
+        # Without a file to install, the remaining build steps must not look for one.
+        self.extensions.clear()
+        print("sst-fast: no extension was built; plain PyTorch will serve, slower", flush=True)
+
+
+CUDA_WANTED, REASON = with_cuda()
+setup(ext_modules=[extension(CUDA_WANTED)], cmdclass={"build_ext": BuildExtension})

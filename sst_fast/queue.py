@@ -1,0 +1,160 @@
+"""The gallery queue: a ring of unit features with their identities, written in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sst_fast import ops, reference
+from sst_fast.backends import choose
+from sst_fast.functional import EMBEDDING_DTYPES, check_embedding, check_tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """The slots that a batch is about to take, and what each group of its probes sees there.
+
+    Attributes:
+        features: [H, B, D]: probes are split into H equal groups, group h sees ``features[h]`` in these slots.
+        identities: int64 [B].
+        start: int64, 0-d: first of the B slots; they wrap round the end of the queue.
+        slots: int64 [B]: their numbers, the targets of the batch's probes.
+    """
+
+    features: Tensor
+    identities: Tensor
+    start: Tensor
+    slots: Tensor
+
+
+class GalleryQueue(nn.Module):
+    """The last ``size`` gallery features, used as class prototypes (Du et al., ECCV 2020).
+
+    Holds buffers only, all of them in the state dict, so that a run resumes exactly. A slot is empty (identity -1)
+    until it is first written and again after it is dequeued. Position and fill live on the device: neither
+    :meth:`enqueue`, :meth:`dequeue` nor :meth:`window` waits for it.
+
+    Args:
+        size: number of slots K > 0; 16,384 in the paper. Need not be a multiple of the batch.
+        dim: number of features D > 0.
+        dtype: of the features: float32 (default), float64, bfloat16 or float16.
+        device: where the buffers live.
+        backend: force an implementation, see :func:`sst_fast.backends`.
+    """
+
+    features: Tensor  # [K, D], unit rows; whatever an empty slot holds is masked
+    identities: Tensor  # int64 [K], -1 = empty
+    state: Tensor  # int64 [3]: slot written next, number of filled slots, counter of the CUDA kernel
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer > 0, got {value!r}")
+        if dtype not in EMBEDDING_DTYPES:
+            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+        self.backend = backend
+        self.register_buffer("features", torch.zeros(size, dim, dtype=dtype, device=device))
+        self.register_buffer("identities", torch.full((size,), -1, dtype=torch.int64, device=device))
+        self.register_buffer("state", torch.zeros(3, dtype=torch.int64, device=device))
+
+    @property
+    def size(self) -> int:
+        """Number of slots K."""
+        return self.features.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Number of features D."""
+        return self.features.shape[1]
+
+    def __len__(self) -> int:
+        """Number of filled slots. Waits for the device."""
+        return int(self.state[1])
+
+    def extra_repr(self) -> str:
+        """Sizes and dtype, for ``print(queue)``."""
+        return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}"
+
+    def enqueue(self, features: Tensor, identities: Tensor) -> None:
+        """Normalises ``features`` [B, D] and writes them over the oldest slots, in place and in order.
+
+        Args:
+            features: [B, D], floating point, B <= K; their gradient is ignored.
+            identities: int64 [B], >= 0 (checked on the CPU only: elsewhere it would wait for the device).
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape, device or value, or more rows than the queue has slots.
+        """
+        self._check(features, identities)
+        backend = choose("enqueue", self.features.device, self.backend)
+        ops.enqueue(features.detach(), identities, self.features, self.identities, self.state, backend)
+
+    def dequeue(self, count: int) -> Tensor:
+        """Empties the ``count`` oldest slots, in place.
+
+        Returns:
+            Their identities, int64 [count], oldest first; -1 where fewer were filled.
+
+        Raises:
+            ValueError: ``count`` is not in [0, K].
+        """
+        if not 0 <= count <= self.size:
+            raise ValueError(f"count must be in [0, {self.size}], got {count}")
+        backend = choose("dequeue", self.features.device, self.backend)
+        gone: Tensor = ops.dequeue(count, self.identities, self.state, backend)
+        return gone
+
+    def clear(self) -> None:
+        """Empties every slot and starts at slot 0 again."""
+        self.identities.fill_(-1)
+        self.state.zero_()
+
+    def window(self, features: Tensor, identities: Tensor) -> Window:
+        """The slots that the next :meth:`enqueue` of B rows will take, as the loss needs them.
+
+        Take it before the batch is enqueued; it stays valid afterwards.
+
+        Args:
+            features: [H, B, D] (or [B, D] for H = 1): what each group of probes shall see there; normalised here.
+            identities: int64 [B].
+        """
+        grouped = features[None] if features.dim() == 2 else features
+        if grouped.dim() != 3:
+            raise ValueError(f"features must have shape [H, B, D] or [B, D], got {list(features.shape)}")
+        if grouped.shape[0] == 0:
+            raise ValueError("features must have at least one group, got [0, B, D]")
+        self._check(grouped[0], identities)
+        wide = torch.promote_types(grouped.dtype, torch.float32)
+        unit = reference.normalize(grouped.detach().flatten(0, 1).to(wide)).view_as(grouped)
+        start = self.state[0].clone()
+        slots = reference.window_slots(start, len(identities), self.size)
+        return Window(unit.to(self.features.dtype), identities, start, slots)
+
+    def age(self) -> Tensor:
+        """int64 [K]: how many features were written after each slot's; -1 for an empty slot."""
+        slots = torch.arange(self.size, device=self.state.device)
+        return torch.where(self.identities >= 0, (self.state[0] - 1 - slots) % self.size, -1)
+
+    def contains(self, identities: Tensor) -> Tensor:
+        """bool, same shape as ``identities`` (int64): which of them the queue holds. Does not leave the device."""
+        return torch.isin(identities, self.identities) & (identities >= 0)
+
+    def _check(self, features: Tensor, identities: Tensor) -> None:
+        check_embedding("features", features)
+        check_tensor("features", features, (None, self.dim), EMBEDDING_DTYPES, self.features.device)
+        check_tensor("identities", identities, (len(features),), (torch.int64,), self.features.device)
+        if len(features) > self.size:
+            raise ValueError(f"features: a batch of {len(features)} does not fit into a queue of {self.size} slots")
+        if identities.device.type == "cpu" and not torch.compiler.is_compiling() and bool((identities < 0).any()):
+            raise ValueError(f"identities must be >= 0 (-1 marks an empty slot), got {int(identities.min())}")

@@ -1,0 +1,133 @@
+"""Plain PyTorch statements of every operation: what the fast versions must equal, and what runs where they are missing.
+
+Sizes: N probes, K slots, D features, B slots in the batch window, H groups of probes that see different windows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sst_fast.margins import Margin
+
+MIN_NORM = 1e-12  # a shorter embedding has no direction: cosine 0 with everything, gradient 0
+
+
+class MarginSoftmax(NamedTuple):
+    """Per-sample results, each [N]; see :func:`sst_fast.functional.margin_softmax`."""
+
+    loss: Tensor
+    lse: Tensor
+    target_cosine: Tensor
+    hardest_cosine: Tensor
+    hardest_slot: Tensor
+    beats_target: Tensor
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Rows of ``x`` [N, D] divided by their norm; rows shorter than 1e-12 become zero. No overflow at any finite x."""
+    largest = x.detach().abs().amax(1, keepdim=True)
+    usable = largest > 0
+    x = x / torch.where(usable, largest, torch.ones_like(largest))
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    tiny = norm.detach() * largest < MIN_NORM
+    return torch.where(tiny, torch.zeros_like(x), x / torch.where(tiny, torch.ones_like(norm), norm))
+
+
+def window_slots(start: Tensor, size: int, slots: int) -> Tensor:
+    """Slot numbers [size] of a batch window that begins at ``start`` (0-d) in a ring of ``slots`` slots."""
+    return (start + torch.arange(size, device=start.device)) % slots
+
+
+def margin_softmax(
+    embedding: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    identity: Tensor | None,
+    slot_identity: Tensor | None,
+    window: Tensor | None,
+    window_identity: Tensor | None,
+    window_start: Tensor | None,
+    margin: Margin,
+    scale: float,
+    mask_empty: bool,
+) -> MarginSoftmax:
+    """Differentiable in ``embedding`` and ``prototypes``; materialises the logits. Arguments as in the operator."""
+    wide = torch.promote_types(torch.promote_types(embedding.dtype, prototypes.dtype), torch.float32)
+    if not torch.compiler.is_compiling() and not bool(((target >= 0) & (target < len(prototypes))).all()):
+        bad = int(((target < 0) | (target >= len(prototypes))).nonzero()[0])
+        raise IndexError(
+            f"target[{bad}] is {int(target[bad])}, expected a row number of prototypes in [0, {len(prototypes)})"
+        )
+    unit = normalize(embedding.to(wide))
+    groups = 1 if window is None else len(window)
+    parts = []
+    for group, rows in enumerate(torch.arange(len(unit), device=unit.device).tensor_split(groups)):
+        w, ids = prototypes.to(wide, copy=True), slot_identity  # a copy: the queue changes before backward
+        if window is not None:
+            assert window_start is not None
+            slots = window_slots(window_start, window.shape[1], len(prototypes))
+            w = w.index_copy(0, slots, window[group].to(wide))
+            ids = None if ids is None or window_identity is None else ids.index_copy(0, slots, window_identity)
+        parts.append(
+            _plain(unit[rows], w, target[rows], None if identity is None else identity[rows], ids, margin, scale, mask_empty)
+        )
+    return MarginSoftmax(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _plain(
+    unit: Tensor,
+    w: Tensor,
+    target: Tensor,
+    identity: Tensor | None,
+    slot_identity: Tensor | None,
+    margin: Margin,
+    scale: float,
+    mask_empty: bool,
+) -> MarginSoftmax:
+    c = unit @ w.T
+    a = (unit * w[target]).sum(1)
+    live = torch.ones_like(c, dtype=torch.bool)
+    if slot_identity is not None:
+        if identity is not None:
+            live &= identity[:, None] != slot_identity[None, :]
+        if mask_empty:
+            live &= (slot_identity >= 0)[None, :]
+    live = live.scatter(1, target[:, None], torch.zeros_like(live[:, :1]))
+
+    t = scale * margin.psi(a)
+    z = (scale * margin.phi(c, a[:, None])).masked_fill(~live, -torch.inf)
+    # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.
+    alone = ~live.any(1)
+    shift = z.detach().amax(1).masked_fill(alone, 0)
+    total = (z - shift[:, None]).exp().sum(1)
+    negatives = (shift + torch.where(alone, torch.ones_like(total), total).log()).masked_fill(alone, -torch.inf)
+    loss = torch.logaddexp(torch.zeros_like(t), torch.where(alone, negatives, negatives - t))
+
+    masked = c.detach().masked_fill(~live, -torch.inf)
+    hardest, slot = masked.max(1)
+    return MarginSoftmax(
+        loss, (loss + t).detach(), a.detach(), hardest, slot.masked_fill(alone, -1), (masked > a.detach()[:, None]).sum(1)
+    )
+
+
+def enqueue(features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor) -> None:
+    """Writes unit rows and identities into the ring at ``state[0]``, in place, and advances it."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    slots = window_slots(state[0], len(features), len(queue))
+    queue.index_copy_(0, slots, normalize(features.to(wide)).to(queue.dtype))
+    queue_identities.index_copy_(0, slots, identities)
+    state[0] = (state[0] + len(features)) % len(queue)
+    state[1] = (state[1] + len(features)).clamp_max(len(queue))
+
+
+def dequeue(count: int, queue_identities: Tensor, state: Tensor) -> Tensor:
+    """Empties the ``count`` oldest slots, in place; returns their identities [count], -1 where there were fewer."""
+    slots = window_slots((state[0] - state[1]) % len(queue_identities), count, len(queue_identities))
+    held = torch.arange(count, device=state.device) < state[1]
+    gone = torch.where(held, queue_identities[slots], -1)
+    queue_identities.index_copy_(0, slots, torch.where(held, -1, queue_identities[slots]))
+    state[1] = (state[1] - count).clamp_min(0)
+    return gone

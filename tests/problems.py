@@ -1,0 +1,89 @@
+"""Random problems for the fused loss, and the float64 answer to each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sst_fast import Margin, Window, reference
+from sst_fast.reference import MarginSoftmax, window_slots
+
+
+@dataclass(frozen=True)
+class Problem:
+    embedding: Tensor
+    prototypes: Tensor
+    target: Tensor
+    identity: Tensor | None = None
+    slot_identity: Tensor | None = None
+    window: Window | None = None
+
+    def arguments(self) -> dict:
+        return {"window": self.window, "identity": self.identity, "slot_identity": self.slot_identity}
+
+    def to(self, dtype: torch.dtype, queue_dtype: torch.dtype | None = None) -> Problem:
+        """The same problem rounded to other dtypes."""
+        queue_dtype = queue_dtype or dtype
+        window = self.window and replace(self.window, features=self.window.features.to(queue_dtype))
+        return replace(
+            self, embedding=self.embedding.to(dtype), prototypes=self.prototypes.to(queue_dtype), window=window
+        )
+
+
+def make(
+    n: int,
+    k: int,
+    d: int,
+    *,
+    seed: int = 0,
+    start: int | None = None,
+    groups: int = 2,
+    identities: int | None = None,
+    empty: float = 0.0,
+    masks: bool = True,
+) -> Problem:
+    """n probes, k slots; with ``start`` the batch's own slots are a window there, and n is per group.
+
+    ``identities`` few enough make false negatives; ``empty`` is the share of empty slots.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def integers(high: int, size: int) -> Tensor:
+        return torch.randint(high, (size,), generator=generator)
+
+    identities = identities or max(2, 2 * k)
+    prototypes = F.normalize(rand(k, d))
+    slot_identity = integers(identities, k)
+    slot_identity[torch.rand(k, generator=generator) < empty] = -1
+    if start is None:
+        target, window = integers(k, n), None
+        identity = slot_identity[target].clamp_min(0)
+        # Near their target, as trained probes are: otherwise every softmax is flat.
+        embedding = prototypes[target] * rand(n, 1).abs() * 3 + rand(n, d) / d**0.5
+    else:
+        ids = integers(identities, n)
+        slots = window_slots(torch.tensor(start), n, k)
+        window = Window(F.normalize(rand(groups, n, d), dim=2), ids, torch.tensor(start), slots)
+        target, identity = slots.repeat(groups), ids.repeat(groups)
+        embedding = window.features.flatten(0, 1) * 2 + rand(groups * n, d) / d**0.5
+    if not masks:
+        return Problem(embedding, prototypes, target, None, None, window)
+    return Problem(embedding, prototypes, target, identity, slot_identity, window)
+
+
+def answer(problem: Problem, margin: Margin, scale: float, mask_empty: bool = True) -> tuple[MarginSoftmax, Tensor]:
+    """Per-sample results and gradient of their sum in float64, on the problem's own (rounded) numbers."""
+    p = problem.to(torch.float64)
+    leaf = p.embedding.detach().requires_grad_()
+    window = (None,) * 3 if p.window is None else (p.window.features, p.window.identities, p.window.start)
+    out = reference.margin_softmax(
+        leaf, p.prototypes, p.target, p.identity, p.slot_identity, *window, margin, scale, mask_empty
+    )
+    (gradient,) = torch.autograd.grad(out.loss.sum(), leaf)
+    return out, gradient

@@ -1,0 +1,115 @@
+"""The gallery queue: against a plain list, on every backend; state, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sst_fast import GalleryQueue, ops
+from sst_fast.backends import backends
+
+BACKENDS = [name for name, state in backends("cpu")["enqueue"].implementations.items() if state == "available"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_behaves_like_a_list(backend, data):
+    """Any sequence of enqueues and dequeues: features and identities of a first-in first-out list of at most K."""
+    size, dim = data.draw(st.integers(1, 12), "size"), data.draw(st.integers(1, 9), "dim")
+    dtype, batch_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(DTYPES))
+    queue = GalleryQueue(size, dim, dtype, backend=backend)
+    held: list[tuple[int, torch.Tensor]] = []
+    number = 0
+    for count in data.draw(st.lists(st.integers(-size, size), max_size=12), "sizes"):
+        if count >= 0:
+            batch = torch.randn(count, dim).to(batch_dtype)
+            queue.enqueue(batch, torch.arange(number, number + count))
+            held += [(number + i, row) for i, row in enumerate(batch)]
+            number += count
+            held = held[-size:]
+        else:
+            gone = queue.dequeue(-count)
+            expected = [identity for identity, _ in held[:-count]]
+            assert gone.tolist() == expected + [-1] * (-count - len(expected))
+            held = held[-count:]
+        assert len(queue) == len(held)
+        order = {int(identity): slot for slot, identity in enumerate(queue.identities) if identity >= 0}
+        assert set(order) == {identity for identity, _ in held}
+        age = queue.age()
+        for back, (identity, row) in enumerate(reversed(held)):
+            assert age[order[identity]] == back
+            unit = F.normalize(row.double()[None])[0]
+            tolerance = 4 * max(torch.finfo(dtype).eps, torch.finfo(batch_dtype).eps if batch_dtype == torch.float64 else 1e-6)
+            assert torch.allclose(queue.features[order[identity]].double(), unit, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_queue_at_once_and_zero_rows(backend):
+    queue = GalleryQueue(5, 3, backend=backend)
+    queue.enqueue(torch.ones(2, 3), torch.arange(2))
+    queue.enqueue(torch.cat([torch.zeros(1, 3), torch.ones(4, 3)]), torch.arange(10, 15))
+    assert len(queue) == 5
+    assert queue.identities.tolist() == [13, 14, 10, 11, 12]
+    assert torch.equal(queue.features[2], torch.zeros(3))
+
+
+def test_contains_and_clear():
+    queue = GalleryQueue(4, 2)
+    queue.enqueue(torch.ones(2, 2), torch.tensor([7, 9]))
+    assert queue.contains(torch.tensor([7, 8, -1])).tolist() == [True, False, False]
+    queue.clear()
+    assert len(queue) == 0
+    assert not queue.contains(torch.tensor([7])).any()
+
+
+def test_state_dict_round_trip():
+    queue = GalleryQueue(7, 4, torch.bfloat16)
+    for _ in range(3):
+        queue.enqueue(torch.randn(3, 4), torch.arange(3))
+    copy = GalleryQueue(7, 4, torch.bfloat16)
+    copy.load_state_dict(queue.state_dict())
+    batch, ids = torch.randn(3, 4), torch.arange(3)
+    for one in (queue, copy):
+        one.enqueue(batch, ids)
+    assert all(torch.equal(a, b) for a, b in zip(queue.buffers(), copy.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    queue = GalleryQueue(7, 4)
+    buffers = (queue.features, queue.identities, queue.state)
+    torch.library.opcheck(ops.enqueue, (torch.randn(3, 4), torch.arange(3), *buffers, backend))
+    torch.library.opcheck(ops.dequeue, (2, *buffers[1:], backend))
+
+
+@pytest.mark.slow
+def test_compiles_without_graph_breaks():
+    eager, compiled = GalleryQueue(7, 4), GalleryQueue(7, 4)
+    step = torch.compile(lambda x, ids: compiled.enqueue(x * 2, ids), fullgraph=True)
+    for _ in range(3):
+        batch, ids = torch.randn(3, 4), torch.arange(3)
+        eager.enqueue(batch * 2, ids)
+        step(batch, ids)
+    assert all(torch.allclose(a, b) for a, b in zip(eager.buffers(), compiled.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda q: q.enqueue(torch.ones(8, 4), torch.arange(8)), ValueError, "batch of 8 does not fit into a queue of 7 slots"),
+        (lambda q: q.enqueue(torch.ones(2, 5), torch.arange(2)), ValueError, r"features must have shape \[any, 4\], got \[2, 5\]"),
+        (lambda q: q.enqueue(torch.ones(2, 4), torch.arange(3)), ValueError, r"identities must have shape \[2\], got \[3\]"),
+        (lambda q: q.enqueue(torch.ones(2, 4), torch.tensor([1, -1])), ValueError, "identities must be >= 0 .*got -1"),
+        (lambda q: q.enqueue(torch.ones(2, 4).int(), torch.arange(2)), TypeError, "features must be .*got int32"),
+        (lambda q: q.window(torch.ones(4), torch.arange(2)), ValueError, r"features must have shape \[H, B, D\]"),
+        (lambda q: q.dequeue(8), ValueError, r"count must be in \[0, 7\], got 8"),
+        (lambda q: GalleryQueue(0, 4), ValueError, "size must be an integer > 0, got 0"),
+        (lambda q: GalleryQueue(4, 4, torch.int8), TypeError, "dtype must be"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(GalleryQueue(7, 4))
