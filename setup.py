@@ -42,7 +42,10 @@ def with_cuda() -> tuple[bool, str]:
         missing = "nvcc was not found (set CUDA_HOME)"
     if missing and force:
         raise SystemExit(f"sst-fast: SST_FAST_FORCE_CUDA is set, but {missing}")
-    return missing is None, missing or f"torch is built for CUDA {torch.version.cuda}, nvcc in {cpp_extension.CUDA_HOME}"
+    return (
+        missing is None,
+        missing or f"torch is built for CUDA {torch.version.cuda}, nvcc in {cpp_extension.CUDA_HOME}",
+    )
 
 
 def extension(cuda: bool) -> object:

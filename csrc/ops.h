@@ -27,10 +27,10 @@ namespace cpu {
 // -> loss [N], gradient of each row's loss for embedding [N, D] (or [0]), log-sum-exp [N], target cosine [N],
 //    hardest negative cosine [N], its slot [N], number of slots above the target cosine [N]
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> margin_softmax(
-    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target,
-    const OptionalTensor& identity, const OptionalTensor& slot_identity, const OptionalTensor& window,
-    const OptionalTensor& window_identity, const OptionalTensor& window_start, int64_t kind,
-    const std::vector<double>& parameters, double scale, bool mask_empty, bool need_gradient);
+    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
+    const OptionalTensor& slot_identity, const OptionalTensor& window, const OptionalTensor& window_identity,
+    const OptionalTensor& window_start, int64_t kind, const std::vector<double>& parameters, double scale,
+    bool mask_empty, bool need_gradient);
 
 void enqueue(
     const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,

@@ -80,7 +80,9 @@ def _from_environment(operation: str) -> str | None:
     for entry in value.split(","):
         name, _, backend = entry.partition("=")
         if name.strip() not in OPERATIONS:
-            raise ValueError(f"{ENVIRONMENT}: {name.strip()!r} is no operation, expected one of {', '.join(OPERATIONS)}")
+            raise ValueError(
+                f"{ENVIRONMENT}: {name.strip()!r} is no operation, expected one of {', '.join(OPERATIONS)}"
+            )
         table[name.strip()] = backend.strip()
     return table.get(operation)
 

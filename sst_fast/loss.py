@@ -58,7 +58,9 @@ class SemiSiameseLoss(nn.Module):
         self.backend = backend
         self.statistics = None
 
-    def forward(self, probe_a: Tensor, probe_b: Tensor, gallery_a: Tensor, gallery_b: Tensor, identity: Tensor) -> Tensor:
+    def forward(
+        self, probe_a: Tensor, probe_b: Tensor, gallery_a: Tensor, gallery_b: Tensor, identity: Tensor
+    ) -> Tensor:
         """Loss of a batch; in training mode the queue then takes one gallery feature of each identity.
 
         Args:

@@ -52,24 +52,26 @@ def _(embedding, prototypes, target, identity, slot_identity, window, window_ide
 
 
 @torch.library.custom_op("sst_fast::margin_softmax_backward", mutates_args=())
-def margin_softmax_backward(grad_loss: Tensor, gradient: Tensor) -> Tensor:
-    """Gradient for the embeddings [N, D]: forward has already found each row's, only the incoming factor is missing."""
+def margin_softmax_backward(grad_loss: Tensor, gradient: Tensor, embedding: Tensor) -> Tensor:
+    """Gradient for the embeddings [N, D]: forward has already found each row's, only the incoming factor is missing.
+
+    ``embedding`` is there for autograd alone: a second derivative with respect to it must fail, not be zero.
+    """
     return (grad_loss.unsqueeze(1) * gradient).to(gradient.dtype)
 
 
 @margin_softmax_backward.register_fake
-def _(grad_loss, gradient):  # noqa: ANN001, ANN202
+def _(grad_loss, gradient, embedding):  # noqa: ANN001, ANN202
     return torch.empty_like(gradient)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad_loss, *unused):  # noqa: ANN001, ANN002, ANN202
-    (gradient,) = ctx.saved_tensors
-    return (torch.ops.sst_fast.margin_softmax_backward(grad_loss, gradient), *[None] * 13)
+    return (torch.ops.sst_fast.margin_softmax_backward(grad_loss, *ctx.saved_tensors), *[None] * 13)
 
 
 def _no_double_backward(ctx, grad):  # noqa: ANN001, ANN202

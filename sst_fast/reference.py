@@ -72,7 +72,16 @@ def margin_softmax(
             w = w.index_copy(0, slots, window[group].to(wide))
             ids = None if ids is None or window_identity is None else ids.index_copy(0, slots, window_identity)
         parts.append(
-            _plain(unit[rows], w, target[rows], None if identity is None else identity[rows], ids, margin, scale, mask_empty)
+            _plain(
+                unit[rows],
+                w,
+                target[rows],
+                None if identity is None else identity[rows],
+                ids,
+                margin,
+                scale,
+                mask_empty,
+            )
         )
     return MarginSoftmax(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
@@ -109,7 +118,12 @@ def _plain(
     masked = c.detach().masked_fill(~live, -torch.inf)
     hardest, slot = masked.max(1)
     return MarginSoftmax(
-        loss, (loss + t).detach(), a.detach(), hardest, slot.masked_fill(alone, -1), (masked > a.detach()[:, None]).sum(1)
+        loss,
+        (loss + t).detach(),
+        a.detach(),
+        hardest,
+        slot.masked_fill(alone, -1),
+        (masked > a.detach()[:, None]).sum(1),
     )
 
 

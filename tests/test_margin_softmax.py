@@ -38,7 +38,9 @@ def check(problem: Problem, margin=AMSoftmax(0.35), scale=30.0, backend="cpu", t
     error = (gradient.double() - expected_gradient).norm()
     # float16 has nothing between 0 and 6e-8.
     smallest = torch.finfo(leaf.dtype).smallest_normal * torch.finfo(leaf.dtype).eps * leaf.numel() ** 0.5
-    assert error <= tolerance * expected_gradient.norm() + max(smallest, 1e-12), (error / expected_gradient.norm()).item()
+    assert error <= tolerance * expected_gradient.norm() + max(smallest, 1e-12), (
+        error / expected_gradient.norm()
+    ).item()
     assert torch.allclose(statistics.target_cosine.double(), expected.target_cosine, atol=1e-5)
     assert torch.allclose(statistics.hardest_cosine.double(), expected.hardest_cosine, atol=1e-5)
     assert torch.allclose(statistics.lse.double(), expected.lse, atol=1e-5 * scale + 1e-5 * size.item(), rtol=1e-5)
@@ -81,7 +83,16 @@ def test_agrees_with_reference(backend, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("n", "k", "d"),
-    [(1, 1, 16), (1, 70_000, 64), (16, 96, 128), (17, 97, 129), (33, 1000, 512), (64, 193, 513), (65, 400, 1024), (150, 2000, 100)],
+    [
+        (1, 1, 16),
+        (1, 70_000, 64),
+        (16, 96, 128),
+        (17, 97, 129),
+        (33, 1000, 512),
+        (64, 193, 513),
+        (65, 400, 1024),
+        (150, 2000, 100),
+    ],
 )
 def test_sizes(n, k, d, backend):
     for margin in MARGINS:
@@ -129,7 +140,9 @@ def test_every_cosine_the_same(scale, backend):
 def test_all_slots_masked_but_the_target(backend):
     problem = make(20, 100, 32).to(torch.float32)
     leaf = problem.embedding.requires_grad_()
-    loss = margin_softmax(leaf, problem.prototypes, problem.target, slot_identity=torch.full((100,), -1), backend=backend)
+    loss = margin_softmax(
+        leaf, problem.prototypes, problem.target, slot_identity=torch.full((100,), -1), backend=backend
+    )
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
@@ -199,7 +212,8 @@ def test_trainable_prototypes_gradcheck():
     leaves = (problem.embedding.requires_grad_(), problem.prototypes.requires_grad_())
     for normalize in (False, True):
         assert torch.autograd.gradcheck(
-            lambda x, w, n=normalize: margin_softmax(x, w * 1.5, problem.target, scale=8.0, normalize_prototypes=n), leaves
+            lambda x, w, n=normalize: margin_softmax(x, w * 1.5, problem.target, scale=8.0, normalize_prototypes=n),
+            leaves,
         )
 
 
@@ -209,7 +223,9 @@ def test_is_cross_entropy_without_margin_or_masks(backend):
     p = make(20, 100, 32, masks=False)
     logits = 20 * F.normalize(p.embedding) @ p.prototypes.T
     for reduction in ("none", "mean", "sum"):
-        ours = margin_softmax(p.embedding, p.prototypes, p.target, margin=Softmax(), scale=20.0, reduction=reduction, backend=backend)
+        ours = margin_softmax(
+            p.embedding, p.prototypes, p.target, margin=Softmax(), scale=20.0, reduction=reduction, backend=backend
+        )
         assert torch.allclose(ours, F.cross_entropy(logits, p.target, reduction=reduction))
     logits[torch.arange(20), p.target] -= 20 * 0.35
     ours = margin_softmax(p.embedding, p.prototypes, p.target, scale=20.0, backend=backend)
@@ -253,7 +269,9 @@ def test_compiles_without_graph_breaks(reduction, backend):
     problem = make(12, 60, 16, start=55, identities=20, empty=0.3).to(torch.float32)
 
     def function(x):
-        return margin_softmax(x, problem.prototypes, problem.target, reduction=reduction, backend=backend, **problem.arguments())
+        return margin_softmax(
+            x, problem.prototypes, problem.target, reduction=reduction, backend=backend, **problem.arguments()
+        )
 
     results = []
     for f in (function, torch.compile(function, fullgraph=True)):
@@ -261,8 +279,8 @@ def test_compiles_without_graph_breaks(reduction, backend):
         loss = f(leaf)
         loss.sum().backward()
         results.append((loss.detach(), leaf.grad))
-    assert torch.allclose(results[0][0], results[1][0])
-    assert torch.allclose(results[0][1], results[1][1])
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager - compiled).norm() <= 1e-5 * eager.norm()
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -329,7 +347,9 @@ def test_queue_window_is_what_the_queue_will_hold():
     gallery, ids = torch.randn(6, 8), torch.arange(100, 106)
     window = queue.window(gallery, ids)
     x = torch.randn(6, 8)
-    before = margin_softmax(x, queue.features, window.slots, window=window, identity=ids, slot_identity=queue.identities)
+    before = margin_softmax(
+        x, queue.features, window.slots, window=window, identity=ids, slot_identity=queue.identities
+    )
     queue.enqueue(gallery, ids)
     after = margin_softmax(x, queue.features, window.slots, identity=ids, slot_identity=queue.identities)
     assert torch.allclose(before, after, rtol=1e-6)

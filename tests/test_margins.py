@@ -49,7 +49,9 @@ def test_slope_is_finite_at_the_ends(margin):
         assert math.isfinite(slope(margin, a))
 
 
-@pytest.mark.parametrize(("margin", "value"), [(AMSoftmax, -0.1), (AMSoftmax, 2.1), (ArcSoftmax, 4.0), (ArcSoftmax, math.nan)])
+@pytest.mark.parametrize(
+    ("margin", "value"), [(AMSoftmax, -0.1), (AMSoftmax, 2.1), (ArcSoftmax, 4.0), (ArcSoftmax, math.nan)]
+)
 def test_bad_parameters_are_named(margin, value):
     with pytest.raises(ValueError, match=rf"{margin.__name__}: margin must be .*got"):
         margin(value)

@@ -42,7 +42,9 @@ def test_behaves_like_a_list(backend, data):
         for back, (identity, row) in enumerate(reversed(held)):
             assert age[order[identity]] == back
             unit = F.normalize(row.double()[None])[0]
-            tolerance = 4 * max(torch.finfo(dtype).eps, torch.finfo(batch_dtype).eps if batch_dtype == torch.float64 else 1e-6)
+            tolerance = 4 * max(
+                torch.finfo(dtype).eps, torch.finfo(batch_dtype).eps if batch_dtype == torch.float64 else 1e-6
+            )
             assert torch.allclose(queue.features[order[identity]].double(), unit, atol=tolerance)
 
 

@@ -39,17 +39,24 @@ const Sweeps& sweeps() {
 
 template <typename T>
 const Sweep<T>& sweep_for() {
-  if constexpr (std::is_same_v<T, float>) return sweeps().f32;
-  else return sweeps().f64;
+  if constexpr (std::is_same_v<T, float>)
+    return sweeps().f32;
+  else
+    return sweeps().f64;
 }
 
 Storage storage_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kDouble: return Storage::f64;
-    case at::kFloat: return Storage::f32;
-    case at::kBFloat16: return Storage::bf16;
-    case at::kHalf: return Storage::f16;
-    default: TORCH_CHECK(false, "margin_softmax: dtype ", t.scalar_type(), " has no CPU kernel");
+    case at::kDouble:
+      return Storage::f64;
+    case at::kFloat:
+      return Storage::f32;
+    case at::kBFloat16:
+      return Storage::bf16;
+    case at::kHalf:
+      return Storage::f16;
+    default:
+      TORCH_CHECK(false, "margin_softmax: dtype ", t.scalar_type(), " has no CPU kernel");
   }
 }
 
@@ -62,9 +69,12 @@ void read_row(const void* data, Storage storage, int64_t row, int64_t D, double*
     case Storage::f64:
       std::copy_n(static_cast<const double*>(data) + row * D, D, to);
       return;
-    case Storage::f32: return copy(static_cast<const float*>(data));
-    case Storage::bf16: return copy(static_cast<const at::BFloat16*>(data));
-    case Storage::f16: return copy(static_cast<const at::Half*>(data));
+    case Storage::f32:
+      return copy(static_cast<const float*>(data));
+    case Storage::bf16:
+      return copy(static_cast<const at::BFloat16*>(data));
+    case Storage::f16:
+      return copy(static_cast<const at::Half*>(data));
   }
 }
 
@@ -102,15 +112,15 @@ struct Output {
 
 template <typename T>
 Output run(
-    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target,
-    const OptionalTensor& identity, const OptionalTensor& window, Slots slots, const Margin& margin, double scale,
-    bool need_gradient) {
+    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
+    const OptionalTensor& window, Slots slots, const Margin& margin, double scale, bool need_gradient) {
   const int64_t N = embedding.size(0), D = slots.D, K = slots.K;
   const auto stats = embedding.options().dtype(std::is_same_v<T, double> ? at::kDouble : at::kFloat);
   const auto counts = embedding.options().dtype(at::kLong);
-  Output out{
-      at::empty({N}, stats), at::empty({need_gradient ? N : 0, D}, embedding.options()), at::empty({N}, stats),
-      at::empty({N}, stats), at::empty({N}, stats), at::empty({N}, counts), at::empty({N}, counts)};
+  Output out{at::empty({N}, stats), at::empty({need_gradient ? N : 0, D}, embedding.options()),
+             at::empty({N}, stats), at::empty({N}, stats),
+             at::empty({N}, stats), at::empty({N}, counts),
+             at::empty({N}, counts)};
   if (N == 0) return out;
 
   const Storage x_storage = storage_of(embedding);
@@ -223,15 +233,25 @@ Output run(
         using S = std::remove_pointer_t<decltype(to)>;
         for (int64_t d = 0; d < D; d++) {
           const double value = (sum[d] - along * (x[d] * row.inverse_norm)) * row.inverse_norm;
-          if constexpr (std::is_same_v<S, double>) to[i * D + d] = value;
-          else to[i * D + d] = S(float(value));
+          if constexpr (std::is_same_v<S, double>)
+            to[i * D + d] = value;
+          else
+            to[i * D + d] = S(float(value));
         }
       };
       switch (x_storage) {
-        case Storage::f64: write(out.gradient.mutable_data_ptr<double>()); break;
-        case Storage::f32: write(out.gradient.mutable_data_ptr<float>()); break;
-        case Storage::bf16: write(out.gradient.mutable_data_ptr<at::BFloat16>()); break;
-        case Storage::f16: write(out.gradient.mutable_data_ptr<at::Half>()); break;
+        case Storage::f64:
+          write(out.gradient.mutable_data_ptr<double>());
+          break;
+        case Storage::f32:
+          write(out.gradient.mutable_data_ptr<float>());
+          break;
+        case Storage::bf16:
+          write(out.gradient.mutable_data_ptr<at::BFloat16>());
+          break;
+        case Storage::f16:
+          write(out.gradient.mutable_data_ptr<at::Half>());
+          break;
       }
     }
   };
@@ -249,8 +269,13 @@ Output run(
       part.moment = need_gradient ? reinterpret_cast<T*>(moment) : nullptr;
       Probes<T> probes{
           static_cast<const char*>(embedding.const_data_ptr()) + begin * D * embedding.element_size(),
-          x_storage, &inverse_norm[begin], &scales[begin], &cosines[begin], target_slot + begin,
-          identity ? identities(identity) + begin : nullptr, end - begin};
+          x_storage,
+          &inverse_norm[begin],
+          &scales[begin],
+          &cosines[begin],
+          target_slot + begin,
+          identity ? identities(identity) + begin : nullptr,
+          end - begin};
       Slots mine = slots;
       if (windows) mine.window = windows + begin / group_rows * group_bytes;
       sweep.run(probes, mine, chunk * chunk_slots, std::min(K, (chunk + 1) * chunk_slots), scratch.get(), part);
@@ -282,8 +307,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const int64_t N = embedding.size(0), K = prototypes.size(0), D = prototypes.size(1);
   TORCH_CHECK(embedding.size(1) == D && target.numel() == N, "margin_softmax: shapes disagree");
   TORCH_CHECK(K > 0 && K < (int64_t(1) << 31), "margin_softmax: K must be in [1, 2^31)");
-  Slots slots{prototypes.const_data_ptr(), storage_of(prototypes), identities(slot_identity), nullptr, nullptr,
-              0, 0, K, D, mask_empty};
+  Slots slots{
+      prototypes.const_data_ptr(),
+      storage_of(prototypes),
+      identities(slot_identity),
+      nullptr,
+      nullptr,
+      0,
+      0,
+      K,
+      D,
+      mask_empty};
   if (window) {
     TORCH_CHECK(
         window_start && window->size(2) == D && window->size(1) <= K && N % window->size(0) == 0 &&
@@ -293,7 +327,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     slots.window_size = window->size(1);
     slots.window_identity = identities(window_identity);
     slots.window_start = *window_start->const_data_ptr<int64_t>();
-    TORCH_CHECK_INDEX(slots.window_start >= 0 && slots.window_start < K, "margin_softmax: window start outside the queue");
+    TORCH_CHECK_INDEX(
+        slots.window_start >= 0 && slots.window_start < K, "margin_softmax: window start outside the queue");
   }
   const int64_t* y = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < N; i++)

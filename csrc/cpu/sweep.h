@@ -12,7 +12,7 @@ enum class Storage { f64, f32, bf16, f16 };
 constexpr int kBlock = 64;  // probes a task holds at most
 
 template <typename T>
-struct Probes {         // [rows] each, of one block
+struct Probes {          // [rows] each, of one block
   const void* features;  // [rows, D], not normalised
   Storage storage;
   const double* inverse_norm;
@@ -41,7 +41,7 @@ struct Partial {
   double shift[kBlock], sum[kBlock];
   T hardest[kBlock];  // largest cosine c_j
   int64_t hardest_slot[kBlock], beats[kBlock];
-  T* moment;              // [kBlock / width, D, width]: panels of `width` probes; null: not wanted
+  T* moment;  // [kBlock / width, D, width]: panels of `width` probes; null: not wanted
   int64_t moment_width;
 };
 

@@ -126,8 +126,7 @@ static void product(
   int64_t m = 0;
   for (; m + MR <= rows; m += MR)
     micro_kernel<T, MR, NV>(a + m * a_row, a_row, a_step, b, depth, c + m * W, accumulate);
-  for (; m + 2 <= rows; m += 2)
-    micro_kernel<T, 2, NV>(a + m * a_row, a_row, a_step, b, depth, c + m * W, accumulate);
+  for (; m + 2 <= rows; m += 2) micro_kernel<T, 2, NV>(a + m * a_row, a_row, a_step, b, depth, c + m * W, accumulate);
   if (m < rows) micro_kernel<T, 1, NV>(a + m * a_row, a_row, a_step, b, depth, c + m * W, accumulate);
 }
 
@@ -162,9 +161,7 @@ static void widen(const S* from, Storage storage, T* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] = element<T>(from, storage, i);
 }
 
-static int64_t storage_bytes(Storage storage) {
-  return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2;
-}
+static int64_t storage_bytes(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
 
 template <typename T>
 static void copy_row(const Slots& slots, const void* base, int64_t row, T* to) {
@@ -249,8 +246,7 @@ static void sweep(
     // The tile: the queue itself, or a copy where the batch window or a narrower dtype is in the way.
     int64_t offset = j0 - slots.window_start;  // of slot j0 from the window's start, modulo K
     if (offset < 0) offset += K;
-    const bool windowed =
-        slots.window && (offset < slots.window_size || offset + count > K);
+    const bool windowed = slots.window && (offset < slots.window_size || offset + count > K);
     const Storage native = sizeof(T) == 4 ? Storage::f32 : Storage::f64;
     const T* w = static_cast<const T*>(slots.features) + j0 * D;
     if (windowed || slots.storage != native) {
@@ -267,8 +263,7 @@ static void sweep(
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t i0 = panel * W;
       for (int64_t d = 0; d < D; d += kDepth)
-        product<T, NV>(
-            w + d, D, 1, count, x + panel * D * W + d * W, D - d < kDepth ? D - d : kDepth, cosines, d > 0);
+        product<T, NV>(w + d, D, 1, count, x + panel * D * W + d * W, D - d < kDepth ? D - d : kDepth, cosines, d > 0);
 
       V highest[NV];
       for (int n = 0; n < NV; n++) highest[n] = splat(minus_infinity);
@@ -276,8 +271,8 @@ static void sweep(
         int64_t id = 0;
         if (slots.identity) {
           int64_t in_window = offset + j < K ? offset + j : offset + j - K;
-          id = slots.window && in_window < slots.window_size ? slots.window_identity[in_window]
-                                                             : slots.identity[j0 + j];
+          id =
+              slots.window && in_window < slots.window_size ? slots.window_identity[in_window] : slots.identity[j0 + j];
         }
         if (id < 0 && slots.mask_empty) {
           for (int n = 0; n < NV; n++) store(cosines + j * W + n * L, splat(minus_infinity));
@@ -344,8 +339,7 @@ static void sweep(
       for (int n = 0; n < NV; n++)
         for (int l = 0; l < L; l++) sums[i0 + n * L + l] += double(sum[n][l]);
 
-      if (out.moment)
-        product<T, NV>(w, 1, D, D, cosines, count, out.moment + panel * D * W, true);
+      if (out.moment) product<T, NV>(w, 1, D, D, cosines, count, out.moment + panel * D * W, true);
     }
   }
   for (int64_t i = 0; i < probes.rows; i++) {

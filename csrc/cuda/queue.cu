@@ -109,8 +109,10 @@ void enqueue(
             queue_identities.mutable_data_ptr<int64_t>(), ring, reinterpret_cast<unsigned*>(ring + 2), B, D, K);
       };
       const bool aligned = D % wide == 0 && reinterpret_cast<uintptr_t>(features.const_data_ptr()) % 16 == 0;
-      if (aligned) launch(enqueue_kernel<From, To, wide>);
-      else launch(enqueue_kernel<From, To, 1>);
+      if (aligned)
+        launch(enqueue_kernel<From, To, wide>);
+      else
+        launch(enqueue_kernel<From, To, 1>);
     });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -120,8 +122,8 @@ at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& stat
   const c10::cuda::CUDAGuard guard(queue_identities.device());
   at::Tensor gone = at::empty({count}, queue_identities.options());
   dequeue_kernel<<<1, 1024, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      queue_identities.mutable_data_ptr<int64_t>(), gone.mutable_data_ptr<int64_t>(),
-      state.mutable_data_ptr<int64_t>(), count, queue_identities.size(0));
+      queue_identities.mutable_data_ptr<int64_t>(), gone.mutable_data_ptr<int64_t>(), state.mutable_data_ptr<int64_t>(),
+      count, queue_identities.size(0));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return gone;
 }

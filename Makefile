@@ -1,0 +1,38 @@
+# make demo   set up, then train and compare both methods on the embedded faces
+# make test   set up, then run the whole test suite
+#
+# TORCH=torch==2.13.0   another PyTorch      PYTHON=python3.12   another Python      VENV=.venv   another place
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+BIN = $(VENV)/bin
+SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.ready
+	$(BIN)/sst-fast demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# The extension is built against the torch of this environment, hence no build isolation.
+$(VENV)/.ready: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja pybind11 numpy
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs sst_fast/*.so

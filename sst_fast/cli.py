@@ -1,0 +1,116 @@
+"""The command ``sst-fast``: train, eval, demo, info. Settings come from a YAML or TOML file plus overrides."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; one line on stderr and status 1 for what the user can mend."""
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError:
+        print("sst-fast: the command line needs the extra: pip install 'sst-fast[train]'", file=sys.stderr)
+        return 1
+    from sst_fast.demo import DemoConfig
+    from sst_fast.training import Config
+
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    # A TOML file is read as TOML; YAML (and JSON) otherwise.
+    mode = "toml" if any(a.endswith(".toml") for a in argv) else "yaml"
+    parser = ArgumentParser(prog="sst-fast", description=__doc__)
+    commands = parser.add_subcommands(required=True, dest="command")
+
+    def command(name: str, config: type | None, help: str) -> ArgumentParser:
+        sub = ArgumentParser(parser_mode=mode, description=help)
+        if config is not None:
+            sub.add_argument("--config", action="config", help="a YAML or TOML file with these settings")
+            sub.add_class_arguments(config)
+        commands.add_subcommand(name, sub, help=help)
+        return sub
+
+    command("train", Config, "train on a folder of one sub-folder per identity")
+    evaluate = command("eval", None, "evaluate a trained run on a folder of one sub-folder per identity")
+    evaluate.add_argument("run", type=str, help="the run's folder, with checkpoint.pt")
+    evaluate.add_argument("root", type=str, help="folder of identities, or 'orl'")
+    command("demo", DemoConfig, "compare Semi-Siamese with conventional training on the embedded faces")
+    command("info", None, "versions, device, backends")
+
+    settings = parser.parse_args(argv)
+    try:
+        chosen = settings[settings.command]
+        if settings.command == "info":
+            info()
+        elif settings.command == "eval":
+            evaluate_run(Path(chosen.run), chosen.root)
+        else:
+            chosen.pop("config", None)
+            kind = Config if settings.command == "train" else DemoConfig
+            run(commands.choices[settings.command].instantiate_classes(chosen), kind)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sst-fast {settings.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(values: object, kind: type) -> None:
+    """Trains, or runs the demo."""
+    from sst_fast import demo, training
+
+    fields = {name: value for name, value in vars(values).items() if not name.startswith("_")}
+    if kind is demo.DemoConfig:
+        demo.run(demo.DemoConfig(**fields))
+        return
+    config = training.Config(**fields)
+    done = training.train(config, *training.split(config))
+    if done.history:
+        print(", ".join(f"{name} {value:.4g}" for name, value in done.history[-1].items()))
+    if done.scores:
+        _print_scores(done.scores)
+
+
+def evaluate_run(folder: Path, root: str) -> None:
+    """Verification and identification of a folder's identities by a run's probe network."""
+    import json
+
+    import torch
+
+    from sst_fast import backbones, data
+    from sst_fast.verification import evaluate
+
+    checkpoint = folder / "checkpoint.pt"
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"run: {checkpoint} does not exist")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    config = json.loads(state["config"])
+    size, channels = config["data"]["size"], config["data"]["channels"]
+    network = backbones.build(config["backbone"], config["dim"], size, config["width"], channels)
+    prefix = "probe."
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)})
+    images, labels = data.all_images(data.orl() if root == "orl" else data.folder(root), size, channels)
+    _print_scores(evaluate(backbones.embed(network, images), labels))
+
+
+def info() -> None:
+    """Prints versions, device and, for each operation, the implementations there are and the one that is chosen."""
+    import sst_fast
+    from sst_fast.report import versions
+
+    for name, value in versions().items():
+        print(f"{name:<10} {value}")
+    for choice in sst_fast.backends().values():
+        print(choice)
+
+
+def _print_scores(scores: object) -> None:
+    from sst_fast.report import figures_of
+    from sst_fast.verification import Scores
+
+    assert isinstance(scores, Scores)
+    print(", ".join(f"{name} {value:.2f}" for name, value in figures_of(scores).items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

