@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     # A TOML file is read as TOML; YAML (and JSON) otherwise.
     mode = "toml" if any(a.endswith(".toml") for a in argv) else "yaml"
-    parser = ArgumentParser(prog="sst-fast", description=__doc__)
+    parser = ArgumentParser(prog="sst-fast", parser_mode=mode, description=__doc__)
     commands = parser.add_subcommands(required=True, dest="command")
 
     def command(name: str, config: type | None, help: str) -> ArgumentParser:

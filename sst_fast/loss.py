@@ -38,7 +38,7 @@ class SemiSiameseLoss(nn.Module):
     def __init__(
         self,
         queue: GalleryQueue,
-        margin: Margin = AMSoftmax(0.35),  # noqa: B008 - frozen
+        margin: Margin = AMSoftmax(0.35),
         scale: float = 30.0,
         *,
         keep: Keep = "coin",
@@ -96,5 +96,7 @@ class SemiSiameseLoss(nn.Module):
         gallery_b, gallery_a = features
         if self.keep == "coin":
             # Tossed on the device: the host neither waits nor decides.
-            return torch.where(torch.rand((), device=features.device) < 0.5, gallery_a, gallery_b)
-        return gallery_a if self.keep == "first" else gallery_b
+            kept: Tensor = torch.where(torch.rand((), device=features.device) < 0.5, gallery_a, gallery_b)
+            return kept
+        one: Tensor = gallery_a if self.keep == "first" else gallery_b
+        return one

@@ -3,7 +3,7 @@
 No ``from __future__ import annotations`` here: operator schemas are read from the signatures.
 """
 
-from typing import List, Optional, Tuple  # noqa: UP035
+from typing import Any, List, Optional, Tuple  # noqa: UP035
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ def margin_softmax(
 
 
 @margin_softmax.register_fake
-def _(embedding, prototypes, target, identity, slot_identity, window, window_identity, window_start,  # noqa: ANN001, ANN202
-      kind, parameters, scale, mask_empty, need_gradient, backend):  # fmt: skip  # noqa: ANN001
+def _(embedding: Any, prototypes: Any, *rest: Any) -> Any:
+    need_gradient = rest[-2]
     n = embedding.shape[0]
     wide = torch.promote_types(torch.promote_types(embedding.dtype, prototypes.dtype), torch.float32)
     values = [embedding.new_empty((n,), dtype=wide) for _ in range(4)]
@@ -61,20 +61,20 @@ def margin_softmax_backward(grad_loss: Tensor, gradient: Tensor, embedding: Tens
 
 
 @margin_softmax_backward.register_fake
-def _(grad_loss, gradient, embedding):  # noqa: ANN001, ANN202
+def _(grad_loss: Any, gradient: Any, embedding: Any) -> Any:
     return torch.empty_like(gradient)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(output[1], inputs[0])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad_loss, *unused):  # noqa: ANN001, ANN002, ANN202
+def _backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> Any:
     return (torch.ops.sst_fast.margin_softmax_backward(grad_loss, *ctx.saved_tensors), *[None] * 13)
 
 
-def _no_double_backward(ctx, grad):  # noqa: ANN001, ANN202
+def _no_double_backward(ctx: Any, grad: Tensor) -> Any:
     raise RuntimeError(
         "sst_fast.margin_softmax has no second derivative: its gradient is found in forward. "
         'backend="reference" has one.'
@@ -107,10 +107,10 @@ def dequeue(count: int, queue_identities: Tensor, state: Tensor, backend: str) -
 
 
 @enqueue.register_fake
-def _(features, identities, queue, queue_identities, state, backend):  # noqa: ANN001, ANN202
+def _(features: Any, identities: Any, queue: Any, queue_identities: Any, state: Any, backend: Any) -> None:
     return None
 
 
 @dequeue.register_fake
-def _(count, queue_identities, state, backend):  # noqa: ANN001, ANN202
+def _(count: Any, queue_identities: Any, state: Any, backend: Any) -> Any:
     return queue_identities.new_empty((count,))

@@ -6,7 +6,7 @@ import base64
 import io
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib import resources
@@ -22,11 +22,11 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 import sst_fast
-from sst_fast.training import replacing
+from sst_fast.training import Method, replacing
 from sst_fast.verification import Scores
 
-COLOURS = {"sst": "#0b6e4f", "conventional": "#c8553d"}
-NAMES = {"sst": "Semi-Siamese Training", "conventional": "Conventional (learned class weights)"}
+COLOURS: dict[str, str] = {"sst": "#0b6e4f", "conventional": "#c8553d"}
+NAMES: dict[str, str] = {"sst": "Semi-Siamese Training", "conventional": "Conventional (learned class weights)"}
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Sample:
 
     images: tuple[Tensor, Tensor]
     genuine: bool
-    cosines: dict[str, float]
+    cosines: Mapping[Method, float]
 
 
 def figures_of(scores: Scores) -> dict[str, float]:
@@ -57,9 +57,9 @@ def figures_of(scores: Scores) -> dict[str, float]:
     }
 
 
-def table(results: dict[str, list[Result]]) -> dict[str, dict[str, tuple[float, float]]]:
+def table(results: Mapping[Method, list[Result]]) -> dict[str, dict[str, tuple[float, float]]]:
     """method -> figure -> (mean, standard deviation over folds; 0 for one fold)."""
-    out = {}
+    out: dict[str, dict[str, tuple[float, float]]] = {}
     for method, folds in results.items():
         rows = [figures_of(fold.scores) for fold in folds]
         out[method] = {
@@ -72,7 +72,7 @@ def table(results: dict[str, list[Result]]) -> dict[str, dict[str, tuple[float, 
     return out
 
 
-def text_table(results: dict[str, list[Result]]) -> str:
+def text_table(results: Mapping[Method, list[Result]]) -> str:
     """The table for a terminal."""
     rows = table(results)
     names = list(next(iter(rows.values())))
@@ -84,7 +84,7 @@ def text_table(results: dict[str, list[Result]]) -> str:
 
 def write(
     path: Path,
-    results: dict[str, list[Result]],
+    results: Mapping[Method, list[Result]],
     samples: list[Sample],
     settings: dict[str, object],
     notes: list[str],
@@ -132,7 +132,7 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-def _training(axes: list[Axes], results: dict[str, list[Result]], curves: dict[str, str]) -> None:
+def _training(axes: list[Axes], results: Mapping[Method, list[Result]], curves: dict[str, str]) -> None:
     for axis, (key, title) in zip(axes, curves.items(), strict=True):
         for method, folds in results.items():
             values = np.array([[row[key] for row in fold.history] for fold in folds])
@@ -144,7 +144,7 @@ def _training(axes: list[Axes], results: dict[str, list[Result]], curves: dict[s
     axes[0].legend(frameon=False)
 
 
-def _roc(axis: Axes, results: dict[str, list[Result]]) -> None:
+def _roc(axis: Axes, results: Mapping[Method, list[Result]]) -> None:
     grid = np.logspace(-3, 0, 200)
     for method, folds in results.items():
         curves = []
@@ -160,8 +160,8 @@ def _roc(axis: Axes, results: dict[str, list[Result]]) -> None:
     axis.legend(frameon=False, loc="lower right")
 
 
-def _histograms(axes: list[Axes], results: dict[str, list[Result]]) -> None:
-    bins = np.linspace(-0.6, 1, 60)
+def _histograms(axes: list[Axes], results: Mapping[Method, list[Result]]) -> None:
+    bins = np.linspace(-0.6, 1, 60).tolist()
     for axis, (method, folds) in zip(axes, results.items(), strict=True):
         for kind, colour in (("impostor", "#8d99ae"), ("genuine", COLOURS[method])):
             axis.hist(

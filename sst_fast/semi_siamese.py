@@ -69,8 +69,9 @@ class SemiSiamese(nn.Module):
     @torch.no_grad()
     def update_gallery(self) -> None:
         """gallery <- m gallery + (1 - m) probe, parameters only (Du et al., ECCV 2020); call after the optimizer step."""
-        gallery, probe = list(self.gallery.parameters()), list(self.probe.parameters())
-        torch._foreach_lerp_(gallery, [p.detach() for p in probe], 1.0 - self.momentum)
+        gallery: list[Tensor] = list(self.gallery.parameters())
+        probe: list[Tensor] = list(self.probe.parameters())
+        torch._foreach_lerp_(gallery, probe, 1.0 - self.momentum)
 
     def _gallery_forward(self, image: Tensor) -> Tensor:
         if not (self.shuffle and self.training):

@@ -22,6 +22,8 @@ from sst_fast.queue import GalleryQueue
 from sst_fast.semi_siamese import SemiSiamese
 from sst_fast.verification import Scores, effective_rank, evaluate
 
+Method = Literal["sst", "conventional"]
+
 
 @dataclass
 class DataConfig:
@@ -59,7 +61,7 @@ class Config:
     """
 
     data: DataConfig = field(default_factory=DataConfig)
-    method: Literal["sst", "conventional"] = "sst"
+    method: Method = "sst"
     backbone: str = "mobilefacenet"
     dim: int = 512
     width: float = 1.0
@@ -176,7 +178,7 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
         for epoch in range(len(history), config.epochs):
             row = epoch_of_training(config, epoch, pairs, model, optimizer, device, progress)
             row["effective_rank"] = effective_rank(backbones.embed(model.probe, watched[0].to(device)))
-            row["lr"] = schedule.get_last_lr()[0]
+            row["lr"] = float(schedule.get_last_lr()[0])
             schedule.step()
             history.append(row)
             for name, value in row.items():
@@ -315,7 +317,7 @@ def load(
     optimizer.load_state_dict(state["optimizer"])
     schedule.last_epoch = state["schedule"]["last_epoch"]
     for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-        group["lr"] = base * lr_factor(config, schedule.last_epoch)
+        group["lr"] = float(base) * lr_factor(config, schedule.last_epoch)
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] and torch.cuda.is_available():

@@ -1,0 +1,154 @@
+"""The training wrapper: the two-direction loss, the moving average, one whole step."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sst_fast import AMSoftmax, GalleryQueue, SemiSiamese, SemiSiameseLoss, Softmax
+
+
+def criterion(size=32, dim=8, **options) -> SemiSiameseLoss:
+    return SemiSiameseLoss(GalleryQueue(size, dim), AMSoftmax(0.35), 30.0, **options)
+
+
+def backbone(dim=8) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, dim))
+
+
+def plain_loss(pa, pb, ga, gb, queue, position, scale, margin):
+    """The authors' head in plain PyTorch: the queue cloned for each direction, all slots negatives."""
+    total = 0.0
+    for probe, gallery in ((pa, gb), (pb, ga)):
+        weight = queue.clone()
+        slots = (position + torch.arange(len(probe))) % len(queue)
+        weight[slots] = F.normalize(gallery)
+        logits = F.normalize(probe) @ weight.T
+        logits = logits - margin * F.one_hot(slots, len(queue))
+        total = total + F.cross_entropy(scale * logits, slots)
+    return total / 2
+
+
+def test_equals_the_plain_head_over_many_steps():
+    torch.manual_seed(0)
+    loss = criterion(keep="first", mask_identity=False, mask_empty=False)
+    loss.queue.enqueue(torch.randn(32, 8), torch.arange(32))
+    queue, position = loss.queue.features.clone(), 0
+    for step in range(12):  # 5 does not divide 32: the window wraps round
+        features = [torch.randn(5, 8, requires_grad=i < 2) for i in range(4)]
+        expected = plain_loss(*features, queue, position, 30.0, 0.35)
+        found = loss(*features, torch.arange(5) + 5 * step)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        for ours, theirs in zip(
+            torch.autograd.grad(found, features[:2]), torch.autograd.grad(expected, features[:2]), strict=True
+        ):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+        queue[(position + torch.arange(5)) % 32] = F.normalize(features[2])
+        position = (position + 5) % 32
+        assert torch.allclose(loss.queue.features, queue, atol=1e-6)
+
+
+def test_identity_mask_removes_false_negatives():
+    """An identity that is still in the queue must not be its own negative."""
+    loss = criterion(keep="first")
+    feature = F.normalize(torch.randn(1, 8))
+    loss(*[feature] * 4, torch.tensor([3]))
+    again = loss(*[feature] * 4, torch.tensor([3]))
+    assert again.item() == 0  # nothing else is in the queue
+    assert loss(*[feature] * 4, torch.tensor([4])).item() > 1
+
+
+def test_evaluation_mode_leaves_the_queue_alone():
+    loss = criterion().eval()
+    before = [b.clone() for b in loss.buffers()]
+    loss(*[torch.randn(4, 8) for _ in range(4)], torch.arange(4))
+    assert all(torch.equal(a, b) for a, b in zip(before, loss.buffers(), strict=True))
+
+
+def test_keeps_one_image_of_the_whole_batch():
+    seen = set()
+    torch.manual_seed(0)
+    for _ in range(20):
+        loss = criterion()
+        ga, gb = F.normalize(torch.randn(4, 8)), F.normalize(torch.randn(4, 8))
+        loss(torch.randn(4, 8), torch.randn(4, 8), ga, gb, torch.arange(4))
+        kept = loss.queue.features[:4]
+        assert torch.allclose(kept, ga, atol=1e-6) or torch.allclose(kept, gb, atol=1e-6)
+        seen.add(torch.allclose(kept, ga, atol=1e-6))
+    assert seen == {True, False}
+
+
+def test_moving_average():
+    model = SemiSiamese(backbone(), criterion(), momentum=0.9)
+    before = [p.clone() for p in model.gallery.parameters()]
+    with torch.no_grad():
+        for p in model.probe.parameters():
+            p.add_(1.0)
+    model.update_gallery()
+    for old, gallery in zip(before, model.gallery.parameters(), strict=True):
+        assert torch.allclose(gallery, old + 0.1, atol=1e-6)
+        assert not gallery.requires_grad
+
+
+def test_gallery_batchnorm_trains_and_nothing_else_does():
+    model = SemiSiamese(nn.Sequential(backbone(), nn.Dropout(0.5)), criterion())
+    assert [m.training for m in model.gallery.modules() if isinstance(m, nn.BatchNorm1d)] == [True]
+    assert not any(m.training for m in model.gallery.modules() if isinstance(m, nn.Dropout))
+    assert not any(m.training for m in model.eval().gallery.modules())
+
+
+def test_shuffling_changes_nothing_but_the_order():
+    torch.manual_seed(0)
+    images = torch.randn(6, 12)
+    model = SemiSiamese(backbone(), criterion(), shuffle=True)
+    assert torch.allclose(model._gallery_forward(images), model.gallery(images), atol=1e-5)
+
+
+def test_training_learns():
+    """Pairs of noisy views of fixed points: the target cosine rises above the hardest negative's."""
+    torch.manual_seed(0)
+    points = torch.randn(40, 12)
+    model = SemiSiamese(backbone(), SemiSiameseLoss(GalleryQueue(64, 8), Softmax(), 16.0), momentum=0.9)
+    optimizer = torch.optim.SGD(model.probe.parameters(), 0.2, momentum=0.9)
+    for _ in range(200):
+        identity = torch.randperm(40)[:16]
+        a, b = (points[identity] + 0.1 * torch.randn(16, 12) for _ in range(2))
+        optimizer.zero_grad()
+        model(a, b, identity).backward()
+        optimizer.step()
+        model.update_gallery()
+    statistics = model.criterion.statistics
+    assert statistics.target_cosine.mean() > statistics.hardest_cosine.mean() + 0.1
+
+
+def test_state_dict_round_trip():
+    torch.manual_seed(0)
+    models = [SemiSiamese(backbone(), criterion()) for _ in range(2)]
+    models[0](torch.randn(4, 12), torch.randn(4, 12), torch.arange(4))
+    models[1].load_state_dict(models[0].state_dict())
+    images = torch.randn(4, 12), torch.randn(4, 12)
+    losses = []
+    for model in models:
+        torch.manual_seed(1)
+        losses.append(model(*images, torch.arange(4)).item())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SemiSiamese(backbone(), criterion(), momentum=1.5), r"momentum must be in \[0, 1\], got 1.5"),
+        (lambda: criterion(keep="last"), "keep must be"),
+        (
+            lambda: SemiSiamese(backbone(), criterion())(torch.ones(4, 12), torch.ones(3, 12), torch.arange(4)),
+            "image_b must have shape",
+        ),
+        (
+            lambda: criterion(size=3)(*[torch.randn(4, 8)] * 4, torch.arange(4)),
+            "batch of 4 does not fit into a queue of 3",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
