@@ -9,6 +9,7 @@ Otherwise the CUDA sources are built when torch is a CUDA build and nvcc is foun
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import torch
@@ -28,6 +29,19 @@ def switch(name: str) -> bool:
     return os.environ.get(name, "0").lower() not in ("", "0", "false", "no")
 
 
+def find_toolkit() -> None:
+    """Where nvcc is a wrapper outside its toolkit, asks it for the toolkit that holds libcudart."""
+    home = cpp_extension.CUDA_HOME
+    if home is None or any(Path(home).glob("lib*/libcudart.so")):
+        return
+    nvcc = Path(home) / "bin" / "nvcc"
+    if nvcc.exists():
+        said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+        for line in said.splitlines():
+            if line.startswith("#$ TOP="):
+                cpp_extension.CUDA_HOME = str(Path(line.removeprefix("#$ TOP=")).resolve())
+
+
 def with_cuda() -> tuple[bool, str]:
     """Whether to build the CUDA sources, and the reason in words."""
     force, skip = switch("SST_FAST_FORCE_CUDA"), switch("SST_FAST_SKIP_CUDA")
@@ -35,6 +49,7 @@ def with_cuda() -> tuple[bool, str]:
         raise SystemExit("sst-fast: SST_FAST_FORCE_CUDA and SST_FAST_SKIP_CUDA are both set; set one")
     if skip:
         return False, "SST_FAST_SKIP_CUDA is set"
+    find_toolkit()
     missing = None
     if torch.version.cuda is None:
         missing = f"torch {torch.__version__} is not a CUDA build"
