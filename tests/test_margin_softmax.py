@@ -55,11 +55,12 @@ def check(problem: Problem, margin=AMSoftmax(0.35), scale=30.0, backend="cpu", t
 @given(data=st.data())
 def test_agrees_with_reference(backend, data):
     k = data.draw(st.integers(1, 300), "k")
+    d = data.draw(st.integers(1, 200), "d")
     windowed = data.draw(st.booleans(), "windowed")
     problem = make(
         data.draw(st.integers(1, min(k, 70) if windowed else 140), "n"),
         k,
-        data.draw(st.integers(2, 200), "d"),
+        d,
         seed=data.draw(st.integers(0, 9999), "seed"),
         start=data.draw(st.integers(0, k - 1), "start") if windowed else None,
         groups=data.draw(st.integers(1, 3), "groups"),
@@ -74,6 +75,7 @@ def test_agrees_with_reference(backend, data):
         data.draw(st.sampled_from(MARGINS), "margin"),
         data.draw(st.sampled_from([1.0, 30.0, 64.0]), "scale"),
         backend,
+        ties=d < 16,  # rows of few features in bfloat16 coincide
         mask_empty=data.draw(st.booleans(), "mask_empty"),
     )
 
