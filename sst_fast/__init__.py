@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from sst_fast import functional
-from sst_fast.backends import backends
+from sst_fast.dispatch import backends
 from sst_fast.loss import SemiSiameseLoss
 from sst_fast.margins import AMSoftmax, ArcSoftmax, Margin, Softmax
 from sst_fast.queue import GalleryQueue, Window

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             chosen.pop("config", None)
             kind = Config if settings.command == "train" else DemoConfig
-            run(commands.choices[settings.command].instantiate_classes(chosen), kind)
+            run(commands.choices[settings.command].instantiate(chosen), kind)
     except (ValueError, OSError, ImportError) as error:
         print(f"sst-fast {settings.command}: {error}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_fast import ops, reference
-from sst_fast.backends import choose
+from sst_fast.dispatch import choose
 from sst_fast.margins import AMSoftmax, Margin
 
 if TYPE_CHECKING:

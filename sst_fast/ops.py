@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_fast import reference
-from sst_fast.backends import compiled
+from sst_fast.dispatch import compiled
 
 Results = Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # noqa: UP006
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from problems import Problem, answer, make
 
 from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Softmax, Window, ops
-from sst_fast.backends import backends
+from sst_fast.dispatch import backends
 from sst_fast.functional import margin_softmax
 
 BACKENDS = [name for name, state in backends("cpu")["margin_softmax"].implementations.items() if state == "available"]

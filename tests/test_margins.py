@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sst_fast import AMSoftmax, ArcSoftmax, Margin, Softmax
-from sst_fast.backends import compiled
+from sst_fast.dispatch import compiled
 from sst_fast.margins import MARGINS
 
 EXAMPLES = [Softmax(), AMSoftmax(0.35), AMSoftmax(0.0), ArcSoftmax(0.5), ArcSoftmax(0.5, easy=True), ArcSoftmax(2.0)]
