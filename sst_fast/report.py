@@ -48,7 +48,7 @@ class Sample:
 
 def figures_of(scores: Scores) -> dict[str, float]:
     """The numbers of the table, in percent but for the rank."""
-    tar = {f"TAR @ FAR {far:g}": 100 * value for far, value in scores.tar.items()}
+    tar = {f"TAR at FAR {100 * far:g}%": 100 * value for far, value in scores.tar.items()}
     return {
         "accuracy": 100 * scores.accuracy,
         **tar,
