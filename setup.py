@@ -21,7 +21,16 @@ CPU = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(
 CUDA = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
-CXX_FLAGS = "-O3 -g0 -std=c++20 -ffp-contract=fast -Wall -Wextra -Wno-psabi -Wno-unused-parameter".split()
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-unused-parameter",
+]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--extended-lambda", "-Werror", "all-warnings", "-diag-suppress", "177,550"]
 
 

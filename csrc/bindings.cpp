@@ -8,12 +8,21 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operations of sst_fast; call them through sst_fast, which checks arguments.";
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   m.def("cpu_margin_softmax", &cpu::margin_softmax, free_gil);
+  m.def("cpu_prototype_gradient", &cpu::prototype_gradient, free_gil);
   m.def("cpu_enqueue", &cpu::enqueue, free_gil);
   m.def("cpu_dequeue", &cpu::dequeue, free_gil);
   m.def("instruction_set", &cpu::instruction_set);
-  m.def("target_margin", [](int64_t kind, const std::vector<double>& parameters, double a) {
-    const auto psi = target_margin<double>(make_margin(kind, parameters), a);
-    return std::pair(psi.value, psi.slope);
+  // The formulas of margin.h alone, for tests: (psi, psi', phi, phi') at a target cosine a and another cosine c.
+  m.def("margin", [](int64_t kind, const std::vector<double>& parameters, double a, double c, double hard_mean) {
+    const Margin margin = make_margin(kind, parameters);
+    const auto psi = target_margin<double>(margin, a, hard_mean);
+    const auto row = phi_row<double>(margin, a);
+    const auto phi = with_phi(margin.kind, [&](auto f) {
+      double e = 0;
+      if constexpr (f.kExp) e = std::exp(f.exponent(c, row.at));
+      return std::pair(f.value(c, row.at, e), f.slope(c, row.at, e));
+    });
+    return std::tuple(psi.value, psi.slope, phi.first, phi.second);
   });
 #ifdef SST_FAST_CUDA
   m.def("cuda_enqueue", &cuda::enqueue, free_gil);

@@ -2,8 +2,9 @@
 //
 // a: cosine of a probe with its target prototype, c: cosine with any other slot.
 //   target logit    t = scale * psi(a)      psi and its slope: target_margin()
-//   other logits    z = scale * phi(c)      phi and its slope: one functor per family, below
-// To add a margin: a Kind, a case in target_margin() and, if other slots are changed too, a phi functor.
+//   other logits    z = scale * phi(c)      phi and its slope: one functor per family, below, which takes what
+//                                           phi_row() found for the probe
+// To add a margin: a Kind, a case in target_margin() and, if other slots are changed too, in phi_row() and with_phi().
 #pragma once
 
 #include <cmath>
@@ -17,10 +18,20 @@
 
 namespace sst_fast {
 
-enum class Kind : int64_t { softmax = 0, am = 1, arc = 2 };
-constexpr int64_t kKinds = 3;
+enum class Kind : int64_t {
+  softmax = 0,
+  am = 1,
+  arc = 2,
+  combined = 3,
+  mv = 4,
+  curricular = 5,
+  npc = 6,
+  circle = 7,
+  arc_neg = 8,
+};
+constexpr int64_t kKinds = 9;
 
-constexpr int kParameters = 4;
+constexpr int kParameters = 6;
 
 // Parameters in the order in which the Python dataclass declares them.
 struct Margin {
@@ -28,8 +39,8 @@ struct Margin {
   double p[kParameters];
 };
 
-// The arc margin's slope is cos m + a sin m / sin(theta), unbounded as theta -> 0 or pi. Closer than this to
-// either end sin(theta) is held constant, as in the reference.
+// The slope of a margin on the angle has 1 / sin(theta), unbounded as theta -> 0 or pi. Closer than this to either
+// end sin(theta) is held constant, as in the reference.
 constexpr double kMinSine = 1e-3;
 
 template <typename T>
@@ -39,35 +50,190 @@ struct Value {
 };
 
 template <typename T>
-SST_HD Value<T> target_margin(const Margin& margin, T a) {
+SST_HD T sine_of(T a, bool& held) {
+  const T square = (T(1) - a) * (T(1) + a);
+  held = !(square > T(kMinSine * kMinSine));
+  return held ? T(kMinSine) : T(std::sqrt(square));
+}
+
+// cos(theta + m)
+template <typename T>
+SST_HD T cos_of_sum(T a, T m) {
+  bool held;
+  const T sine = sine_of(a, held);
+  return a * std::cos(m) - sine * std::sin(m);
+}
+
+template <typename T>
+SST_HD Value<T> arc_margin(T a, T m, bool easy) {
+  const T cos_m = std::cos(m), sin_m = std::sin(m);
+  const T limit = easy ? T(0) : -cos_m;  // cos(pi - m): beyond it theta + m would pass pi
+  if (!(a > limit)) return {easy ? a : a - m * sin_m, T(1)};
+  bool held;
+  const T sine = sine_of(a, held);
+  return {a * cos_m - sine * sin_m, held ? cos_m : cos_m + a * sin_m / sine};
+}
+
+// cos(m1 theta + m2) - m3, continued beyond pi as in SphereFace or held there.
+template <typename T>
+SST_HD Value<T> combined_margin(T a, T m1, T m2, T m3, T annealing, bool hold) {
+  const T pi = T(3.14159265358979323846);
+  bool held;
+  const T sine = sine_of(a, held);
+  T angle = std::acos(a > T(1) ? T(1) : a < T(-1) ? T(-1) : a) * m1 + m2;
+  T turn = m1;  // slope of the angle in theta
+  if (angle < T(0)) angle = T(0), turn = T(0);
+  if (hold && angle > pi) angle = pi, turn = T(0);
+  const T k = hold ? T(0) : std::floor(angle / pi);
+  const T sign = std::fmod(k, T(2)) == T(0) ? T(1) : T(-1);
+  const T value = sign * std::cos(angle) - T(2) * k - m3;
+  const T slope = sign * std::sin(angle) * turn / sine;
+  return {(annealing * a + value) / (annealing + T(1)), (annealing + slope) / (annealing + T(1))};
+}
+
+// hard_mean: mean cosine of the probe's hard slots, which Kind::npc alone uses.
+template <typename T>
+SST_HD Value<T> target_margin(const Margin& margin, T a, T hard_mean = T(0)) {
   const T m = T(margin.p[0]);
-  if (margin.kind == Kind::am) return {a - m, T(1)};
-  if (margin.kind == Kind::arc) {
-    const bool easy = margin.p[1] != 0;
-    using std::cos;
-    using std::sin;
-    using std::sqrt;
-    const T cos_m = T(cos(margin.p[0])), sin_m = T(sin(margin.p[0]));
-    const T limit = easy ? T(0) : -cos_m;  // cos(pi - m): beyond it theta + m would pass pi
-    if (!(a > limit)) return {easy ? a : a - m * sin_m, T(1)};
-    const T square = (T(1) - a) * (T(1) + a);
-    if (!(square > T(kMinSine * kMinSine))) return {a * cos_m - T(kMinSine) * sin_m, cos_m};
-    const T sine = sqrt(square);
-    return {a * cos_m - sine * sin_m, cos_m + a * sin_m / sine};
+  switch (margin.kind) {
+    case Kind::softmax:
+      return {a, T(1)};
+    case Kind::am:
+      return {a - m, T(1)};
+    case Kind::arc:
+      return arc_margin(a, m, margin.p[1] != 0);
+    case Kind::combined:
+      return combined_margin(a, m, T(margin.p[1]), T(margin.p[2]), T(margin.p[3]), margin.p[4] != 0);
+    case Kind::mv: {
+      const bool arc = margin.p[2] != 0, positive_only = margin.p[3] != 0;
+      if (arc) return arc_margin(a, m, positive_only);
+      return {positive_only && !(a > m) ? a : a - m, T(1)};
+    }
+    case Kind::npc: {
+      T sum = m + T(margin.p[1]) * hard_mean;
+      const T pi = T(3.14159265358979323846);
+      sum = sum < T(0) ? T(0) : sum > pi ? pi : sum;
+      return arc_margin(a, sum, margin.p[5] != 0);
+    }
+    case Kind::circle: {
+      const T weight = T(1) + m - a > T(0) ? T(1) + m - a : T(0);
+      return {weight * (a - (T(1) - m)), weight};
+    }
+    case Kind::curricular:
+    case Kind::arc_neg:
+      return arc_margin(a, m, false);
   }
   return {a, T(1)};
 }
 
-// phi of the families that leave the other slots alone. V is a scalar or a vector of cosines.
+// What phi needs to know about a probe.
+constexpr int kPhiRow = 4;
+template <typename T>
+struct PhiRow {
+  T at[kPhiRow];
+};
+
+template <typename T>
+SST_HD PhiRow<T> phi_row(const Margin& margin, T a) {
+  const T m = T(margin.p[0]);
+  switch (margin.kind) {
+    case Kind::mv: {  // t c + t - 1
+      const T t = T(margin.p[1]);
+      return {{margin.p[2] != 0 ? cos_of_sum(a, m) : a - m, T(0), t, t - T(1)}};
+    }
+    case Kind::curricular:  // c^2 + t c
+      return {{cos_of_sum(a, m), T(1), T(margin.p[1]), T(0)}};
+    case Kind::npc:  // t c + alpha
+      return {{cos_of_sum(a, T(margin.p[4])), T(0), T(margin.p[2]), T(margin.p[3])}};
+    case Kind::circle:
+      return {{m, T(0), T(0), T(0)}};
+    case Kind::arc_neg:
+      return {{arc_margin(a, m, false).value, T(margin.p[1]), T(-1) / T(margin.p[2]), T(0)}};
+    default:
+      return {{T(0), T(0), T(0), T(0)}};
+  }
+}
+
+// phi(c) and its slope. V is a scalar or a vector of cosines, row[] the same of what phi_row() found, e the exponential
+// of exponent(c, row) where kExp: the caller knows the exponential that suits V.
 struct PlainPhi {
+  static constexpr bool kExp = false;
+  static constexpr int kRow = 0;  // how many values of the row are used
   template <typename V>
-  SST_HD static V value(V c) {
+  SST_HD static V value(V c, const V* /*row*/, V /*e*/) {
     return c;
   }
   template <typename V>
-  SST_HD static V times_slope(V p, V /*c*/) {
-    return p;
+  SST_HD static V slope(V c, const V* /*row*/, V /*e*/) {
+    return c * 0.0f + 1.0f;
   }
 };
+
+// row: limit, then phi = row1 c^2 + row2 c + row3 for a slot with c > limit, c otherwise.
+struct HardPhi {
+  static constexpr bool kExp = false;
+  static constexpr int kRow = 4;
+  template <typename V>
+  SST_HD static V value(V c, const V* row, V /*e*/) {
+    return c > row[0] ? (row[1] * c + row[2]) * c + row[3] : c;
+  }
+  template <typename V>
+  SST_HD static V slope(V c, const V* row, V /*e*/) {
+    const V one = row[0] * 0.0f + 1.0f;
+    return c > row[0] ? row[1] * c * 2.0f + row[2] : one;
+  }
+};
+
+// row: m. The weight is a constant to the gradient.
+struct CirclePhi {
+  static constexpr bool kExp = false;
+  static constexpr int kRow = 1;
+  template <typename V>
+  SST_HD static V value(V c, const V* row, V e) {
+    return slope(c, row, e) * (c - row[0]);
+  }
+  template <typename V>
+  SST_HD static V slope(V c, const V* row, V /*e*/) {
+    const V weight = c + row[0];
+    const V zero = row[0] * 0.0f;
+    return weight < zero ? zero : weight;  // keeps a NaN
+  }
+};
+
+// row: psi(a), alpha, -1 / sigma. The weight t is a constant to the gradient.
+struct ArcNegPhi {
+  static constexpr bool kExp = true;
+  static constexpr int kRow = 3;
+  template <typename V>
+  SST_HD static V value(V c, const V* row, V e) {
+    const V t = slope(c, row, e);
+    return t * c + t - 1.0f;
+  }
+  template <typename V>
+  SST_HD static V exponent(V c, const V* row) {
+    return (c - row[0]) * (c - row[0]) * row[2];
+  }
+  template <typename V>
+  SST_HD static V slope(V /*c*/, const V* row, V e) {
+    return row[1] * e;
+  }
+};
+
+// Calls f(phi) with the family of this margin.
+template <typename F>
+SST_HD auto with_phi(Kind kind, F f) {
+  switch (kind) {
+    case Kind::mv:
+    case Kind::curricular:
+    case Kind::npc:
+      return f(HardPhi{});
+    case Kind::circle:
+      return f(CirclePhi{});
+    case Kind::arc_neg:
+      return f(ArcNegPhi{});
+    default:
+      return f(PlainPhi{});
+  }
+}
 
 }  // namespace sst_fast

@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "margin.h"
@@ -14,23 +13,28 @@ namespace sst_fast {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-inline Margin make_margin(int64_t kind, const std::vector<double>& parameters) {
-  TORCH_CHECK(kind >= 0 && kind < kKinds, "unknown margin ", kind);
-  TORCH_CHECK(parameters.size() <= kParameters, "a margin has at most ", kParameters, " parameters");
-  Margin margin{static_cast<Kind>(kind), {}};
-  for (size_t i = 0; i < parameters.size(); i++) margin.p[i] = parameters[i];
-  return margin;
-}
-
 namespace cpu {
 
-// -> loss [N], gradient of each row's loss for embedding [N, D] (or [0]), log-sum-exp [N], target cosine [N],
-//    hardest negative cosine [N], its slot [N], number of slots above the target cosine [N]
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> margin_softmax(
+// -> loss [N], gradient of each row's loss for embedding [N, D] (or [0, D]), log-sum-exp [N], target cosine [N],
+// hardest
+//    negative cosine [N], its slot [N], number of slots above the target cosine [N], number of negatives [N],
+//    derivative of the loss in the target cosine [N]
+// margin_rows [P, N] and scale_rows [N], float64, take the place of parameters and scale where they vary from row to
+// row.
+std::vector<at::Tensor> margin_softmax(
     const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
     const OptionalTensor& slot_identity, const OptionalTensor& window, const OptionalTensor& window_identity,
-    const OptionalTensor& window_start, int64_t kind, const std::vector<double>& parameters, double scale,
-    bool mask_empty, bool need_gradient);
+    const OptionalTensor& window_start, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
+    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
+    double label_smoothing, bool straight_through, bool need_gradient);
+
+// Gradient [K, D] for the prototypes, given that of the loss [N] and what margin_softmax returned.
+at::Tensor prototype_gradient(
+    const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& negatives, const at::Tensor& target_slope,
+    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
+    const OptionalTensor& slot_identity, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
+    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
+    double label_smoothing, bool straight_through);
 
 void enqueue(
     const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,
@@ -40,6 +44,14 @@ at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& stat
 const char* instruction_set();
 
 }  // namespace cpu
+
+inline Margin make_margin(int64_t kind, const std::vector<double>& parameters) {
+  TORCH_CHECK(kind >= 0 && kind < kKinds, "unknown margin ", kind);
+  TORCH_CHECK(parameters.size() <= kParameters, "a margin has at most ", kParameters, " parameters");
+  Margin margin{static_cast<Kind>(kind), {}};
+  for (size_t i = 0; i < parameters.size(); i++) margin.p[i] = parameters[i];
+  return margin;
+}
 
 #ifdef SST_FAST_CUDA
 namespace cuda {

@@ -4,8 +4,23 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sst_fast import functional
 from sst_fast.dispatch import backends
-from sst_fast.loss import SemiSiameseLoss
-from sst_fast.margins import AMSoftmax, ArcSoftmax, Margin, Softmax
+from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
+from sst_fast.margins import (
+    AdaCos,
+    AdaFace,
+    AMSoftmax,
+    ArcNegFace,
+    ArcSoftmax,
+    CircleLoss,
+    CombinedMargin,
+    CurricularFace,
+    MagFace,
+    Margin,
+    MVSoftmax,
+    NPCFace,
+    Softmax,
+    SphereFace,
+)  # fmt: skip
 from sst_fast.queue import GalleryQueue, Window
 from sst_fast.semi_siamese import SemiSiamese
 
@@ -16,12 +31,23 @@ except PackageNotFoundError:  # a source tree that was not installed
 
 __all__ = [
     "AMSoftmax",
+    "AdaCos",
+    "AdaFace",
+    "ArcNegFace",
     "ArcSoftmax",
+    "CircleLoss",
+    "CombinedMargin",
+    "CurricularFace",
     "GalleryQueue",
+    "MVSoftmax",
+    "MagFace",
     "Margin",
+    "MarginSoftmaxHead",
+    "NPCFace",
     "SemiSiamese",
     "SemiSiameseLoss",
     "Softmax",
+    "SphereFace",
     "Window",
     "backends",
     "functional",

@@ -11,44 +11,42 @@ from torch import Tensor
 from sst_fast import reference
 from sst_fast.dispatch import compiled
 
-Results = Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # noqa: UP006
+Maybe = Optional[Tensor]  # noqa: UP045
+Results = Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # noqa: UP006
 
 
 @torch.library.custom_op("sst_fast::margin_softmax", mutates_args=())
 def margin_softmax(
-    embedding: Tensor,
-    prototypes: Tensor,
-    target: Tensor,
-    identity: Optional[Tensor],  # noqa: UP045
-    slot_identity: Optional[Tensor],  # noqa: UP045
-    window: Optional[Tensor],  # noqa: UP045
-    window_identity: Optional[Tensor],  # noqa: UP045
-    window_start: Optional[Tensor],  # noqa: UP045
-    kind: int,
-    parameters: List[float],  # noqa: UP006
-    scale: float,
-    mask_empty: bool,
-    need_gradient: bool,
-    backend: str,
-) -> Results:
-    """Per-sample loss [N], its gradient for each embedding [N, D] ([0, D] unless wanted), and statistics [N]."""
+    embedding: Tensor, prototypes: Tensor, target: Tensor, identity: Maybe, slot_identity: Maybe, window: Maybe, window_identity: Maybe,
+    window_start: Maybe, margin_rows: Maybe, scale_rows: Maybe, kind: int, parameters: List[float], scale: float,  # noqa: UP006
+    mask_empty: bool, normalize: bool, label_smoothing: float, straight_through: bool, need_gradient: bool, backend: str,
+) -> Results:  # fmt: skip
+    """Per-sample loss [N], its gradient for each embedding [N, D] ([0, D] unless wanted), and seven statistics [N]: csrc/ops.h.
+
+    ``margin_rows`` [P, N] and ``scale_rows`` [N], float64, take the place of ``parameters`` and ``scale``.
+    """
     run = getattr(compiled, f"{backend}_margin_softmax")
-    results: Results = run(
-        embedding, prototypes, target, identity, slot_identity, window, window_identity, window_start,
-        kind, parameters, scale, mask_empty, need_gradient,
+    loss, *others = run(
+        embedding, prototypes, target, identity, slot_identity, window, window_identity, window_start, margin_rows,
+        scale_rows, kind, parameters, scale, mask_empty, normalize, label_smoothing, straight_through, need_gradient,
     )  # fmt: skip
-    return results
+    return (loss, *others)
 
 
 @margin_softmax.register_fake
 def _(embedding: Any, prototypes: Any, *rest: Any) -> Any:
     need_gradient = rest[-2]
     n = embedding.shape[0]
-    wide = torch.promote_types(torch.promote_types(embedding.dtype, prototypes.dtype), torch.float32)
-    values = [embedding.new_empty((n,), dtype=wide) for _ in range(4)]
-    counts = [embedding.new_empty((n,), dtype=torch.int64) for _ in range(2)]
+    wide = wide_dtype(embedding, prototypes)
+    value, count = (embedding.new_empty((n,), dtype=dtype) for dtype in (wide, torch.int64))
     gradient = embedding.new_empty((n if need_gradient else 0, embedding.shape[1]))
-    return (values[0], gradient, *values[1:], *counts)
+    like = (value, gradient, value, value, value, count, count, count, value)
+    return tuple(torch.empty_like(x) for x in like)
+
+
+def wide_dtype(embedding: Tensor, prototypes: Tensor) -> torch.dtype:
+    """In which losses are returned: float32, or float64 if an input is."""
+    return torch.promote_types(torch.promote_types(embedding.dtype, prototypes.dtype), torch.float32)
 
 
 @torch.library.custom_op("sst_fast::margin_softmax_backward", mutates_args=())
@@ -65,13 +63,51 @@ def _(grad_loss: Any, gradient: Any, embedding: Any) -> Any:
     return torch.empty_like(gradient)
 
 
+@torch.library.custom_op("sst_fast::prototype_gradient", mutates_args=())
+def prototype_gradient(
+    grad_loss: Tensor, lse: Tensor, negatives: Tensor, target_slope: Tensor, embedding: Tensor, prototypes: Tensor,
+    target: Tensor, identity: Maybe, slot_identity: Maybe, margin_rows: Maybe, scale_rows: Maybe, kind: int,
+    parameters: List[float], scale: float, mask_empty: bool, normalize: bool, label_smoothing: float,  # noqa: UP006
+    straight_through: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    """Gradient for the prototypes [K, D], float32 or float64: a second sweep, from the log-sum-exp of the first."""
+    run = getattr(compiled, f"{backend}_prototype_gradient")
+    gradient: Tensor = run(
+        grad_loss, lse, negatives, target_slope, embedding, prototypes, target, identity, slot_identity, margin_rows,
+        scale_rows, kind, parameters, scale, mask_empty, normalize, label_smoothing, straight_through,
+    )  # fmt: skip
+    return gradient
+
+
+@prototype_gradient.register_fake
+def _(grad_loss: Any, lse: Any, negatives: Any, slope: Any, embedding: Any, prototypes: Any, *rest: Any) -> Any:
+    return torch.empty_like(prototypes, dtype=lse.dtype, memory_format=torch.contiguous_format)
+
+
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(output[1], inputs[0])
+    embedding, prototypes, target, identity, slot_identity, window, *_ = inputs
+    tensors = [output[1], embedding]
+    ctx.numbers = None
+    if ctx.needs_input_grad[1]:
+        assert window is None, "prototypes that a window replaces get their gradient from the reference"
+        tensors += [output[2], output[7], output[8], prototypes, target, identity, slot_identity, *inputs[8:10]]
+        ctx.numbers = (*inputs[10:17], inputs[18])
+    ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> Any:
-    return (torch.ops.sst_fast.margin_softmax_backward(grad_loss, *ctx.saved_tensors), *[None] * 13)
+def _backward(ctx: Any, grad_loss: Any, *unused: Any) -> Any:
+    gradient, embedding, *more = ctx.saved_tensors
+    for_embedding = for_prototypes = None
+    if grad_loss is not None and ctx.needs_input_grad[0]:
+        for_embedding = torch.ops.sst_fast.margin_softmax_backward(grad_loss, gradient, embedding)
+    if grad_loss is not None and ctx.numbers is not None:
+        lse, negatives, slope, prototypes, *rest = more
+        for_prototypes = torch.ops.sst_fast.prototype_gradient(
+            grad_loss, lse, negatives, slope, embedding, prototypes, *rest, *ctx.numbers
+        ).to(prototypes.dtype)
+    return (for_embedding, for_prototypes, *[None] * 17)
 
 
 def _no_double_backward(ctx: Any, grad: Tensor) -> Any:
@@ -83,6 +119,7 @@ def _no_double_backward(ctx: Any, grad: Tensor) -> Any:
 
 margin_softmax.register_autograd(_backward, setup_context=_setup_context)
 margin_softmax_backward.register_autograd(_no_double_backward)
+prototype_gradient.register_autograd(_no_double_backward)
 
 
 @torch.library.custom_op("sst_fast::enqueue", mutates_args=("queue", "queue_identities", "state"))

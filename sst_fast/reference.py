@@ -5,12 +5,13 @@ Sizes: N probes, K slots, D features, B slots in the batch window, H groups of p
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sst_fast.margins import Margin
+from sst_fast.margins import Margin, Parameter
 
 MIN_NORM = 1e-12  # a shorter embedding has no direction: cosine 0 with everything, gradient 0
 
@@ -51,8 +52,10 @@ def margin_softmax(
     window_identity: Tensor | None,
     window_start: Tensor | None,
     margin: Margin,
-    scale: float,
+    scale: Parameter,
     mask_empty: bool,
+    label_smoothing: float = 0.0,
+    straight_through: bool = False,
 ) -> MarginSoftmax:
     """Differentiable in ``embedding`` and ``prototypes``; materialises the logits. Arguments as in the operator."""
     wide = torch.promote_types(torch.promote_types(embedding.dtype, prototypes.dtype), torch.float32)
@@ -71,31 +74,26 @@ def margin_softmax(
             slots = window_slots(window_start, window.shape[1], len(prototypes))
             w = w.index_copy(0, slots, window[group].to(wide))
             ids = None if ids is None or window_identity is None else ids.index_copy(0, slots, window_identity)
+        some = partial(_rows, rows=rows, count=len(unit))
+        identity_of = None if identity is None else identity[rows]
+        scale_of = some(scale) if isinstance(scale, Tensor) else scale
         parts.append(
             _plain(
-                unit[rows],
-                w,
-                target[rows],
-                None if identity is None else identity[rows],
-                ids,
-                margin,
-                scale,
-                mask_empty,
+                unit[rows], w, target[rows], identity_of, ids, margin.map(some), scale_of, mask_empty,
+                label_smoothing, straight_through,
             )
-        )
+        )  # fmt: skip
     return MarginSoftmax(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+def _rows(parameter: Tensor, rows: Tensor, count: int) -> Tensor:
+    return parameter.expand(count)[rows]
+
+
 def _plain(
-    unit: Tensor,
-    w: Tensor,
-    target: Tensor,
-    identity: Tensor | None,
-    slot_identity: Tensor | None,
-    margin: Margin,
-    scale: float,
-    mask_empty: bool,
-) -> MarginSoftmax:
+    unit: Tensor, w: Tensor, target: Tensor, identity: Tensor | None, slot_identity: Tensor | None,
+    margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, straight_through: bool,
+) -> MarginSoftmax:  # fmt: skip
     c = unit @ w.T
     a = (unit * w[target]).sum(1)
     live = torch.ones_like(c, dtype=torch.bool)
@@ -106,25 +104,32 @@ def _plain(
             live &= (slot_identity >= 0)[None, :]
     live = live.scatter(1, target[:, None], torch.zeros_like(live[:, :1]))
 
-    t = scale * margin.psi(a)
-    z = (scale * margin.phi(c, a[:, None])).masked_fill(~live, -torch.inf)
+    hard_mean = None
+    if margin.uses_hard_mean:
+        hard = live & margin.is_hard(c.detach(), a.detach()[:, None])
+        hard_mean = torch.where(hard, c.detach(), 0).sum(1) / hard.sum(1).clamp_min(1)
+    psi, phi = margin.psi(a, hard_mean), margin.phi(c, a.detach()[:, None])
+    if straight_through:
+        psi, phi = a + (psi - a).detach(), c + (phi - c).detach()
+    t = scale * psi
+    z = (scale[:, None] if isinstance(scale, Tensor) else scale) * phi
     # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.
     alone = ~live.any(1)
-    shift = z.detach().amax(1).masked_fill(alone, 0)
-    total = (z - shift[:, None]).exp().sum(1)
+    masked = z.masked_fill(~live, -torch.inf)
+    shift = masked.detach().amax(1).masked_fill(alone, 0)
+    total = (masked - shift[:, None]).exp().sum(1)
     negatives = (shift + torch.where(alone, torch.ones_like(total), total).log()).masked_fill(alone, -torch.inf)
     loss = torch.logaddexp(torch.zeros_like(t), torch.where(alone, negatives, negatives - t))
+    lse = (loss + t).detach()
+    if label_smoothing:
+        # -(1 - e) log p_y - e / M sum log p_j over the M classes in play, the target among them.
+        logits = torch.where(live, z - t[:, None], 0).sum(1)
+        loss = loss - label_smoothing / (1 + live.sum(1)) * logits
 
-    masked = c.detach().masked_fill(~live, -torch.inf)
-    hardest, slot = masked.max(1)
-    return MarginSoftmax(
-        loss,
-        (loss + t).detach(),
-        a.detach(),
-        hardest,
-        slot.masked_fill(alone, -1),
-        (masked > a.detach()[:, None]).sum(1),
-    )
+    cosines = c.detach().masked_fill(~live, -torch.inf)
+    hardest, slot = cosines.max(1)
+    beats = (cosines > a.detach()[:, None]).sum(1)
+    return MarginSoftmax(loss, lse, a.detach(), hardest, slot.masked_fill(alone, -1), beats)
 
 
 def enqueue(features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor) -> None:

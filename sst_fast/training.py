@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sst_fast import backbones, data, functional
-from sst_fast.loss import SemiSiameseLoss
-from sst_fast.margins import AMSoftmax, ArcSoftmax, Margin, Softmax
+from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
+from sst_fast.margins import MARGINS, Margin, MarginName
 from sst_fast.queue import GalleryQueue
 from sst_fast.semi_siamese import SemiSiamese
 from sst_fast.verification import Scores, effective_rank, evaluate
@@ -51,7 +51,7 @@ class Config:
     Attributes:
         method: 'sst' or 'conventional' (learned class weights).
         backbone, dim, width: see sst_fast.backbones.build.
-        margin: 'softmax', 'am' or 'arc'; margin_value in its unit; scale: inverse temperature.
+        margin: its name; margin_value: its first parameter, in its unit (default: the paper's); scale: inverse temperature.
         queue_size: slots K; momentum: of the gallery network.
         epochs, batch (identities per step, two images each), lr, weight_decay, warmup (epochs), seed.
         milestones: shares of all epochs after which the learning rate falls tenfold.
@@ -65,8 +65,8 @@ class Config:
     backbone: str = "mobilefacenet"
     dim: int = 512
     width: float = 1.0
-    margin: Literal["softmax", "am", "arc"] = "am"
-    margin_value: float = 0.35
+    margin: MarginName = "am"
+    margin_value: float | None = None
     scale: float = 30.0
     queue_size: int = 16384
     momentum: float = 0.999
@@ -82,12 +82,15 @@ class Config:
     checkpoint_every: int = 1
 
 
-MARGIN_NAMES = {"am": AMSoftmax, "arc": ArcSoftmax}
-
-
 def margin_of(config: Config) -> Margin:
-    """The margin that a configuration names."""
-    return Softmax() if config.margin == "softmax" else MARGIN_NAMES[config.margin](config.margin_value)
+    """The margin that a configuration names, with its first parameter set to ``margin_value`` if there is one."""
+    kind = MARGINS[config.margin]
+    if config.margin_value is None:
+        return kind()
+    names = [field.name for field in fields(kind)]
+    if not names:
+        raise ValueError(f"margin_value: the margin {config.margin!r} has no parameter, got {config.margin_value}")
+    return kind(**{names[0]: config.margin_value})
 
 
 class Conventional(nn.Module):
@@ -96,17 +99,12 @@ class Conventional(nn.Module):
     def __init__(self, backbone: nn.Module, classes: int, dim: int, margin: Margin, scale: float) -> None:
         super().__init__()
         self.probe = backbone
-        self.weight = nn.Parameter(nn.init.normal_(torch.empty(classes, dim), std=0.01))
-        self.margin, self.scale = margin, scale
-        self.statistics: functional.Statistics | None = None
+        self.criterion = MarginSoftmaxHead(classes, dim, margin, scale)
 
     def forward(self, image_a: Tensor, image_b: Tensor, identity: Tensor) -> Tensor:
         """Mean loss over the 2B images."""
         embedding = torch.cat([self.probe(image_a), self.probe(image_b)])
-        loss, self.statistics = functional.margin_softmax(
-            embedding, self.weight, identity.repeat(2), margin=self.margin, scale=self.scale,
-            normalize_prototypes=True, return_statistics=True,
-        )  # fmt: skip
+        loss: Tensor = self.criterion(embedding, identity.repeat(2))
         return loss
 
     def update_gallery(self) -> None:
@@ -232,7 +230,7 @@ def epoch_of_training(
         loss.backward()
         optimizer.step()
         model.update_gallery()
-        seen = (model.criterion if isinstance(model, SemiSiamese) else model).statistics
+        seen = model.criterion.statistics
         assert isinstance(seen, functional.Statistics)
         hardest = seen.hardest_cosine.clamp_min(-1)  # no negative at all in the very first steps
         sums += torch.stack([loss.detach().double(), seen.target_cosine.double().mean(), hardest.double().mean()])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sst_fast import Margin, Window, reference
+from sst_fast.margins import Parameter
 from sst_fast.reference import MarginSoftmax, window_slots
 
 
@@ -77,13 +78,17 @@ def make(
     return Problem(embedding, prototypes, target, identity, slot_identity, window)
 
 
-def answer(problem: Problem, margin: Margin, scale: float, mask_empty: bool = True) -> tuple[MarginSoftmax, Tensor]:
+def answer(
+    problem: Problem, margin: Margin, scale: Parameter, mask_empty: bool = True, label_smoothing: float = 0.0,
+    gradient: str = "exact",
+) -> tuple[MarginSoftmax, Tensor]:  # fmt: skip
     """Per-sample results and gradient of their sum in float64, on the problem's own (rounded) numbers."""
     p = problem.to(torch.float64)
     leaf = p.embedding.detach().requires_grad_()
     window = (None,) * 3 if p.window is None else (p.window.features, p.window.identities, p.window.start)
     out = reference.margin_softmax(
-        leaf, p.prototypes, p.target, p.identity, p.slot_identity, *window, margin, scale, mask_empty
-    )
-    (gradient,) = torch.autograd.grad(out.loss.sum(), leaf)
-    return out, gradient
+        leaf, p.prototypes, p.target, p.identity, p.slot_identity, *window, margin, scale, mask_empty,
+        label_smoothing, gradient == "straight_through",
+    )  # fmt: skip
+    (found,) = torch.autograd.grad(out.loss.sum(), leaf)
+    return out, found

@@ -1,6 +1,7 @@
 """The fused loss: every backend against the float64 reference, exactness at the extremes, and the contract."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,24 @@ from problems import Problem, answer, make
 from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Softmax, Window, ops
 from sst_fast.dispatch import backends
 from sst_fast.functional import margin_softmax
+from sst_fast.margins import (
+    AdaFace,
+    ArcNegFace,
+    CircleLoss,
+    CombinedMargin,
+    CurricularFace,
+    MagFace,
+    MVSoftmax,
+    NPCFace,
+    SphereFace,
+)  # fmt: skip
 
 BACKENDS = [name for name, state in backends("cpu")["margin_softmax"].implementations.items() if state == "available"]
 COMPILED = [name for name in BACKENDS if name != "reference"]
-MARGINS = [Softmax(), AMSoftmax(0.35), ArcSoftmax(0.5), ArcSoftmax(0.5, easy=True)]
+MARGINS = [
+    Softmax(), AMSoftmax(0.35), ArcSoftmax(0.5), ArcSoftmax(0.5, easy=True), CombinedMargin(1.0, 0.3, 0.2), SphereFace(),
+    MVSoftmax(), MVSoftmax(0.5, 1.2, arc=True), CurricularFace(0.5, 0.3), NPCFace(), CircleLoss(), ArcNegFace(),
+]  # fmt: skip
 # Relative to the largest loss and to the gradient's norm. float32 sums of 512 products, times the scale; bf16 and fp16
 # inputs are compared on their rounded values, so what remains is the rounding of the gradient: 2^-8 and 2^-11.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -196,7 +211,12 @@ def test_a_bad_row_poisons_itself_only(backend):
         assert torch.equal(good[others], poisoned[others])
 
 
-@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+# The others hold a weight constant, so their gradient is not the derivative of their loss: autograd of the reference,
+# which detaches that weight, is what they are held to.
+DERIVATIVES = [margin for margin in MARGINS if not isinstance(margin, (NPCFace, CircleLoss, ArcNegFace))]
+
+
+@pytest.mark.parametrize("margin", DERIVATIVES, ids=repr)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(margin, backend):
     problem = make(5, 30, 8, start=27, identities=20)
@@ -209,14 +229,164 @@ def test_gradcheck(margin, backend):
     assert torch.autograd.gradcheck(function, (leaf,))
 
 
-def test_trainable_prototypes_gradcheck():
-    problem = make(5, 12, 6, masks=False)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"normalize_prototypes": True}, {"label_smoothing": 0.2}], ids=repr)
+def test_trainable_prototypes_gradcheck(options, backend):
+    problem = make(5, 12, 6, identities=6, empty=0.2)
     leaves = (problem.embedding.requires_grad_(), problem.prototypes.requires_grad_())
-    for normalize in (False, True):
-        assert torch.autograd.gradcheck(
-            lambda x, w, n=normalize: margin_softmax(x, w * 1.5, problem.target, scale=8.0, normalize_prototypes=n),
-            leaves,
-        )
+
+    def function(x, w):
+        return margin_softmax(x, w * 1.5, problem.target, scale=8.0, backend=backend, reduction="none",
+                              **problem.arguments(), **options)  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def with_gradients(problem: Problem, **options):
+    """Loss, gradients for embedding and prototypes, with an incoming gradient that differs from row to row."""
+    x, w = problem.embedding.detach().requires_grad_(), problem.prototypes.detach().requires_grad_()
+    loss = margin_softmax(x, w, problem.target, reduction="none", **problem.arguments(), **options)
+    factors = torch.linspace(-1, 2, len(x), dtype=loss.dtype)
+    return loss.detach(), *torch.autograd.grad(loss @ factors, (x, w))
+
+
+def assert_near(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm() + 1e-12
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_every_option_agrees_with_reference(backend, data):
+    """Gradients of both sides under per-sample margins and scales, label smoothing, normalisation and both gradient rules."""
+    n, k = data.draw(st.integers(1, 140), "n"), data.draw(st.integers(1, 300), "k")
+    problem = make(
+        n, k, data.draw(st.integers(4, 200), "d"), seed=data.draw(st.integers(0, 9999), "seed"),
+        identities=data.draw(st.sampled_from([2, 50, None]), "identities"), empty=data.draw(st.sampled_from([0.0, 0.5]), "empty"),
+    )  # fmt: skip
+    margin = data.draw(st.sampled_from([
+        *MARGINS, MagFace(0.1, 3.0), AdaFace(mean=1.0, std=1.0), AMSoftmax(torch.linspace(0, 0.5, n)),
+        ArcSoftmax(torch.linspace(0, 1, n)), MVSoftmax(torch.linspace(0, 0.5, n), t=torch.tensor(1.3)),
+    ]), "margin")  # fmt: skip
+    options = {
+        "margin": margin,
+        "scale": data.draw(st.sampled_from([1.0, 30.0, torch.linspace(1, 64, n)]), "scale"),
+        "label_smoothing": data.draw(st.sampled_from([0.0, 0.1]), "label smoothing"),
+        "gradient": data.draw(st.sampled_from(["exact", "straight_through"]), "gradient"),
+        "normalize_prototypes": data.draw(st.booleans(), "normalize"),
+    }
+    problem = replace(problem, prototypes=problem.prototypes * torch.linspace(0.5, 2, k, dtype=torch.float64)[:, None]) \
+        if options["normalize_prototypes"] else problem  # fmt: skip
+    expected = with_gradients(problem, backend="reference", **options)
+    assert_near(with_gradients(problem, backend=backend, **options), expected, 1e-7)
+    rounded = problem.to(torch.float32)
+    found = with_gradients(rounded, backend=backend, **options)
+    expected = with_gradients(rounded.to(torch.float64), backend="reference", **options)
+    if isinstance(margin, (MVSoftmax, CurricularFace, NPCFace)):
+        assert all(torch.isfinite(x).all() for x in found)  # a slot at the threshold may be hard in one precision only
+    else:
+        for a, b in zip(found, expected, strict=True):
+            largest = max(b.norm().item(), 0.05 * n**0.5)  # what the projection cancels leaves rounding
+            assert (a.double() - b).norm() <= 3e-5 * largest
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trainable_prototypes_in_half_precision(dtype, backend):
+    problem = make(70, 500, 96).to(dtype)
+    found = with_gradients(problem, backend=backend)
+    assert found[2].dtype == dtype
+    assert_near(found, with_gradients(problem.to(torch.float64), backend="reference"), 1e-2)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_trainable_prototypes_of_many_probes(backend):
+    """More than one group of packed probes."""
+    problem = make(1100, 400, 48).to(torch.float32)
+    assert_near(
+        with_gradients(problem, backend=backend), with_gradients(problem.to(torch.float64), backend="reference"), 1e-5
+    )
+
+
+def test_prototypes_and_window_together():
+    problem = make(4, 20, 8, start=18, masks=False)
+    leaf = problem.prototypes.requires_grad_()
+    loss = margin_softmax(problem.embedding, leaf, problem.target, window=problem.window)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    replaced = torch.zeros(20, dtype=torch.bool)
+    replaced[problem.window.slots] = True
+    assert torch.equal(gradient[replaced], torch.zeros(4, 8, dtype=torch.float64))
+    assert (gradient[~replaced] != 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_cross_entropy_in_every_option(backend):
+    """Ignored targets, weights, label smoothing and reductions against PyTorch's own loss."""
+    p = make(20, 30, 32, masks=False)
+    target = p.target.clone()
+    target[::3] = -100
+    weight = torch.linspace(0.1, 2, 20, dtype=torch.float64)
+    results = []
+    for ours in (True, False):
+        x = p.embedding.clone().requires_grad_()
+        options = {"label_smoothing": 0.1, "reduction": "mean"}
+        if ours:
+            each = margin_softmax(x, p.prototypes, target, margin=Softmax(), scale=20.0, backend=backend, label_smoothing=0.1, reduction="none")  # fmt: skip
+            mean = margin_softmax(x, p.prototypes, target, margin=Softmax(), scale=20.0, backend=backend, **options)
+            weighted = margin_softmax(x, p.prototypes, target, margin=Softmax(), scale=20.0, backend=backend, weight=weight, **options)  # fmt: skip
+        else:
+            logits = 20 * F.normalize(x) @ p.prototypes.T
+            each = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")
+            mean = F.cross_entropy(logits, target, **options)
+            weighted = (each * weight).sum() / weight[target >= 0].sum()
+        total = each.sum() + 2 * mean + 3 * weighted
+        results.append((each, mean, weighted, torch.autograd.grad(total, x)[0]))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_rows_may_hold_anything(backend):
+    p = make(6, 30, 8)
+    x = p.embedding.clone()
+    x[2] = math.nan
+    x.requires_grad_()
+    target = p.target.clone()
+    target[2] = 77
+    loss = margin_softmax(x, p.prototypes, target, ignore_index=77, backend=backend)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.equal(x.grad[2], torch.zeros(8, dtype=torch.float64))
+    assert torch.isfinite(x.grad).all()
+    nothing = margin_softmax(x, p.prototypes, torch.full((6,), 77), ignore_index=77, backend=backend)
+    assert nothing.item() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_straight_through_is_the_gradient_of_a_margin_under_no_grad(backend):
+    p = make(4, 40, 16, masks=False)
+    x = p.embedding.requires_grad_()
+    ours = margin_softmax(x, p.prototypes, p.target, margin=ArcSoftmax(0.5), scale=64.0, gradient="straight_through",
+                          backend=backend)  # fmt: skip
+    cosines = F.normalize(x) @ p.prototypes.T
+    with torch.no_grad():
+        theta = cosines[torch.arange(4), p.target].acos()
+        change = torch.zeros_like(cosines)
+        change[torch.arange(4), p.target] = torch.cos(theta + 0.5) - torch.cos(theta)
+    theirs = F.cross_entropy(64 * (cosines + change), p.target)
+    assert torch.allclose(ours, theirs)
+    assert torch.allclose(torch.autograd.grad(ours, x)[0], torch.autograd.grad(theirs, x)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_computes_in_its_dtype(backend):
+    p = make(8, 40, 16).to(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = margin_softmax(p.embedding, p.prototypes, p.target, backend=backend)
+    rounded = margin_softmax(p.embedding.bfloat16(), p.prototypes.bfloat16(), p.target, backend=backend)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, rounded)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -259,7 +429,18 @@ def test_opcheck(backend):
     window = problem.window
     arguments = (
         problem.embedding.requires_grad_(), problem.prototypes, problem.target, problem.identity, problem.slot_identity,
-        window.features, window.identities, window.start, 1, [0.35], 30.0, True, True, backend,
+        window.features, window.identities, window.start, None, None, 1, [0.35], 30.0, True, False, 0.1, False, True, backend,
+    )  # fmt: skip
+    torch.library.opcheck(ops.margin_softmax, arguments)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_opcheck_with_trainable_prototypes(backend):
+    problem = make(6, 40, 16, identities=9).to(torch.float32)
+    rows = (torch.full((1, 6), 0.3, dtype=torch.float64), torch.full((6,), 20.0, dtype=torch.float64))
+    arguments = (
+        problem.embedding.requires_grad_(), problem.prototypes.requires_grad_(), problem.target, problem.identity,
+        problem.slot_identity, None, None, None, *rows, 1, [0.0], 0.0, True, True, 0.0, False, True, backend,
     )  # fmt: skip
     torch.library.opcheck(ops.margin_softmax, arguments)
 
@@ -326,6 +507,12 @@ IDS = torch.arange(4)
         ({"scale": 0.0}, ValueError, "scale must be a finite number > 0, got 0.0"),
         ({"scale": math.inf}, ValueError, "scale must be a finite number > 0, got inf"),
         ({"reduction": "avg"}, ValueError, "reduction must be .*, got 'avg'"),
+        ({"scale": torch.ones(3)}, ValueError, r"scale must be a number or .*tensor \[4\] or \[\] on cpu, got torch.float32 \[3\]"),
+        ({"scale": torch.ones(4, requires_grad=True)}, ValueError, "scale must not require a gradient"),
+        ({"margin": AMSoftmax(torch.ones(3))}, ValueError, r"margin: a parameter must be .*\[4\] or \[\] on cpu, got \[3\]"),
+        ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \[4\], got \[3\]"),
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"gradient": "wrong"}, ValueError, "gradient must be one of 'exact', 'straight_through', got 'wrong'"),
         ({"identity": IDS}, ValueError, "identity .* needs slot_identity"),
         ({"identity": IDS[:2], "slot_identity": torch.arange(10)}, ValueError, r"identity must have shape \[4\], got \[2\]"),
         ({"slot_identity": IDS}, ValueError, r"slot_identity must have shape \[10\], got \[4\]"),

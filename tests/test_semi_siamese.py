@@ -1,11 +1,25 @@
 """The training wrapper: the two-direction loss, the moving average, one whole step."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sst_fast import AMSoftmax, GalleryQueue, SemiSiamese, SemiSiameseLoss, Softmax
+from sst_fast import (
+    AdaCos,
+    AdaFace,
+    AMSoftmax,
+    CurricularFace,
+    GalleryQueue,
+    MagFace,
+    MarginSoftmaxHead,
+    SemiSiamese,
+    SemiSiameseLoss,
+    Softmax,
+)  # fmt: skip
+from sst_fast.margins import MARGINS
 
 
 def criterion(size=32, dim=8, **options) -> SemiSiameseLoss:
@@ -152,3 +166,77 @@ def test_state_dict_round_trip():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_every_margin_trains_both_losses(name):
+    """Loss and gradient are finite and the loss falls, with the margin's own running parameters."""
+    torch.manual_seed(0)
+    margin = MagFace(0.5, 5.0, weight=0.1) if name == "magface" else MARGINS[name]()
+    model = SemiSiamese(nn.Linear(12, 8), SemiSiameseLoss(GalleryQueue(24, 8), margin), momentum=0.5)
+    head = MarginSoftmaxHead(12, 8, margin, scale=16.0)
+    backbone = nn.Linear(12, 8)
+    images, identity = torch.randn(12, 12), torch.arange(12)
+    for parameters, loss_of in (
+        (model.probe.parameters(), lambda: model(images, images + 0.1 * torch.randn(12, 12), identity)),
+        ([*backbone.parameters(), *head.parameters()], lambda: head(backbone(images), identity)),
+    ):
+        optimizer = torch.optim.SGD(list(parameters), 0.1)
+        losses = []
+        for _ in range(40):
+            loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.update_gallery()
+            losses.append(loss.item())
+        assert all(math.isfinite(x) for x in losses)
+        if name != "adacos":  # its scale, and so the size of its loss, changes on the way
+            assert sum(losses[-5:]) < sum(losses[5:10])
+
+
+def test_curricularface_follows_the_batch_and_is_saved():
+    queue = GalleryQueue(6, 4)
+    criterion = SemiSiameseLoss(queue, CurricularFace(t=0.2))
+    x = [F.normalize(torch.randn(3, 4)) for _ in range(4)]
+    criterion(*x, torch.arange(3))
+    cosines = torch.cat([(x[0] * x[3]).sum(1), (x[1] * x[2]).sum(1)])
+    assert criterion.margin.t.item() == pytest.approx(0.99 * 0.2 + 0.01 * cosines.mean().item(), abs=1e-6)
+    other = SemiSiameseLoss(GalleryQueue(6, 4), CurricularFace())
+    other.load_state_dict(criterion.state_dict())
+    assert other.margin.t.item() == criterion.margin.t.item()
+    criterion.eval()
+    criterion(*x, torch.arange(3))
+    assert criterion.margin.t.item() == other.margin.t.item()
+
+
+def test_adacos_against_its_equation():
+    torch.manual_seed(1)
+    head = MarginSoftmaxHead(9, 5, AdaCos())
+    x, y = torch.randn(6, 5), torch.randint(9, (6,))
+    head(x, y)
+    cosines = F.normalize(x) @ F.normalize(head.weight.detach()).T
+    first = math.sqrt(2) * math.log(8)
+    others = torch.ones(6, 9).scatter(1, y[:, None], 0)
+    mean = ((first * cosines).exp() * others).sum(1).mean()
+    angle = cosines[torch.arange(6), y].acos().median().clamp_max(math.pi / 4)
+    assert head.margin.scale.item() == pytest.approx((mean.log() / angle.cos()).item(), rel=1e-5)
+
+
+def test_adaface_follows_the_norms():
+    head = MarginSoftmaxHead(9, 5, AdaFace(mean=10.0, std=1.0))
+    x = torch.randn(6, 5)
+    head(x, torch.arange(6))
+    norm = x.norm(dim=1)
+    assert head.margin.mean.item() == pytest.approx(9.9 + 0.01 * norm.mean().item())
+    assert head.margin.std.item() == pytest.approx(0.99 + 0.01 * norm.std().item())
+
+
+def test_head_is_a_linear_layer_with_normalised_weights():
+    torch.manual_seed(0)
+    head = MarginSoftmaxHead(9, 5, AMSoftmax(0.4), 64.0)
+    x, y = torch.randn(6, 5, requires_grad=True), torch.randint(9, (6,))
+    logits = 64 * (F.normalize(x) @ F.normalize(head.weight).T - 0.4 * F.one_hot(y, 9))
+    expected = torch.autograd.grad(F.cross_entropy(logits, y), (x, head.weight))
+    found = torch.autograd.grad(head(x, y), (x, head.weight))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))

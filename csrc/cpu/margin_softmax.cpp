@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -80,266 +81,448 @@ void read_row(const void* data, Storage storage, int64_t row, int64_t D, double*
 
 const int64_t* identities(const OptionalTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
 
-struct Row {
-  double norm, inverse_norm, cosine, logit, slope;
+// What both operations are about, checked and made contiguous.
+struct Problem {
+  at::Tensor embedding, prototypes, target;
+  OptionalTensor identity, slot_identity, window, window_identity, margin_rows, scale_rows;
+  Margin margin;
+  double scale, label_smoothing;
+  Slots slots;
+  bool wide;  // computes in double
+
+  Margin margin_of(int64_t row) const {
+    Margin mine = margin;
+    if (margin_rows)
+      for (int64_t q = 0; q < margin_rows->size(0); q++)
+        mine.p[q] = margin_rows->const_data_ptr<double>()[q * embedding.size(0) + row];
+    return mine;
+  }
+  double scale_of(int64_t row) const { return scale_rows ? scale_rows->const_data_ptr<double>()[row] : scale; }
 };
 
-// Everything about a row that does not need the sweep, in double: N * D operations beside 4 * N * K * D.
-Row prepare(const double* x, const double* w, int64_t D, const Margin& margin, double scale) {
-  double largest = 0;
-  for (int64_t d = 0; d < D; d++) largest = std::max(largest, std::abs(x[d]));
-  // Scaled, so that squares of finite numbers neither overflow nor vanish.
-  const double unit = largest > 0 && std::isfinite(largest) ? largest : 1.0;
-  double square = 0, dot = 0;
-  for (int64_t d = 0; d < D; d++) {
-    square += (x[d] / unit) * (x[d] / unit);
-    dot += (x[d] / unit) * w[d];
+Problem make_problem(
+    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
+    const OptionalTensor& slot_identity, const OptionalTensor& window, const OptionalTensor& window_identity,
+    const OptionalTensor& window_start, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
+    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
+    double label_smoothing, bool straight_through) {
+  auto contiguous = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };
+  const int64_t N = embedding.size(0), K = prototypes.size(0), D = prototypes.size(1);
+  TORCH_CHECK(embedding.size(1) == D && target.numel() == N, "margin_softmax: shapes disagree");
+  TORCH_CHECK(K > 0 && K < (int64_t(1) << 31), "margin_softmax: K must be in [1, 2^31)");
+  TORCH_CHECK(
+      !margin_rows || (margin_rows->scalar_type() == at::kDouble && margin_rows->size(0) <= kParameters &&
+                       margin_rows->size(1) == N),
+      "margin_softmax: margin_rows must be float64 [P, N]");
+  TORCH_CHECK(
+      !scale_rows || (scale_rows->scalar_type() == at::kDouble && scale_rows->numel() == N),
+      "margin_softmax: scale_rows must be float64 [N]");
+  Problem p{
+      embedding.contiguous(),
+      prototypes.contiguous(),
+      target.contiguous(),
+      contiguous(identity),
+      contiguous(slot_identity),
+      contiguous(window),
+      contiguous(window_identity),
+      contiguous(margin_rows),
+      contiguous(scale_rows),
+      make_margin(kind, parameters),
+      scale,
+      label_smoothing,
+      {},
+      embedding.scalar_type() == at::kDouble || prototypes.scalar_type() == at::kDouble};
+  p.slots.features = p.prototypes.const_data_ptr();
+  p.slots.storage = storage_of(prototypes);
+  p.slots.identity = identities(p.slot_identity);
+  p.slots.K = K;
+  p.slots.D = D;
+  p.slots.mask_empty = mask_empty;
+  p.slots.normalize = normalize;
+  p.slots.straight_through = straight_through;
+  if (window) {
+    TORCH_CHECK(
+        window_start && window->size(2) == D && window->size(1) <= K && N % window->size(0) == 0 &&
+            window->scalar_type() == prototypes.scalar_type() && (!slot_identity || window_identity),
+        "margin_softmax: the window does not fit");
+    p.slots.window = p.window->const_data_ptr();
+    p.slots.window_size = window->size(1);
+    p.slots.window_identity = identities(p.window_identity);
+    p.slots.window_start = *window_start->const_data_ptr<int64_t>();
+    TORCH_CHECK_INDEX(
+        p.slots.window_start >= 0 && p.slots.window_start < K, "margin_softmax: window start outside the queue");
   }
-  Row row;
-  row.norm = unit * std::sqrt(square);
-  // A vanishing embedding has no direction: cosine 0 with everything, gradient 0.
-  row.inverse_norm = row.norm < 1e-12 ? 0.0 : 1.0 / row.norm;
-  row.cosine = row.norm < 1e-12 ? 0.0 : dot / std::sqrt(square);
-  const auto psi = target_margin<double>(margin, row.cosine);
-  row.logit = scale * psi.value;
-  row.slope = psi.slope;
-  return row;
+  const int64_t* y = p.target.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < N; i++)
+    TORCH_CHECK_INDEX(
+        y[i] >= 0 && y[i] < K, "target[", i, "] is ", y[i], ", expected a row number of prototypes in [0, ", K, ")");
+  return p;
 }
 
-struct Output {
-  at::Tensor loss, gradient, lse, target_cosine, hardest, hardest_slot, beats;
+// Norm of a row, scaled so that squares of finite numbers neither overflow nor vanish.
+double norm_of(const double* x, int64_t D) {
+  double largest = 0, square = 0;
+  for (int64_t d = 0; d < D; d++) largest = std::max(largest, std::abs(x[d]));
+  const double unit = largest > 0 && std::isfinite(largest) ? largest : 1.0;
+  for (int64_t d = 0; d < D; d++) square += (x[d] / unit) * (x[d] / unit);
+  return unit * std::sqrt(square);
+}
+
+// A vanishing row has no direction: cosine 0 with everything, gradient 0.
+double inverse_of(double norm) { return norm < 1e-12 ? 0.0 : 1.0 / norm; }
+
+// Everything about rows that does not need the sweep, in double: N * D operations beside 4 * N * K * D.
+template <typename T>
+struct Rows {
+  std::vector<double> inverse_norm, cosine;
+  std::vector<T> scale, cosine_t, phi;
+
+  explicit Rows(int64_t N) : inverse_norm(N), cosine(N), scale(N), cosine_t(N), phi(N * kPhiRow) {}
+
+  Probes<T> block(const Problem& p, int64_t begin, int64_t end) const {
+    Probes<T> probes{};
+    probes.features =
+        static_cast<const char*>(p.embedding.const_data_ptr()) + begin * p.slots.D * p.embedding.element_size();
+    probes.storage = storage_of(p.embedding);
+    probes.inverse_norm = &inverse_norm[begin];
+    probes.scale = &scale[begin];
+    probes.target_cosine = &cosine_t[begin];
+    probes.phi = &phi[begin * kPhiRow];
+    probes.target = p.target.const_data_ptr<int64_t>() + begin;
+    probes.identity = p.identity ? identities(p.identity) + begin : nullptr;
+    probes.rows = end - begin;
+    return probes;
+  }
+};
+
+struct Groups {  // of probes that see different windows
+  int64_t count, rows, bytes;
+
+  explicit Groups(const Problem& p)
+      : count(p.window ? p.window->size(0) : 1),
+        rows(p.embedding.size(0) / count),
+        bytes(p.window ? p.slots.window_size * p.slots.D * p.prototypes.element_size() : 0) {}
+
+  // The target prototype of a probe, normalised if asked for.
+  void target_row(const Problem& p, int64_t i, double* to) const {
+    const int64_t y = p.target.const_data_ptr<int64_t>()[i], D = p.slots.D;
+    const int64_t in_window = (y - p.slots.window_start + p.slots.K) % p.slots.K;
+    if (p.window && in_window < p.slots.window_size)
+      read_row(static_cast<const char*>(p.slots.window) + i / rows * bytes, p.slots.storage, in_window, D, to);
+    else
+      read_row(p.slots.features, p.slots.storage, y, D, to);
+    if (!p.slots.normalize) return;
+    const double inverse = inverse_of(norm_of(to, D));
+    for (int64_t d = 0; d < D; d++) to[d] *= inverse;
+  }
 };
 
 template <typename T>
-Output run(
-    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
-    const OptionalTensor& window, Slots slots, const Margin& margin, double scale, bool need_gradient) {
-  const int64_t N = embedding.size(0), D = slots.D, K = slots.K;
-  const auto stats = embedding.options().dtype(std::is_same_v<T, double> ? at::kDouble : at::kFloat);
-  const auto counts = embedding.options().dtype(at::kLong);
-  Output out{at::empty({N}, stats), at::empty({need_gradient ? N : 0, D}, embedding.options()),
-             at::empty({N}, stats), at::empty({N}, stats),
-             at::empty({N}, stats), at::empty({N}, counts),
-             at::empty({N}, counts)};
-  if (N == 0) return out;
-
-  const Storage x_storage = storage_of(embedding);
-  const int64_t* target_slot = target.const_data_ptr<int64_t>();
-  const int64_t groups = window ? window->size(0) : 1, group_rows = N / groups;
-  const int64_t group_bytes = window ? slots.window_size * D * prototypes.element_size() : 0;
-  const char* windows = static_cast<const char*>(slots.window);
-
-  auto target_row = [&](int64_t i, double* to) {
-    int64_t in_window = (target_slot[i] - slots.window_start + K) % K;
-    if (windows && in_window < slots.window_size)
-      read_row(windows + (i / group_rows) * group_bytes, slots.storage, in_window, D, to);
-    else
-      read_row(slots.features, slots.storage, target_slot[i], D, to);
-  };
-
-  std::vector<Row> rows(N);
-  std::vector<double> inverse_norm(N);
-  std::vector<T> scales(N, T(scale)), cosines(N);
+Rows<T> prepare(const Problem& p, const Groups& groups) {
+  const int64_t N = p.embedding.size(0), D = p.slots.D;
+  const Storage storage = storage_of(p.embedding);
+  Rows<T> rows(N);
   at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
     std::vector<double> x(D), w(D);
     for (int64_t i = begin; i < end; i++) {
-      read_row(embedding.const_data_ptr(), x_storage, i, D, x.data());
-      target_row(i, w.data());
-      rows[i] = prepare(x.data(), w.data(), D, margin, scale);
-      inverse_norm[i] = rows[i].inverse_norm;
-      cosines[i] = T(rows[i].cosine);
+      read_row(p.embedding.const_data_ptr(), storage, i, D, x.data());
+      groups.target_row(p, i, w.data());
+      const double inverse = inverse_of(norm_of(x.data(), D));
+      double dot = 0;
+      for (int64_t d = 0; d < D; d++) dot += x[d] * inverse * w[d];
+      const auto row = phi_row<double>(p.margin_of(i), dot);
+      rows.inverse_norm[i] = inverse;
+      rows.cosine[i] = dot;
+      rows.scale[i] = T(p.scale_of(i));
+      rows.cosine_t[i] = T(dot);
+      for (int q = 0; q < kPhiRow; q++) rows.phi[i * kPhiRow + q] = T(row.at[q]);
     }
   });
+  return rows;
+}
+
+auto allocate(int64_t bytes) {
+  std::unique_ptr<char, decltype(&std::free)> memory(
+      static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64)), &std::free);
+  TORCH_CHECK(memory, "margin_softmax: out of memory for ", bytes, " bytes");
+  return memory;
+}
+
+template <typename F>
+void write_row(const at::Tensor& to, int64_t row, F value) {  // value(d) in double
+  const int64_t D = to.size(1);
+  auto write = [&](auto* data) {
+    using S = std::remove_pointer_t<decltype(data)>;
+    for (int64_t d = 0; d < D; d++)
+      if constexpr (std::is_same_v<S, double>)
+        data[row * D + d] = value(d);
+      else
+        data[row * D + d] = S(float(value(d)));
+  };
+  switch (storage_of(to)) {
+    case Storage::f64:
+      return write(to.mutable_data_ptr<double>());
+    case Storage::f32:
+      return write(to.mutable_data_ptr<float>());
+    case Storage::bf16:
+      return write(to.mutable_data_ptr<at::BFloat16>());
+    case Storage::f16:
+      return write(to.mutable_data_ptr<at::Half>());
+  }
+}
+
+template <typename T>
+std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
+  const int64_t N = p.embedding.size(0), D = p.slots.D, K = p.slots.K;
+  const auto stats = p.embedding.options().dtype(std::is_same_v<T, double> ? at::kDouble : at::kFloat);
+  auto value = [&] { return at::empty({N}, stats); };
+  auto number = [&] { return at::empty({N}, p.embedding.options().dtype(at::kLong)); };
+  at::Tensor loss = value(), gradient = at::empty({need_gradient ? N : 0, D}, p.embedding.options()), lse = value(),
+             target_cosine = value(), hardest = value(), hardest_slot = number(), beats = number(),
+             negatives = number(), target_slope = value();
+  const std::vector<at::Tensor> out{loss,         gradient, lse,       target_cosine, hardest,
+                                    hardest_slot, beats,    negatives, target_slope};
+  if (N == 0) return out;
+  const Groups groups(p);
+  const Rows<T> rows = prepare<T>(p, groups);
 
   // Tasks: blocks of probes of one group x chunks of slots. Their number depends on shapes alone, never on the number
   // of threads, so neither do the bits of the result. Partial moments are held to 8 MiB.
-  const int64_t blocks_in_group = (group_rows + kBlock - 1) / kBlock, blocks = groups * blocks_in_group;
+  const int64_t blocks_in_group = (groups.rows + kBlock - 1) / kBlock, blocks = groups.count * blocks_in_group;
   const int64_t block_bytes = kBlock * D * int64_t(sizeof(T));
   int64_t chunks = std::max<int64_t>(1, (32 + blocks - 1) / blocks);
   if (need_gradient) chunks = std::min(chunks, std::max<int64_t>(1, (8 << 20) / (blocks * block_bytes)));
   chunks = std::max<int64_t>(1, std::min(chunks, K / 192));
   const int64_t chunk_slots = (K + chunks - 1) / chunks;
+  // Label smoothing needs the whole sum before it can weigh a slot: one more sweep. Otherwise moments come with the
+  // sum.
+  const bool second = need_gradient && p.label_smoothing > 0;
 
-  auto allocate = [](int64_t bytes) {
-    return std::unique_ptr<char, decltype(&std::free)>(
-        static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64)), &std::free);
-  };
   std::vector<Partial<T>> partials(blocks * chunks);
   // With one chunk a block is finished by the task that swept it and needs no shared memory.
   auto shared_moments = allocate(need_gradient && chunks > 1 ? blocks * chunks * block_bytes : 0);
-  TORCH_CHECK(shared_moments, "margin_softmax: out of memory for partial sums");
+  std::vector<double> shifts(N), sums(N), wrong(N);
+  std::vector<T> lse_t(N), uniform(N);
 
   auto block_rows = [&](int64_t block) {
     const int64_t group = block / blocks_in_group;
-    const int64_t begin = group * group_rows + block % blocks_in_group * kBlock;
-    return std::pair(begin, std::min(kBlock + begin, (group + 1) * group_rows));
+    const int64_t begin = group * groups.rows + block % blocks_in_group * kBlock;
+    return std::pair(begin, std::min(kBlock + begin, (group + 1) * groups.rows));
   };
 
-  auto finish = [&](int64_t block) {
+  auto finish_loss = [&](int64_t block) {
     const auto [begin, end] = block_rows(block);
     const Partial<T>* parts = &partials[block * chunks];
-    std::vector<double> sum(D), w(D), x(D), weight(chunks);
     for (int64_t i = begin; i < end; i++) {
       const int64_t r = i - begin;
-      double shift = -std::numeric_limits<double>::infinity(), l = 0;
-      bool poisoned = false;
+      double shift = -std::numeric_limits<double>::infinity(), l = 0, logits = 0, hard_sum = 0;
+      bool poisoned = std::isnan(rows.cosine[i]);
+      T top = parts[0].hardest[r];
+      int64_t slot = parts[0].hardest_slot[r], above = 0, hard = 0, live = 0;
       for (int64_t c = 0; c < chunks; c++) {
         poisoned |= std::isnan(parts[c].sum[r]);
         if (parts[c].sum[r] > 0) shift = std::max(shift, parts[c].shift[r]);
+        if (parts[c].hardest[r] > top) top = parts[c].hardest[r], slot = parts[c].hardest_slot[r];
+        above += parts[c].beats[r];
+        live += parts[c].live[r];
+        hard += parts[c].hard[r];
+        hard_sum += parts[c].hard_sum[r];
+        logits += parts[c].logits[r];
       }
-      T hardest = parts[0].hardest[r];
-      int64_t slot = parts[0].hardest_slot[r], beats = 0;
-      for (int64_t c = 0; c < chunks; c++) {
-        weight[c] = parts[c].sum[r] > 0 ? std::exp(parts[c].shift[r] - shift) : 0.0;
-        l += weight[c] * parts[c].sum[r];
-        if (parts[c].hardest[r] > hardest) hardest = parts[c].hardest[r], slot = parts[c].hardest_slot[r];
-        beats += parts[c].beats[r];
-      }
-      // negatives = log sum exp of the other slots; excess = negatives - t. Never sums the target with them, so
-      // nothing cancels as its probability nears 1: loss = log(1 + e^excess), 1 - p = e^excess / (1 + e^excess).
-      const Row& row = rows[i];
+      for (int64_t c = 0; c < chunks; c++)
+        if (parts[c].sum[r] > 0) l += std::exp(parts[c].shift[r] - shift) * parts[c].sum[r];
+      // others = log sum exp of the other slots; excess = others - t. Never sums the target with them, so nothing
+      // cancels as its probability nears 1: loss = log(1 + e^excess), 1 - p = e^excess / (1 + e^excess).
+      auto psi = target_margin<double>(p.margin_of(i), rows.cosine[i], hard ? hard_sum / double(hard) : 0.0);
+      if (p.slots.straight_through) psi.slope = 1;
+      const double scale = p.scale_of(i), t = scale * psi.value;
       const double nan = std::numeric_limits<double>::quiet_NaN();
-      const double negatives = poisoned ? nan : l > 0 ? shift + std::log(l) : -std::numeric_limits<double>::infinity();
-      const double excess = negatives - row.logit;
+      const double others = poisoned ? nan : l > 0 ? shift + std::log(l) : -std::numeric_limits<double>::infinity();
+      const double excess = others - t;
       const double small = std::exp(-std::abs(excess));
-      const double loss = std::isnan(excess) ? nan : std::max(excess, 0.0) + std::log1p(small);
-      const double wrong = excess > 0 ? 1 / (1 + small) : small / (1 + small);
-      out.loss.mutable_data_ptr<T>()[i] = T(loss);
-      out.lse.mutable_data_ptr<T>()[i] = T(loss + row.logit);
-      out.target_cosine.mutable_data_ptr<T>()[i] = T(row.cosine);
-      out.hardest.mutable_data_ptr<T>()[i] = hardest;
-      out.hardest_slot.mutable_data_ptr<int64_t>()[i] = slot;
-      out.beats.mutable_data_ptr<int64_t>()[i] = beats;
-      if (!need_gradient) continue;
+      const double plain = std::isnan(excess) ? nan : std::max(excess, 0.0) + std::log1p(small);
+      const double share = p.label_smoothing / double(1 + live);
+      shifts[i] = shift;
+      sums[i] = poisoned ? nan : l;
+      wrong[i] = excess > 0 ? 1 / (1 + small) : small / (1 + small);
+      lse_t[i] = T(plain + t);
+      uniform[i] = T(share);
+      loss.mutable_data_ptr<T>()[i] = T(plain - (share > 0 ? share * (logits - double(live) * t) : 0));
+      lse.mutable_data_ptr<T>()[i] = T(plain + t);
+      target_cosine.mutable_data_ptr<T>()[i] = T(rows.cosine[i]);
+      hardest.mutable_data_ptr<T>()[i] = top;
+      hardest_slot.mutable_data_ptr<int64_t>()[i] = slot;
+      beats.mutable_data_ptr<int64_t>()[i] = above;
+      negatives.mutable_data_ptr<int64_t>()[i] = live;
+      target_slope.mutable_data_ptr<T>()[i] = T(-scale * psi.slope * (wrong[i] - p.label_smoothing + share));
+    }
+  };
 
-      // For the unit probe: scale * (1 - p) * (mean of phi' w over the other slots - psi' w_target), then the
-      // projection of the normalisation.
-      target_row(i, w.data());
-      read_row(embedding.const_data_ptr(), x_storage, i, D, x.data());
-      for (int64_t d = 0; d < D; d++) sum[d] = poisoned ? nan : 0.0;
-      for (int64_t c = 0; c < chunks && l > 0; c++) {
-        if (weight[c] == 0) continue;
+  // For the unit probe: scale * (mean of phi' w over the other slots) + target_slope * w_target, then the projection of
+  // the normalisation.
+  auto finish_gradient = [&](int64_t block) {
+    const auto [begin, end] = block_rows(block);
+    const Partial<T>* parts = &partials[block * chunks];
+    std::vector<double> sum(D), w(D), x(D);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t r = i - begin;
+      const double nan = std::numeric_limits<double>::quiet_NaN();
+      groups.target_row(p, i, w.data());
+      read_row(p.embedding.const_data_ptr(), storage_of(p.embedding), i, D, x.data());
+      std::fill(sum.begin(), sum.end(), std::isnan(sums[i]) ? nan : 0.0);
+      for (int64_t c = 0; c < chunks && sums[i] > 0; c++) {
+        const double share = second                ? 1.0
+                             : parts[c].sum[r] > 0 ? std::exp(parts[c].shift[r] - shifts[i]) / sums[i] * wrong[i]
+                                                   : 0.0;
+        if (share == 0) continue;
         const int64_t width = parts[c].moment_width;
         const T* moment = parts[c].moment + r / width * D * width + r % width;
-        const double share = weight[c] / l;
         for (int64_t d = 0; d < D; d++) sum[d] += share * double(moment[d * width]);
       }
+      const double scale = p.scale_of(i), slope = target_slope.const_data_ptr<T>()[i];
       double along = 0;
       for (int64_t d = 0; d < D; d++) {
-        sum[d] = scale * wrong * (sum[d] - row.slope * w[d]);
-        along += sum[d] * (x[d] * row.inverse_norm);
+        sum[d] = scale * sum[d] + slope * w[d];
+        x[d] *= rows.inverse_norm[i];
+        along += sum[d] * x[d];
       }
-      auto write = [&](auto* to) {
-        using S = std::remove_pointer_t<decltype(to)>;
-        for (int64_t d = 0; d < D; d++) {
-          const double value = (sum[d] - along * (x[d] * row.inverse_norm)) * row.inverse_norm;
-          if constexpr (std::is_same_v<S, double>)
-            to[i * D + d] = value;
-          else
-            to[i * D + d] = S(float(value));
-        }
-      };
-      switch (x_storage) {
-        case Storage::f64:
-          write(out.gradient.mutable_data_ptr<double>());
-          break;
-        case Storage::f32:
-          write(out.gradient.mutable_data_ptr<float>());
-          break;
-        case Storage::bf16:
-          write(out.gradient.mutable_data_ptr<at::BFloat16>());
-          break;
-        case Storage::f16:
-          write(out.gradient.mutable_data_ptr<at::Half>());
-          break;
-      }
+      write_row(gradient, i, [&](int64_t d) { return (sum[d] - along * x[d]) * rows.inverse_norm[i]; });
     }
   };
 
   const auto& sweep = sweep_for<T>();
-  at::parallel_for(0, blocks * chunks, 1, [&](int64_t first_task, int64_t last_task) {
-    auto scratch = allocate(sweep.scratch(D));
-    auto own_moment = allocate(need_gradient && chunks == 1 ? block_bytes : 0);
-    TORCH_CHECK(scratch && own_moment, "margin_softmax: out of memory for a tile");
-    for (int64_t task = first_task; task < last_task; task++) {
-      const int64_t block = task / chunks, chunk = task % chunks;
-      const auto [begin, end] = block_rows(block);
-      Partial<T>& part = partials[task];
-      char* moment = chunks == 1 ? own_moment.get() : shared_moments.get() + task * block_bytes;
-      part.moment = need_gradient ? reinterpret_cast<T*>(moment) : nullptr;
-      Probes<T> probes{
-          static_cast<const char*>(embedding.const_data_ptr()) + begin * D * embedding.element_size(),
-          x_storage,
-          &inverse_norm[begin],
-          &scales[begin],
-          &cosines[begin],
-          target_slot + begin,
-          identity ? identities(identity) + begin : nullptr,
-          end - begin};
-      Slots mine = slots;
-      if (windows) mine.window = windows + begin / group_rows * group_bytes;
-      sweep.run(probes, mine, chunk * chunk_slots, std::min(K, (chunk + 1) * chunk_slots), scratch.get(), part);
-      if (chunks == 1) finish(block);
-    }
-  });
-  if (chunks > 1)
-    at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t block = first; block < last; block++) finish(block);
+  auto sweep_all = [&](bool moments, bool again, auto finish) {
+    at::parallel_for(0, blocks * chunks, 1, [&](int64_t first_task, int64_t last_task) {
+      auto scratch = allocate(sweep.scratch(D));
+      auto own_moment = allocate(moments && chunks == 1 ? block_bytes : 0);
+      for (int64_t task = first_task; task < last_task; task++) {
+        const int64_t block = task / chunks, chunk = task % chunks;
+        const auto [begin, end] = block_rows(block);
+        Probes<T> probes = rows.block(p, begin, end);
+        if (again) probes.lse = &lse_t[begin], probes.uniform = &uniform[begin];
+        Slots slots = p.slots;
+        if (p.window) slots.window = static_cast<const char*>(slots.window) + begin / groups.rows * groups.bytes;
+        char* moment = chunks == 1 ? own_moment.get() : shared_moments.get() + task * block_bytes;
+        // The second sweep leaves the first one's sums alone.
+        Partial<T> moments_only;
+        Partial<T>& part = again ? moments_only : partials[task];
+        part.moment = moments ? reinterpret_cast<T*>(moment) : nullptr;
+        part.wants_logits = p.label_smoothing > 0;
+        sweep.run(
+            p.margin.kind, probes, slots, chunk * chunk_slots, std::min(K, (chunk + 1) * chunk_slots), scratch.get(),
+            part);
+        partials[task].moment = part.moment;
+        partials[task].moment_width = part.moment_width;
+        if (chunks == 1) finish(block);
+      }
     });
+    if (chunks > 1)
+      at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; block++) finish(block);
+      });
+  };
+  sweep_all(need_gradient && !second, false, [&](int64_t block) {
+    finish_loss(block);
+    if (need_gradient && !second) finish_gradient(block);
+  });
+  if (second) sweep_all(true, true, finish_gradient);
   return out;
+}
+
+template <typename T>
+at::Tensor run_prototypes(
+    const Problem& p, const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& negatives,
+    const at::Tensor& target_slope) {
+  const int64_t N = p.embedding.size(0), D = p.slots.D, K = p.slots.K;
+  at::Tensor gradient = at::zeros({K, D}, lse.options());
+  if (N == 0) return gradient;
+  T* out = gradient.mutable_data_ptr<T>();
+  const Groups groups(p);
+  const Rows<T> rows = prepare<T>(p, groups);
+  const at::Tensor incoming = grad_loss.to(lse.scalar_type()).contiguous();
+  const T* g = incoming.const_data_ptr<T>();
+  std::vector<T> uniform(N), factor(N);
+  for (int64_t i = 0; i < N; i++) {
+    uniform[i] = T(p.label_smoothing / double(1 + negatives.const_data_ptr<int64_t>()[i]));
+    factor[i] = T(p.scale_of(i)) * g[i];
+  }
+
+  // Chunks of slots own their rows of the gradient; probes are packed once for all of them, 1,024 at a time.
+  const auto& sweep = sweep_for<T>();
+  const int64_t blocks = (N + kBlock - 1) / kBlock;
+  constexpr int64_t kGroup = 16, kChunk = 192;
+  auto packed = allocate(std::min(blocks, kGroup) * sweep.pack_bytes(D));
+  for (int64_t b0 = 0; b0 < blocks; b0 += kGroup) {
+    std::vector<Probes<T>> some;
+    for (int64_t b = b0; b < std::min(blocks, b0 + kGroup); b++) {
+      const int64_t begin = b * kBlock;
+      some.push_back(rows.block(p, begin, std::min(N, begin + kBlock)));
+      some.back().lse = lse.const_data_ptr<T>() + begin;
+      some.back().uniform = &uniform[begin];
+      some.back().factor = &factor[begin];
+    }
+    at::parallel_for(0, some.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; b++) sweep.pack(some[b], D, packed.get() + b * sweep.pack_bytes(D));
+    });
+    at::parallel_for(0, (K + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
+      auto scratch = allocate(sweep.scratch(D));
+      for (int64_t c = begin; c < end; c++)
+        sweep.run_prototypes(
+            p.margin.kind, some.data(), some.size(), packed.get(), p.slots, c * kChunk, std::min(K, (c + 1) * kChunk),
+            scratch.get(), out);
+    });
+  }
+
+  // The targets' own part, then the projection of the normalisation.
+  std::vector<double> x(D);
+  for (int64_t i = 0; i < N; i++) {
+    const double part = double(g[i]) * double(target_slope.const_data_ptr<T>()[i]) * rows.inverse_norm[i];
+    if (part == 0) continue;
+    T* row = out + p.target.const_data_ptr<int64_t>()[i] * D;
+    read_row(p.embedding.const_data_ptr(), storage_of(p.embedding), i, D, x.data());
+    for (int64_t d = 0; d < D; d++) row[d] += T(part * x[d]);
+  }
+  if (p.slots.normalize)
+    at::parallel_for(0, K, 64, [&](int64_t begin, int64_t end) {
+      std::vector<double> w(D);
+      for (int64_t j = begin; j < end; j++) {
+        read_row(p.slots.features, p.slots.storage, j, D, w.data());
+        const double inverse = inverse_of(norm_of(w.data(), D));
+        double along = 0;
+        for (int64_t d = 0; d < D; d++) along += double(out[j * D + d]) * w[d] * inverse;
+        for (int64_t d = 0; d < D; d++) out[j * D + d] = T((double(out[j * D + d]) - along * w[d] * inverse) * inverse);
+      }
+    });
+  return gradient;
 }
 
 }  // namespace
 
 const char* instruction_set() { return sweeps().name; }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> margin_softmax(
-    const at::Tensor& embedding_, const at::Tensor& prototypes_, const at::Tensor& target_,
-    const OptionalTensor& identity_, const OptionalTensor& slot_identity_, const OptionalTensor& window_,
-    const OptionalTensor& window_identity_, const OptionalTensor& window_start, int64_t kind,
-    const std::vector<double>& parameters, double scale, bool mask_empty, bool need_gradient) {
-  auto contiguous = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };
-  const at::Tensor embedding = embedding_.contiguous(), prototypes = prototypes_.contiguous();
-  const at::Tensor target = target_.contiguous();
-  const OptionalTensor identity = contiguous(identity_), slot_identity = contiguous(slot_identity_);
-  const OptionalTensor window = contiguous(window_), window_identity = contiguous(window_identity_);
+std::vector<at::Tensor> margin_softmax(
+    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
+    const OptionalTensor& slot_identity, const OptionalTensor& window, const OptionalTensor& window_identity,
+    const OptionalTensor& window_start, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
+    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
+    double label_smoothing, bool straight_through, bool need_gradient) {
+  const Problem p = make_problem(
+      embedding, prototypes, target, identity, slot_identity, window, window_identity, window_start, margin_rows,
+      scale_rows, kind, parameters, scale, mask_empty, normalize, label_smoothing, straight_through);
+  return p.wide ? run<double>(p, need_gradient) : run<float>(p, need_gradient);
+}
 
-  const int64_t N = embedding.size(0), K = prototypes.size(0), D = prototypes.size(1);
-  TORCH_CHECK(embedding.size(1) == D && target.numel() == N, "margin_softmax: shapes disagree");
-  TORCH_CHECK(K > 0 && K < (int64_t(1) << 31), "margin_softmax: K must be in [1, 2^31)");
-  Slots slots{
-      prototypes.const_data_ptr(),
-      storage_of(prototypes),
-      identities(slot_identity),
-      nullptr,
-      nullptr,
-      0,
-      0,
-      K,
-      D,
-      mask_empty};
-  if (window) {
-    TORCH_CHECK(
-        window_start && window->size(2) == D && window->size(1) <= K && N % window->size(0) == 0 &&
-            window->scalar_type() == prototypes.scalar_type() && (!slot_identity || window_identity),
-        "margin_softmax: the window does not fit");
-    slots.window = window->const_data_ptr();
-    slots.window_size = window->size(1);
-    slots.window_identity = identities(window_identity);
-    slots.window_start = *window_start->const_data_ptr<int64_t>();
-    TORCH_CHECK_INDEX(
-        slots.window_start >= 0 && slots.window_start < K, "margin_softmax: window start outside the queue");
-  }
-  const int64_t* y = target.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < N; i++)
-    TORCH_CHECK_INDEX(
-        y[i] >= 0 && y[i] < K, "target[", i, "] is ", y[i], ", expected a row number of prototypes in [0, ", K, ")");
-
-  const Margin margin = make_margin(kind, parameters);
-  const bool wide = embedding.scalar_type() == at::kDouble || prototypes.scalar_type() == at::kDouble;
-  Output o = wide ? run<double>(embedding, prototypes, target, identity, window, slots, margin, scale, need_gradient)
-                  : run<float>(embedding, prototypes, target, identity, window, slots, margin, scale, need_gradient);
-  return {o.loss, o.gradient, o.lse, o.target_cosine, o.hardest, o.hardest_slot, o.beats};
+at::Tensor prototype_gradient(
+    const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& negatives, const at::Tensor& target_slope,
+    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
+    const OptionalTensor& slot_identity, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
+    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
+    double label_smoothing, bool straight_through) {
+  const Problem p = make_problem(
+      embedding, prototypes, target, identity, slot_identity, {}, {}, {}, margin_rows, scale_rows, kind, parameters,
+      scale, mask_empty, normalize, label_smoothing, straight_through);
+  return p.wide ? run_prototypes<double>(p, grad_loss, lse, negatives, target_slope)
+                : run_prototypes<float>(p, grad_loss, lse, negatives, target_slope);
 }
 
 }  // namespace sst_fast::cpu

@@ -1,9 +1,11 @@
-// What one CPU task of the fused loss reads and writes. One task sweeps one block of probes over one chunk of slots.
+// What one CPU task of the fused loss reads and writes.
 //
 // Sizes: N probes, K slots, D features, B slots in the batch window.
 #pragma once
 
 #include <cstdint>
+
+#include "../margin.h"
 
 namespace sst_fast::cpu {
 
@@ -18,9 +20,15 @@ struct Probes {          // [rows] each, of one block
   const double* inverse_norm;
   const T* scale;
   const T* target_cosine;
+  const T* phi;             // [rows, kPhiRow], from phi_row()
   const int64_t* target;    // slot
   const int64_t* identity;  // null: no identity mask
   int64_t rows;
+  // Null: the weight of slot j is exp(z_j - shift), with a shift that follows the largest logit. Otherwise it is
+  // exp(z_j - lse) - uniform, for the second sweep, times factor (null: 1).
+  const T* lse;
+  const T* uniform;
+  const T* factor;
 };
 
 struct Slots {
@@ -32,24 +40,38 @@ struct Slots {
   int64_t window_start, window_size;
   int64_t K, D;
   bool mask_empty;
+  bool normalize;         // divide rows by their norm
+  bool straight_through;  // phi' = 1
 };
 
 // Sums over one chunk for each probe: with z = scale * phi(c) of the slots that are neither target nor masked,
-//   sum = sum_j exp(z_j - shift),  moment = sum_j exp(z_j - shift) phi'(c_j) w_j
+//   sum = sum_j weight_j,  moment = sum_j weight_j phi'(c_j) w_j
 template <typename T>
 struct Partial {
   double shift[kBlock], sum[kBlock];
+  double logits[kBlock];    // sum of z_j
+  double hard_sum[kBlock];  // sum of c_j over the hard slots
+  int64_t hard[kBlock], live[kBlock];
   T hardest[kBlock];  // largest cosine c_j
   int64_t hardest_slot[kBlock], beats[kBlock];
   T* moment;  // [kBlock / width, D, width]: panels of `width` probes; null: not wanted
   int64_t moment_width;
+  bool wants_logits;
 };
 
 template <typename T>
 struct Sweep {
-  // Bytes of scratch for one task.
+  // Bytes of scratch for one task of either kind.
   int64_t (*scratch)(int64_t D);
-  void (*run)(const Probes<T>&, const Slots&, int64_t first_slot, int64_t last_slot, void* scratch, Partial<T>&);
+  // One block of probes over slots [first, last).
+  void (*run)(Kind, const Probes<T>&, const Slots&, int64_t first_slot, int64_t last_slot, void* scratch, Partial<T>&);
+  // Bytes that pack() writes for a block, and the packing: normalised probes in the two layouts of run_prototypes.
+  int64_t (*pack_bytes)(int64_t D);
+  void (*pack)(const Probes<T>&, int64_t D, void* packed);
+  // All blocks over slots [first, last): gradient [K, D] of the prototypes, less the targets' part, is added to.
+  void (*run_prototypes)(
+      Kind, const Probes<T>* blocks, int64_t count, const char* packed, const Slots&, int64_t first_slot,
+      int64_t last_slot, void* scratch, T* gradient);
 };
 
 struct Sweeps {

@@ -87,10 +87,11 @@ SST_INLINE Vector<double>::type exponential(Vector<double>::type x) {
   return x;
 }
 
-// c[m][0 .. NV vectors] += sum_k a[m * a_row + k * a_step] * b[k][0 .. NV vectors]; rows of b and c are NV vectors
+// c[m * c_row + 0 .. NV vectors] (+)= sum_k a[m * a_row + k * a_step] * b[k * b_row + 0 .. NV vectors]
 template <typename T, int MR, int NV>
 SST_INLINE void micro_kernel(
-    const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t depth, T* c, bool accumulate) {
+    const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t depth, T* c, int64_t c_row,
+    bool accumulate) {
   typedef typename Vector<T>::type V;
   constexpr int L = lanes<T>;
   V acc[MR][NV];
@@ -101,7 +102,7 @@ SST_INLINE void micro_kernel(
   for (int64_t k = 0; k < depth; k++) {
     V right[NV];
 #pragma GCC unroll 16
-    for (int n = 0; n < NV; n++) right[n] = load(b + (k * NV + n) * L);
+    for (int n = 0; n < NV; n++) right[n] = load(b + k * b_row + n * L);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) {
       V left = splat(a[m * a_row + k * a_step]);
@@ -113,21 +114,22 @@ SST_INLINE void micro_kernel(
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
     for (int n = 0; n < NV; n++) {
-      T* out = c + (m * NV + n) * L;
+      T* out = c + m * c_row + n * L;
       store(out, accumulate ? load(out) + acc[m][n] : acc[m][n]);
     }
 }
 
 template <typename T, int NV>
 static void product(
-    const T* a, int64_t a_row, int64_t a_step, int64_t rows, const T* b, int64_t depth, T* c, bool accumulate) {
+    const T* a, int64_t a_row, int64_t a_step, int64_t rows, const T* b, int64_t b_row, int64_t depth, T* c,
+    int64_t c_row, bool accumulate) {
   constexpr int MR = SST_MR * SST_NV / NV > 12 ? 12 : SST_MR * SST_NV / NV;
-  constexpr int W = NV * lanes<T>;
   int64_t m = 0;
   for (; m + MR <= rows; m += MR)
-    micro_kernel<T, MR, NV>(a + m * a_row, a_row, a_step, b, depth, c + m * W, accumulate);
-  for (; m + 2 <= rows; m += 2) micro_kernel<T, 2, NV>(a + m * a_row, a_row, a_step, b, depth, c + m * W, accumulate);
-  if (m < rows) micro_kernel<T, 1, NV>(a + m * a_row, a_row, a_step, b, depth, c + m * W, accumulate);
+    micro_kernel<T, MR, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
+  for (; m + 2 <= rows; m += 2)
+    micro_kernel<T, 2, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
+  if (m < rows) micro_kernel<T, 1, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
 }
 
 template <typename T>
@@ -184,10 +186,14 @@ constexpr int kMaxTile = 96;
 // Slots per tile: the tile should stay in the second-level cache with the block's probes and moments.
 static int64_t tile_slots(int64_t D) { return D <= 512 ? kMaxTile : D <= 1024 ? kMaxTile / 2 : kMaxTile / 4; }
 
+constexpr int kPanel = SST_NV;  // vectors in the widest panel of probes
+
+static int64_t padded(int64_t D, int64_t width) { return (D + width - 1) / width * width; }
+
 template <typename T>
 static int64_t scratch_bytes(int64_t D) {
-  const int64_t width = kBlock;
-  return int64_t(sizeof(T)) * (width * D + kMaxTile * width + tile_slots(D) * D) + 4 * 64;
+  const int64_t width = kBlock, wide = padded(D, kPanel * lanes<T>);
+  return int64_t(sizeof(T)) * (width * D + kMaxTile * width + tile_slots(D) * (D + wide)) + 5 * 64;
 }
 
 template <typename T>
@@ -198,106 +204,247 @@ SST_INLINE T* take(char*& at, int64_t count) {
   return p;
 }
 
+// A block's probes, one lane each, padded with lanes that match nothing.
+template <typename T>
+struct Lanes {
+  typedef typename Vector<T>::integer Int;
+  static constexpr int kCount = kBlock + kPanel * lanes<T>;
+  T scale[kCount], target_cosine[kCount], phi[kPhiRow][kCount], lse[kCount], uniform[kCount], factor[kCount];
+  T hardest[kCount];
+  Int target[kCount], id_low[kCount], id_high[kCount], hardest_slot[kCount], beats[kCount], live[kCount];
+  bool identities;
+};
+
+template <typename T>
+static void load_lanes(const Probes<T>& probes, int64_t count, Lanes<T>& to) {
+  typedef typename Vector<T>::integer Int;
+  to.identities = probes.identity != nullptr;
+  for (int64_t i = 0; i < count; i++) {
+    const bool real = i < probes.rows;
+    to.scale[i] = real ? probes.scale[i] : T(1);
+    to.target_cosine[i] = real ? probes.target_cosine[i] : T(0);
+    for (int q = 0; q < kPhiRow; q++) to.phi[q][i] = real ? probes.phi[i * kPhiRow + q] : T(0);
+    to.lse[i] = real && probes.lse ? probes.lse[i] : T(0);
+    to.uniform[i] = real && probes.uniform ? probes.uniform[i] : T(0);
+    to.factor[i] = real ? (probes.factor ? probes.factor[i] : T(1)) : T(0);
+    to.target[i] = real ? Int(probes.target[i]) : Int(-1);
+    // Identities are compared as two 32-bit halves; a negative one (never a slot's, -1 apart) matches nothing.
+    const int64_t id = real && probes.identity ? probes.identity[i] : -2;
+    to.id_low[i] = Int(int32_t(id & 0xffffffff));
+    to.id_high[i] = Int(int32_t(id >> 32));
+    to.hardest[i] = T(-kInfinityF);
+    to.hardest_slot[i] = -1;
+    to.beats[i] = to.live[i] = 0;
+  }
+}
+
+// Normalised probes as [panel][d][probe].
+template <typename T>
+static void pack_columns(const Probes<T>& probes, int64_t D, int64_t width, T* x) {
+  for (int64_t i = 0; i < padded(probes.rows, width); i++) {
+    const bool real = i < probes.rows;
+    const double inverse = real ? probes.inverse_norm[i] : 0.0;
+    T* column = x + (i / width) * D * width + i % width;
+    for (int64_t d = 0; d < D; d++)
+      column[d * width] = real ? T(element<double>(probes.features, probes.storage, i * D + d) * inverse) : T(0);
+  }
+}
+
+// A tile of slots and how its slots relate to the batch window.
+template <typename T>
+struct Tile {
+  const T* w;
+  int64_t first, count, offset;  // offset of the first slot from the window's start, modulo K
+
+  int64_t in_window(int64_t j, int64_t K) const { return offset + j < K ? offset + j : offset + j - K; }
+};
+
+template <typename T>
+static double inverse_norm_of(const T* row, int64_t D) {
+  double largest = 0, square = 0;
+  for (int64_t d = 0; d < D; d++) largest = row[d] > largest ? row[d] : -row[d] > largest ? -row[d] : largest;
+  if (!(largest > 0)) return largest == 0 ? 0.0 : 1.0;
+  for (int64_t d = 0; d < D; d++) square += (row[d] / largest) * (row[d] / largest);
+  const double norm = largest * __builtin_sqrt(square);
+  return norm < 1e-12 ? 0.0 : 1.0 / norm;
+}
+
+// The queue itself, or a copy where the batch window, a narrower dtype or normalisation is in the way.
+template <typename T>
+static Tile<T> load_tile(const Slots& slots, int64_t first, int64_t last, T* copy) {
+  const int64_t most = tile_slots(slots.D), D = slots.D, K = slots.K;
+  Tile<T> tile{static_cast<const T*>(slots.features) + first * D, first, last - first < most ? last - first : most, 0};
+  tile.offset = first - slots.window_start < 0 ? first - slots.window_start + K : first - slots.window_start;
+  const bool windowed = slots.window && (tile.offset < slots.window_size || tile.offset + tile.count > K);
+  const Storage native = sizeof(T) == 4 ? Storage::f32 : Storage::f64;
+  if (!windowed && slots.storage == native && !slots.normalize) return tile;
+  for (int64_t j = 0; j < tile.count; j++) {
+    const int64_t inside = tile.in_window(j, K);
+    T* to = copy + j * D;
+    if (slots.window && inside < slots.window_size)
+      copy_row(slots, slots.window, inside, to);
+    else
+      copy_row(slots, slots.features, first + j, to);
+    if (slots.normalize) {
+      const T inverse = T(inverse_norm_of(to, D));
+      for (int64_t d = 0; d < D; d++) to[d] *= inverse;
+    }
+  }
+  tile.w = copy;
+  return tile;
+}
+
+// Product 1: cosines [slot][probe] of a tile and a panel.
+template <typename T, int NV>
+static void tile_cosines(const Tile<T>& tile, const T* x, int64_t D, T* cosines) {
+  constexpr int W = NV * lanes<T>;
+  for (int64_t d = 0; d < D; d += kDepth)
+    product<T, NV>(tile.w + d, D, 1, tile.count, x + d * W, W, D - d < kDepth ? D - d : kDepth, cosines, W, d > 0);
+}
+
+// Masked cosines become -infinity. With `count`, lanes take note of the hardest slot and of the numbers of slots.
+template <typename T, int NV, bool count>
+static void mask_tile(const Slots& slots, const Tile<T>& tile, Lanes<T>& lane, int64_t i0, T* cosines) {
+  typedef typename Vector<T>::type V;
+  typedef typename Vector<T>::mask I;
+  typedef typename Vector<T>::integer Int;
+  constexpr int L = lanes<T>, W = NV * L;
+  const V masked = splat(T(-kInfinityF));
+  const I same = lane.identities && slots.identity ? ~I{} : I{};
+  for (int64_t j = 0; j < tile.count; j++) {
+    int64_t id = 0;
+    if (slots.identity) {
+      const int64_t inside = tile.in_window(j, slots.K);
+      id = slots.window && inside < slots.window_size ? slots.window_identity[inside] : slots.identity[tile.first + j];
+    }
+    if (id < 0 && slots.mask_empty) {
+      for (int n = 0; n < NV; n++) store(cosines + j * W + n * L, masked);
+      continue;
+    }
+    const Int slot = Int(tile.first + j), low = Int(int32_t(id & 0xffffffff)), high = Int(int32_t(id >> 32));
+    for (int n = 0; n < NV; n++) {
+      const int64_t i = i0 + n * L;
+      V c = load(cosines + j * W + n * L);
+      I mine = load_mask<T>(lane.target + i) == slot;
+      I twin = (load_mask<T>(lane.id_low + i) == low) & (load_mask<T>(lane.id_high + i) == high) & same;
+      I out = mine | twin;
+      c = out ? masked : c;
+      store(cosines + j * W + n * L, c);
+      if (!count) continue;
+      V top = load(lane.hardest + i);
+      I higher = c > top;
+      store(lane.hardest + i, higher ? c : top);
+      I slot_now = load_mask<T>(lane.hardest_slot + i);
+      slot_now = higher ? (I{} + slot) : slot_now;
+      __builtin_memcpy(lane.hardest_slot + i, &slot_now, sizeof slot_now);
+      I beat = load_mask<T>(lane.beats + i) - (c > load(lane.target_cosine + i));
+      __builtin_memcpy(lane.beats + i, &beat, sizeof beat);
+      I live = load_mask<T>(lane.live + i) + 1 + out;
+      __builtin_memcpy(lane.live + i, &live, sizeof live);
+    }
+  }
+}
+
+// Logits of one vector of cosines; a masked one (-infinity) stays masked.
+template <typename T, typename Phi>
+SST_INLINE typename Vector<T>::type logit(const Lanes<T>& lane, int64_t i, typename Vector<T>::type c) {
+  typedef typename Vector<T>::type V;
+  V row[kPhiRow];
+  for (int q = 0; q < Phi::kRow; q++) row[q] = load(lane.phi[q] + i);
+  V e{};
+  if constexpr (Phi::kExp) e = exponential(Phi::exponent(c, row));
+  V z = load(lane.scale + i) * Phi::value(c, row, e);
+  return c == splat(T(-kInfinityF)) ? splat(T(-kInfinityF)) : z;
+}
+
+template <typename T, typename Phi>
+SST_INLINE typename Vector<T>::type times_slope(
+    const Lanes<T>& lane, int64_t i, typename Vector<T>::type p, typename Vector<T>::type c) {
+  typedef typename Vector<T>::type V;
+  if constexpr (Phi::kRow == 0) return p;
+  V row[kPhiRow];
+  for (int q = 0; q < Phi::kRow; q++) row[q] = load(lane.phi[q] + i);
+  V e{};
+  if constexpr (Phi::kExp) e = exponential(Phi::exponent(c, row));
+  return c == splat(T(-kInfinityF)) ? V{} : p * Phi::slope(c, row, e);
+}
+
+// Weights exp(z - lse) - uniform, times the slope of phi and the lane's factor, in place of the cosines.
+template <typename T, int NV, typename Phi>
+static void second_weights(const Slots& slots, int64_t count, const Lanes<T>& lane, int64_t i0, T* cosines) {
+  typedef typename Vector<T>::type V;
+  constexpr int L = lanes<T>, W = NV * L;
+  for (int64_t j = 0; j < count; j++)
+    for (int n = 0; n < NV; n++) {
+      const int64_t i = i0 + n * L;
+      V c = load(cosines + j * W + n * L);
+      V p = exponential(logit<T, Phi>(lane, i, c) - load(lane.lse + i)) - load(lane.uniform + i);
+      p = c == splat(T(-kInfinityF)) ? V{} : p * load(lane.factor + i);
+      if (!slots.straight_through) p = times_slope<T, Phi>(lane, i, p, c);
+      store(cosines + j * W + n * L, p);
+    }
+}
+
 template <typename T, int NV, typename Phi>
 static void sweep(
     const Probes<T>& probes, const Slots& slots, int64_t first, int64_t last, void* scratch, Partial<T>& out) {
   typedef typename Vector<T>::type V;
   typedef typename Vector<T>::mask I;
-  typedef typename Vector<T>::integer Int;
   constexpr int L = lanes<T>;
   constexpr int W = NV * L;  // probes in a panel
-  const int64_t D = slots.D, K = slots.K;
+  const int64_t D = slots.D;
   const int64_t panels = (probes.rows + W - 1) / W;
-  const T minus_infinity = T(-kInfinityF);
 
   char* at = static_cast<char*>(scratch);
-  T* x = take<T>(at, panels * D * W);  // normalised probes, [panel][d][probe]
+  T* x = take<T>(at, panels * D * W);
   T* cosines = take<T>(at, kMaxTile * W);
-  T* tile = take<T>(at, tile_slots(D) * D);
+  T* copy = take<T>(at, tile_slots(D) * D);
 
-  T scale[kBlock + W] = {}, target_cosine[kBlock + W] = {};
-  T shift[kBlock + W] = {}, hardest[kBlock + W] = {};
-  Int target[kBlock + W], id_low[kBlock + W], id_high[kBlock + W], hardest_slot[kBlock + W], beats[kBlock + W];
-  for (int64_t i = 0; i < panels * W; i++) {
-    const bool real = i < probes.rows;
-    const double inverse = real ? probes.inverse_norm[i] : 0.0;
-    T* column = x + (i / W) * D * W + i % W;
-    for (int64_t d = 0; d < D; d++)
-      column[d * W] = real ? T(element<double>(probes.features, probes.storage, i * D + d) * inverse) : T(0);
-    scale[i] = real ? probes.scale[i] : T(1);
-    target_cosine[i] = real ? probes.target_cosine[i] : T(0);
-    target[i] = real ? Int(probes.target[i]) : Int(-1);
-    // Identities are compared as two 32-bit halves; a negative one (never a slot's, -1 apart) matches nothing.
-    const int64_t id = real && probes.identity ? probes.identity[i] : -2;
-    id_low[i] = Int(int32_t(id & 0xffffffff));
-    id_high[i] = Int(int32_t(id >> 32));
-    shift[i] = hardest[i] = minus_infinity;
-    hardest_slot[i] = -1;
-    beats[i] = 0;
-    if (real) out.sum[i] = 0;
-  }
-  double sums[kBlock + W] = {};
+  Lanes<T> lane;
+  load_lanes(probes, panels * W, lane);
+  pack_columns(probes, D, W, x);
+  T shift[kBlock + W];
+  double sums[kBlock + W] = {}, logits[kBlock + W] = {}, hard_sum[kBlock + W] = {};
+  int64_t hard[kBlock + W] = {};
+  for (int64_t i = 0; i < panels * W; i++) shift[i] = T(-kInfinityF);
   if (out.moment)
     for (int64_t i = 0; i < panels * D * W; i++) out.moment[i] = T(0);
   out.moment_width = W;
 
   for (int64_t j0 = first; j0 < last; j0 += tile_slots(D)) {
-    const int64_t count = last - j0 < tile_slots(D) ? last - j0 : tile_slots(D);
-    // The tile: the queue itself, or a copy where the batch window or a narrower dtype is in the way.
-    int64_t offset = j0 - slots.window_start;  // of slot j0 from the window's start, modulo K
-    if (offset < 0) offset += K;
-    const bool windowed = slots.window && (offset < slots.window_size || offset + count > K);
-    const Storage native = sizeof(T) == 4 ? Storage::f32 : Storage::f64;
-    const T* w = static_cast<const T*>(slots.features) + j0 * D;
-    if (windowed || slots.storage != native) {
-      for (int64_t j = 0; j < count; j++) {
-        int64_t in_window = offset + j < K ? offset + j : offset + j - K;
-        if (slots.window && in_window < slots.window_size)
-          copy_row(slots, slots.window, in_window, tile + j * D);
-        else
-          copy_row(slots, slots.features, j0 + j, tile + j * D);
-      }
-      w = tile;
-    }
-
+    const Tile<T> tile = load_tile(slots, j0, last, copy);
+    const int64_t count = tile.count;
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t i0 = panel * W;
-      for (int64_t d = 0; d < D; d += kDepth)
-        product<T, NV>(w + d, D, 1, count, x + panel * D * W + d * W, D - d < kDepth ? D - d : kDepth, cosines, d > 0);
+      tile_cosines<T, NV>(tile, x + panel * D * W, D, cosines);
+      if (probes.lse) {
+        mask_tile<T, NV, false>(slots, tile, lane, i0, cosines);
+        second_weights<T, NV, Phi>(slots, count, lane, i0, cosines);
+        if (out.moment) product<T, NV>(tile.w, 1, D, D, cosines, W, count, out.moment + panel * D * W, W, true);
+        continue;
+      }
+      mask_tile<T, NV, true>(slots, tile, lane, i0, cosines);
 
       V highest[NV];
-      for (int n = 0; n < NV; n++) highest[n] = splat(minus_infinity);
-      for (int64_t j = 0; j < count; j++) {
-        int64_t id = 0;
-        if (slots.identity) {
-          int64_t in_window = offset + j < K ? offset + j : offset + j - K;
-          id =
-              slots.window && in_window < slots.window_size ? slots.window_identity[in_window] : slots.identity[j0 + j];
-        }
-        if (id < 0 && slots.mask_empty) {
-          for (int n = 0; n < NV; n++) store(cosines + j * W + n * L, splat(minus_infinity));
-          continue;
-        }
-        const Int slot = Int(j0 + j), low = Int(int32_t(id & 0xffffffff)), high = Int(int32_t(id >> 32));
-        const I same = probes.identity && slots.identity ? ~I{} : I{};
-        for (int n = 0; n < NV; n++) {
-          const int64_t i = i0 + n * L;
+      for (int n = 0; n < NV; n++) {
+        const int64_t i = i0 + n * L;
+        V top = splat(T(-kInfinityF)), logit_sum{}, cosine_sum{};
+        I hard_now{};
+        for (int64_t j = 0; j < count; j++) {
           V c = load(cosines + j * W + n * L);
-          I mine = load_mask<T>(target + i) == slot;
-          I twin = (load_mask<T>(id_low + i) == low) & (load_mask<T>(id_high + i) == high) & same;
-          c = (mine | twin) ? splat(minus_infinity) : c;
-          store(cosines + j * W + n * L, c);
-          V top = load(hardest + i);
-          I higher = c > top;
-          store(hardest + i, higher ? c : top);
-          I slot_now = load_mask<T>(hardest_slot + i);
-          slot_now = higher ? (I{} + slot) : slot_now;
-          __builtin_memcpy(hardest_slot + i, &slot_now, sizeof slot_now);
-          I beat = load_mask<T>(beats + i) - (c > load(target_cosine + i));
-          __builtin_memcpy(beats + i, &beat, sizeof beat);
-          V z = load(scale + i) * Phi::value(c);
-          z = c == minus_infinity ? splat(minus_infinity) : z;
-          highest[n] = z > highest[n] ? z : highest[n];
+          V z = logit<T, Phi>(lane, i, c);
+          top = z > top ? z : top;
+          if constexpr (Phi::kRow == kPhiRow) {
+            I beyond = c > load(lane.phi[0] + i);
+            hard_now -= beyond;
+            cosine_sum += beyond ? c : V{};
+          }
+          if (out.wants_logits) logit_sum += z == splat(T(-kInfinityF)) ? V{} : z;
+        }
+        highest[n] = top;
+        for (int l = 0; l < L; l++) {
+          if constexpr (Phi::kRow == kPhiRow) hard_sum[i + l] += double(cosine_sum[l]), hard[i + l] += hard_now[l];
+          if (out.wants_logits) logits[i + l] += double(logit_sum[l]);
         }
       }
 
@@ -331,39 +478,99 @@ static void sweep(
         for (int n = 0; n < NV; n++) {
           const int64_t i = i0 + n * L;
           V c = load(cosines + j * W + n * L);
-          V p = exponential(load(scale + i) * Phi::value(c) - load(shift + i));
-          p = c == minus_infinity ? V{} : p;
+          V p = exponential(logit<T, Phi>(lane, i, c) - load(shift + i));
+          p = c == splat(T(-kInfinityF)) ? V{} : p;
           sum[n] += p;
-          store(cosines + j * W + n * L, Phi::times_slope(p, c));
+          if (!slots.straight_through) p = times_slope<T, Phi>(lane, i, p, c);
+          store(cosines + j * W + n * L, p);
         }
       for (int n = 0; n < NV; n++)
         for (int l = 0; l < L; l++) sums[i0 + n * L + l] += double(sum[n][l]);
 
-      if (out.moment) product<T, NV>(w, 1, D, D, cosines, count, out.moment + panel * D * W, true);
+      if (out.moment) product<T, NV>(tile.w, 1, D, D, cosines, W, count, out.moment + panel * D * W, W, true);
     }
   }
   for (int64_t i = 0; i < probes.rows; i++) {
     out.shift[i] = shift[i];
     out.sum[i] = sums[i];
-    out.hardest[i] = hardest[i];
-    out.hardest_slot[i] = hardest_slot[i];
-    out.beats[i] = beats[i];
+    out.logits[i] = logits[i];
+    out.hard_sum[i] = hard_sum[i];
+    out.hard[i] = hard[i];
+    out.live[i] = lane.live[i];
+    out.hardest[i] = lane.hardest[i];
+    out.hardest_slot[i] = lane.hardest_slot[i];
+    out.beats[i] = lane.beats[i];
   }
 }
 
 // Few probes: narrower panels, so that fewer lanes idle.
-template <typename T, typename Phi>
+template <typename T>
 static void run(
-    const Probes<T>& probes, const Slots& slots, int64_t first, int64_t last, void* scratch, Partial<T>& out) {
-  if (SST_NV > 2 && probes.rows <= lanes<T>) return sweep<T, 1, Phi>(probes, slots, first, last, scratch, out);
-  if (SST_NV > 2 && probes.rows <= 2 * lanes<T>) return sweep<T, 2, Phi>(probes, slots, first, last, scratch, out);
-  return sweep<T, SST_NV, Phi>(probes, slots, first, last, scratch, out);
+    Kind kind, const Probes<T>& probes, const Slots& slots, int64_t first, int64_t last, void* scratch,
+    Partial<T>& out) {
+  with_phi(kind, [&](auto phi) {
+    using Phi = decltype(phi);
+    if (SST_NV > 2 && probes.rows <= lanes<T>) return sweep<T, 1, Phi>(probes, slots, first, last, scratch, out);
+    if (SST_NV > 2 && probes.rows <= 2 * lanes<T>) return sweep<T, 2, Phi>(probes, slots, first, last, scratch, out);
+    return sweep<T, SST_NV, Phi>(probes, slots, first, last, scratch, out);
+  });
 }
 
-static const Sweeps table = {
-    SST_NAME,
-    {scratch_bytes<float>, run<float, PlainPhi>},
-    {scratch_bytes<double>, run<double, PlainPhi>},
-};
+// The probes of a block as [panel][d][probe], for product 1, then as [probe][d] with padded rows, for the third.
+template <typename T>
+static int64_t pack_bytes(int64_t D) {
+  const int64_t width = kPanel * lanes<T>;
+  return int64_t(sizeof(T)) * padded(kBlock, width) * (D + padded(D, width));
+}
+
+template <typename T>
+static void pack(const Probes<T>& probes, int64_t D, void* packed) {
+  const int64_t width = kPanel * lanes<T>, wide = padded(D, width);
+  T* columns = static_cast<T*>(packed);
+  T* rows = columns + padded(kBlock, width) * D;
+  pack_columns(probes, D, width, columns);
+  for (int64_t i = 0; i < probes.rows; i++)
+    for (int64_t d = 0; d < wide; d++)
+      rows[i * wide + d] =
+          d < D ? T(element<double>(probes.features, probes.storage, i * D + d) * probes.inverse_norm[i]) : T(0);
+}
+
+template <typename T>
+static void run_prototypes(
+    Kind kind, const Probes<T>* blocks, int64_t blocks_count, const char* packed, const Slots& slots, int64_t first,
+    int64_t last, void* scratch, T* gradient) {
+  constexpr int NV = kPanel, W = NV * lanes<T>;
+  const int64_t D = slots.D, wide = padded(D, W);
+  char* at = static_cast<char*>(scratch);
+  T* cosines = take<T>(at, kMaxTile * W);
+  T* copy = take<T>(at, tile_slots(D) * D);
+  T* sums = take<T>(at, tile_slots(D) * wide);
+  Lanes<T> lane;
+  for (int64_t j0 = first; j0 < last; j0 += tile_slots(D)) {
+    const Tile<T> tile = load_tile(slots, j0, last, copy);
+    for (int64_t i = 0; i < tile.count * wide; i++) sums[i] = T(0);
+    for (int64_t block = 0; block < blocks_count; block++) {
+      const Probes<T>& probes = blocks[block];
+      const T* columns = reinterpret_cast<const T*>(packed + block * pack_bytes<T>(D));
+      const T* rows = columns + padded(kBlock, W) * D;
+      load_lanes(probes, padded(probes.rows, W), lane);
+      for (int64_t i0 = 0; i0 < probes.rows; i0 += W) {
+        tile_cosines<T, NV>(tile, columns + i0 * D, D, cosines);
+        mask_tile<T, NV, false>(slots, tile, lane, i0, cosines);
+        with_phi(kind, [&](auto phi) { second_weights<T, NV, decltype(phi)>(slots, tile.count, lane, i0, cosines); });
+        const int64_t depth = probes.rows - i0 < W ? probes.rows - i0 : W;
+        for (int64_t d = 0; d < wide; d += W)
+          product<T, NV>(cosines, W, 1, tile.count, rows + i0 * wide + d, wide, depth, sums + d, wide, true);
+      }
+    }
+    for (int64_t j = 0; j < tile.count; j++)
+      for (int64_t d = 0; d < D; d++) gradient[(j0 + j) * D + d] += sums[j * wide + d];
+  }
+}
+
+template <typename T>
+constexpr Sweep<T> entry = {scratch_bytes<T>, run<T>, pack_bytes<T>, pack<T>, run_prototypes<T>};
+
+static const Sweeps table = {SST_NAME, entry<float>, entry<double>};
 
 }  // namespace sst_fast::cpu::SST_NAMESPACE
