@@ -87,8 +87,8 @@ struct Problem {
   OptionalTensor identity, slot_identity, window, window_identity, margin_rows, scale_rows;
   Margin margin;
   double scale, label_smoothing;
-  Slots slots;
-  bool wide;  // computes in double
+  Slots<double> slots;   // but for the inverse norms
+  bool normalize, wide;  // wide: computes in double
 
   Margin margin_of(int64_t row) const {
     Margin mine = margin;
@@ -131,6 +131,7 @@ Problem make_problem(
       scale,
       label_smoothing,
       {},
+      normalize,
       embedding.scalar_type() == at::kDouble || prototypes.scalar_type() == at::kDouble};
   p.slots.features = p.prototypes.const_data_ptr();
   p.slots.storage = storage_of(prototypes);
@@ -138,7 +139,6 @@ Problem make_problem(
   p.slots.K = K;
   p.slots.D = D;
   p.slots.mask_empty = mask_empty;
-  p.slots.normalize = normalize;
   p.slots.straight_through = straight_through;
   if (window) {
     TORCH_CHECK(
@@ -211,7 +211,7 @@ struct Groups {  // of probes that see different windows
       read_row(static_cast<const char*>(p.slots.window) + i / rows * bytes, p.slots.storage, in_window, D, to);
     else
       read_row(p.slots.features, p.slots.storage, y, D, to);
-    if (!p.slots.normalize) return;
+    if (!p.normalize) return;
     const double inverse = inverse_of(norm_of(to, D));
     for (int64_t d = 0; d < D; d++) to[d] *= inverse;
   }
@@ -240,6 +240,38 @@ Rows<T> prepare(const Problem& p, const Groups& groups) {
   });
   return rows;
 }
+
+// The slots as the sweep takes them, and what the inverse norms are kept in.
+template <typename T>
+struct Prepared {
+  std::vector<T> norms, window_norms;
+  Slots<T> slots;
+
+  explicit Prepared(const Problem& p) {
+    const auto& s = p.slots;
+    slots = {s.features, s.storage, s.identity,   s.window, s.window_identity, s.window_start,    s.window_size,
+             s.K,        s.D,       s.mask_empty, nullptr,  nullptr,           s.straight_through};
+    if (!p.normalize) return;
+    norms = inverse_norms(s.features, s.K, p);
+    slots.inverse_norm = norms.data();
+    if (!p.window) return;
+    window_norms = inverse_norms(s.window, p.window->size(0) * s.window_size, p);
+    slots.window_inverse_norm = window_norms.data();
+  }
+
+  static std::vector<T> inverse_norms(const void* features, int64_t count, const Problem& p) {
+    std::vector<T> norms(count);
+    const int64_t D = p.slots.D;
+    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+      std::vector<double> w(D);
+      for (int64_t j = begin; j < end; j++) {
+        read_row(features, p.slots.storage, j, D, w.data());
+        norms[j] = T(inverse_of(norm_of(w.data(), D)));
+      }
+    });
+    return norms;
+  }
+};
 
 auto allocate(int64_t bytes) {
   std::unique_ptr<char, decltype(&std::free)> memory(
@@ -285,6 +317,7 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
   if (N == 0) return out;
   const Groups groups(p);
   const Rows<T> rows = prepare<T>(p, groups);
+  const Prepared<T> prepared(p);
 
   // Tasks: blocks of probes of one group x chunks of slots. Their number depends on shapes alone, never on the number
   // of threads, so neither do the bits of the result. Partial moments are held to 8 MiB.
@@ -400,8 +433,12 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
         const auto [begin, end] = block_rows(block);
         Probes<T> probes = rows.block(p, begin, end);
         if (again) probes.lse = &lse_t[begin], probes.uniform = &uniform[begin];
-        Slots slots = p.slots;
-        if (p.window) slots.window = static_cast<const char*>(slots.window) + begin / groups.rows * groups.bytes;
+        Slots<T> slots = prepared.slots;
+        if (p.window) {
+          const int64_t group = begin / groups.rows;
+          slots.window = static_cast<const char*>(slots.window) + group * groups.bytes;
+          if (p.normalize) slots.window_inverse_norm += group * slots.window_size;
+        }
         char* moment = chunks == 1 ? own_moment.get() : shared_moments.get() + task * block_bytes;
         // The second sweep leaves the first one's sums alone.
         Partial<T> moments_only;
@@ -439,6 +476,7 @@ at::Tensor run_prototypes(
   T* out = gradient.mutable_data_ptr<T>();
   const Groups groups(p);
   const Rows<T> rows = prepare<T>(p, groups);
+  const Prepared<T> prepared(p);
   const at::Tensor incoming = grad_loss.to(lse.scalar_type()).contiguous();
   const T* g = incoming.const_data_ptr<T>();
   std::vector<T> uniform(N), factor(N);
@@ -468,8 +506,8 @@ at::Tensor run_prototypes(
       auto scratch = allocate(sweep.scratch(D));
       for (int64_t c = begin; c < end; c++)
         sweep.run_prototypes(
-            p.margin.kind, some.data(), some.size(), packed.get(), p.slots, c * kChunk, std::min(K, (c + 1) * kChunk),
-            scratch.get(), out);
+            p.margin.kind, some.data(), some.size(), packed.get(), prepared.slots, c * kChunk,
+            std::min(K, (c + 1) * kChunk), scratch.get(), out);
     });
   }
 
@@ -482,7 +520,7 @@ at::Tensor run_prototypes(
     read_row(p.embedding.const_data_ptr(), storage_of(p.embedding), i, D, x.data());
     for (int64_t d = 0; d < D; d++) row[d] += T(part * x[d]);
   }
-  if (p.slots.normalize)
+  if (p.normalize)
     at::parallel_for(0, K, 64, [&](int64_t begin, int64_t end) {
       std::vector<double> w(D);
       for (int64_t j = begin; j < end; j++) {

@@ -31,6 +31,7 @@ struct Probes {          // [rows] each, of one block
   const T* factor;
 };
 
+template <typename T>
 struct Slots {
   const void* features;  // [K, D]
   Storage storage;
@@ -40,8 +41,8 @@ struct Slots {
   int64_t window_start, window_size;
   int64_t K, D;
   bool mask_empty;
-  bool normalize;         // divide rows by their norm
-  bool straight_through;  // phi' = 1
+  const T *inverse_norm, *window_inverse_norm;  // [K], [B]: rows are divided by their norms; null: taken as they are
+  bool straight_through;                        // phi' = 1
 };
 
 // Sums over one chunk for each probe: with z = scale * phi(c) of the slots that are neither target nor masked,
@@ -64,13 +65,14 @@ struct Sweep {
   // Bytes of scratch for one task of either kind.
   int64_t (*scratch)(int64_t D);
   // One block of probes over slots [first, last).
-  void (*run)(Kind, const Probes<T>&, const Slots&, int64_t first_slot, int64_t last_slot, void* scratch, Partial<T>&);
+  void (*run)(
+      Kind, const Probes<T>&, const Slots<T>&, int64_t first_slot, int64_t last_slot, void* scratch, Partial<T>&);
   // Bytes that pack() writes for a block, and the packing: normalised probes in the two layouts of run_prototypes.
   int64_t (*pack_bytes)(int64_t D);
   void (*pack)(const Probes<T>&, int64_t D, void* packed);
   // All blocks over slots [first, last): gradient [K, D] of the prototypes, less the targets' part, is added to.
   void (*run_prototypes)(
-      Kind, const Probes<T>* blocks, int64_t count, const char* packed, const Slots&, int64_t first_slot,
+      Kind, const Probes<T>* blocks, int64_t count, const char* packed, const Slots<T>&, int64_t first_slot,
       int64_t last_slot, void* scratch, T* gradient);
 };
 

@@ -166,7 +166,7 @@ static void widen(const S* from, Storage storage, T* to, int64_t count) {
 static int64_t storage_bytes(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
 
 template <typename T>
-static void copy_row(const Slots& slots, const void* base, int64_t row, T* to) {
+static void copy_row(const Slots<T>& slots, const void* base, int64_t row, T* to) {
   const char* from = static_cast<const char*>(base) + row * slots.D * storage_bytes(slots.storage);
   switch (slots.storage) {  // a constant storage lets the compiler vectorise the loop
     case Storage::f64:
@@ -255,29 +255,26 @@ template <typename T>
 struct Tile {
   const T* w;
   int64_t first, count, offset;  // offset of the first slot from the window's start, modulo K
+  T factor[kMaxTile];            // 1 / norm of each slot where rows are to be normalised: cosines are scaled, not rows
 
   int64_t in_window(int64_t j, int64_t K) const { return offset + j < K ? offset + j : offset + j - K; }
 };
 
+// The queue itself, or a copy where the batch window or a narrower dtype is in the way.
 template <typename T>
-static double inverse_norm_of(const T* row, int64_t D) {
-  double largest = 0, square = 0;
-  for (int64_t d = 0; d < D; d++) largest = row[d] > largest ? row[d] : -row[d] > largest ? -row[d] : largest;
-  if (!(largest > 0)) return largest == 0 ? 0.0 : 1.0;
-  for (int64_t d = 0; d < D; d++) square += (row[d] / largest) * (row[d] / largest);
-  const double norm = largest * __builtin_sqrt(square);
-  return norm < 1e-12 ? 0.0 : 1.0 / norm;
-}
-
-// The queue itself, or a copy where the batch window, a narrower dtype or normalisation is in the way.
-template <typename T>
-static Tile<T> load_tile(const Slots& slots, int64_t first, int64_t last, T* copy) {
+static Tile<T> load_tile(const Slots<T>& slots, int64_t first, int64_t last, T* copy) {
   const int64_t most = tile_slots(slots.D), D = slots.D, K = slots.K;
-  Tile<T> tile{static_cast<const T*>(slots.features) + first * D, first, last - first < most ? last - first : most, 0};
+  Tile<T> tile{
+      static_cast<const T*>(slots.features) + first * D, first, last - first < most ? last - first : most, 0, {}};
   tile.offset = first - slots.window_start < 0 ? first - slots.window_start + K : first - slots.window_start;
+  for (int64_t j = 0; j < tile.count && slots.inverse_norm; j++) {
+    const int64_t inside = tile.in_window(j, K);
+    tile.factor[j] =
+        slots.window && inside < slots.window_size ? slots.window_inverse_norm[inside] : slots.inverse_norm[first + j];
+  }
   const bool windowed = slots.window && (tile.offset < slots.window_size || tile.offset + tile.count > K);
   const Storage native = sizeof(T) == 4 ? Storage::f32 : Storage::f64;
-  if (!windowed && slots.storage == native && !slots.normalize) return tile;
+  if (!windowed && slots.storage == native) return tile;
   for (int64_t j = 0; j < tile.count; j++) {
     const int64_t inside = tile.in_window(j, K);
     T* to = copy + j * D;
@@ -285,10 +282,6 @@ static Tile<T> load_tile(const Slots& slots, int64_t first, int64_t last, T* cop
       copy_row(slots, slots.window, inside, to);
     else
       copy_row(slots, slots.features, first + j, to);
-    if (slots.normalize) {
-      const T inverse = T(inverse_norm_of(to, D));
-      for (int64_t d = 0; d < D; d++) to[d] *= inverse;
-    }
   }
   tile.w = copy;
   return tile;
@@ -304,7 +297,7 @@ static void tile_cosines(const Tile<T>& tile, const T* x, int64_t D, T* cosines)
 
 // Masked cosines become -infinity. With `count`, lanes take note of the hardest slot and of the numbers of slots.
 template <typename T, int NV, bool count>
-static void mask_tile(const Slots& slots, const Tile<T>& tile, Lanes<T>& lane, int64_t i0, T* cosines) {
+static void mask_tile(const Slots<T>& slots, const Tile<T>& tile, Lanes<T>& lane, int64_t i0, T* cosines) {
   typedef typename Vector<T>::type V;
   typedef typename Vector<T>::mask I;
   typedef typename Vector<T>::integer Int;
@@ -325,6 +318,7 @@ static void mask_tile(const Slots& slots, const Tile<T>& tile, Lanes<T>& lane, i
     for (int n = 0; n < NV; n++) {
       const int64_t i = i0 + n * L;
       V c = load(cosines + j * W + n * L);
+      if (slots.inverse_norm) c *= tile.factor[j];
       I mine = load_mask<T>(lane.target + i) == slot;
       I twin = (load_mask<T>(lane.id_low + i) == low) & (load_mask<T>(lane.id_high + i) == high) & same;
       I out = mine | twin;
@@ -371,23 +365,25 @@ SST_INLINE typename Vector<T>::type times_slope(
 
 // Weights exp(z - lse) - uniform, times the slope of phi and the lane's factor, in place of the cosines.
 template <typename T, int NV, typename Phi>
-static void second_weights(const Slots& slots, int64_t count, const Lanes<T>& lane, int64_t i0, T* cosines) {
+static void second_weights(
+    const Slots<T>& slots, const Tile<T>& tile, const Lanes<T>& lane, int64_t i0, T* cosines, bool for_moment) {
   typedef typename Vector<T>::type V;
   constexpr int L = lanes<T>, W = NV * L;
-  for (int64_t j = 0; j < count; j++)
+  for (int64_t j = 0; j < tile.count; j++)
     for (int n = 0; n < NV; n++) {
       const int64_t i = i0 + n * L;
       V c = load(cosines + j * W + n * L);
       V p = exponential(logit<T, Phi>(lane, i, c) - load(lane.lse + i)) - load(lane.uniform + i);
       p = c == splat(T(-kInfinityF)) ? V{} : p * load(lane.factor + i);
       if (!slots.straight_through) p = times_slope<T, Phi>(lane, i, p, c);
+      if (for_moment && slots.inverse_norm) p *= tile.factor[j];
       store(cosines + j * W + n * L, p);
     }
 }
 
 template <typename T, int NV, typename Phi>
 static void sweep(
-    const Probes<T>& probes, const Slots& slots, int64_t first, int64_t last, void* scratch, Partial<T>& out) {
+    const Probes<T>& probes, const Slots<T>& slots, int64_t first, int64_t last, void* scratch, Partial<T>& out) {
   typedef typename Vector<T>::type V;
   typedef typename Vector<T>::mask I;
   constexpr int L = lanes<T>;
@@ -419,7 +415,7 @@ static void sweep(
       tile_cosines<T, NV>(tile, x + panel * D * W, D, cosines);
       if (probes.lse) {
         mask_tile<T, NV, false>(slots, tile, lane, i0, cosines);
-        second_weights<T, NV, Phi>(slots, count, lane, i0, cosines);
+        second_weights<T, NV, Phi>(slots, tile, lane, i0, cosines, true);
         if (out.moment) product<T, NV>(tile.w, 1, D, D, cosines, W, count, out.moment + panel * D * W, W, true);
         continue;
       }
@@ -482,6 +478,7 @@ static void sweep(
           p = c == splat(T(-kInfinityF)) ? V{} : p;
           sum[n] += p;
           if (!slots.straight_through) p = times_slope<T, Phi>(lane, i, p, c);
+          if (slots.inverse_norm) p *= tile.factor[j];
           store(cosines + j * W + n * L, p);
         }
       for (int n = 0; n < NV; n++)
@@ -506,7 +503,7 @@ static void sweep(
 // Few probes: narrower panels, so that fewer lanes idle.
 template <typename T>
 static void run(
-    Kind kind, const Probes<T>& probes, const Slots& slots, int64_t first, int64_t last, void* scratch,
+    Kind kind, const Probes<T>& probes, const Slots<T>& slots, int64_t first, int64_t last, void* scratch,
     Partial<T>& out) {
   with_phi(kind, [&](auto phi) {
     using Phi = decltype(phi);
@@ -516,7 +513,7 @@ static void run(
   });
 }
 
-// The probes of a block as [panel][d][probe], for product 1, then as [probe][d] with padded rows, for the third.
+// The probes of a block as [panel][d][probe], for product 1, then as [panel of features][probe][d], for the third.
 template <typename T>
 static int64_t pack_bytes(int64_t D) {
   const int64_t width = kPanel * lanes<T>;
@@ -531,13 +528,13 @@ static void pack(const Probes<T>& probes, int64_t D, void* packed) {
   pack_columns(probes, D, width, columns);
   for (int64_t i = 0; i < probes.rows; i++)
     for (int64_t d = 0; d < wide; d++)
-      rows[i * wide + d] =
+      rows[d / width * kBlock * width + i * width + d % width] =
           d < D ? T(element<double>(probes.features, probes.storage, i * D + d) * probes.inverse_norm[i]) : T(0);
 }
 
 template <typename T>
 static void run_prototypes(
-    Kind kind, const Probes<T>* blocks, int64_t blocks_count, const char* packed, const Slots& slots, int64_t first,
+    Kind kind, const Probes<T>* blocks, int64_t blocks_count, const char* packed, const Slots<T>& slots, int64_t first,
     int64_t last, void* scratch, T* gradient) {
   constexpr int NV = kPanel, W = NV * lanes<T>;
   const int64_t D = slots.D, wide = padded(D, W);
@@ -557,10 +554,10 @@ static void run_prototypes(
       for (int64_t i0 = 0; i0 < probes.rows; i0 += W) {
         tile_cosines<T, NV>(tile, columns + i0 * D, D, cosines);
         mask_tile<T, NV, false>(slots, tile, lane, i0, cosines);
-        with_phi(kind, [&](auto phi) { second_weights<T, NV, decltype(phi)>(slots, tile.count, lane, i0, cosines); });
+        with_phi(kind, [&](auto phi) { second_weights<T, NV, decltype(phi)>(slots, tile, lane, i0, cosines, false); });
         const int64_t depth = probes.rows - i0 < W ? probes.rows - i0 : W;
         for (int64_t d = 0; d < wide; d += W)
-          product<T, NV>(cosines, W, 1, tile.count, rows + i0 * wide + d, wide, depth, sums + d, wide, true);
+          product<T, NV>(cosines, W, 1, tile.count, rows + d * kBlock + i0 * W, W, depth, sums + d, wide, true);
       }
     }
     for (int64_t j = 0; j < tile.count; j++)
