@@ -6,10 +6,12 @@ operation (``reference``) or a list (``margin_softmax=reference,enqueue=cpu``).
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -60,7 +62,9 @@ def _choice(operation: str, device: str, requested: str | None) -> Choice:
     states = {name: _state(name, operation, device) for name in NAMES}
     asked, source = (requested, "backend argument") if requested else (_from_environment(operation), ENVIRONMENT)
     if asked is None:
-        chosen = next(name for name in NAMES if states[name] == "available")
+        # Interpreted kernels are for tests: only on request.
+        names = [name for name in NAMES if name != "triton" or device == "cuda"]
+        chosen = next(name for name in names if states[name] == "available")
         why = "the fastest one available" if chosen != "reference" else "nothing faster is available"
         return Choice(operation, device, states, chosen, why)
     if asked not in NAMES:
@@ -91,7 +95,7 @@ def _state(name: str, operation: str, device: str) -> str:
     if name == "reference":
         return "available"
     if name == "triton":
-        return "not written yet"
+        return _triton_state(operation, device)
     if name == "cuda" and operation == "margin_softmax":
         return "not written yet"
     if device != name:
@@ -101,3 +105,23 @@ def _state(name: str, operation: str, device: str) -> str:
     if name == "cuda" and compiled.cuda is None:
         return "sst_fast._C was built without CUDA"
     return "available"
+
+
+def _triton_state(operation: str, device: str) -> str:
+    if operation != "margin_softmax":
+        return "not written: the queue is C++ and CUDA C++"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return "available" if device == "cuda" or interpreted else f"not for {device} tensors (but with TRITON_INTERPRET=1)"
+
+
+def implementation(backend: str) -> Any:
+    """What has the functions ``margin_softmax`` and ``prototype_gradient`` of a backend."""
+    if backend == "triton":
+        from sst_fast.kernels import margin_softmax
+
+        return margin_softmax
+    return SimpleNamespace(
+        **{name: getattr(compiled, f"{backend}_{name}") for name in ("margin_softmax", "prototype_gradient")}
+    )

@@ -177,6 +177,8 @@ def margin_softmax(
 
     rest = (target.where(valid, 0), identity, slot_identity, features, window_identity, start)
     chosen = choose("margin_softmax", device, backend)
+    if chosen == "triton" and (d > 1024 or ops.wide_dtype(embedding, prototypes) == torch.float64):
+        chosen = "reference"  # beyond what the kernels hold in registers, or more exact than they are
     grad = torch.is_grad_enabled()
     straight = gradient == "straight_through"
     # Rows that a window replaces are another tensor's: autograd sorts that out.

@@ -1,0 +1,578 @@
+"""The fused loss in Triton: prepare rows, sweep the queue in splits, combine. No atomics, no N x K tensor.
+
+Sizes: N probes, K slots, D features, B slots in the batch window, S splits of the queue. All arithmetic is float32; products
+take the prototypes' dtype (float32: PyTorch's matmul precision decides between tf32 and ieee).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from sst_fast.kernels.margins import NPC, phi, phi_row, target_margin
+from torch import Tensor
+
+MAX_DIM = 1024
+# Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.
+COUNTS = ["K", "B", "S", "rows_in_group", "blocks_in_group", "tiles_in_split"]
+NEVER = tl.constexpr(-1e30)  # cosine of a masked slot: finite, so that nothing becomes NaN on the way
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a sweep is cut: rows and slots of a tile, warps, pipeline stages."""
+
+    rows: int
+    slots: int
+    warps: int
+    stages: int
+
+
+def blocks_for(dim: int, itemsize: int, capability: int) -> Blocks:
+    """The table of tile sizes, by padded dimension, bytes per queue element and architecture (80, 90, 100, 120).
+
+    The float32 accumulator [rows, dim] has to stay in registers, and rows plus stages of slots in shared memory: 227 KiB on
+    90 and 100, 163 KiB on 80, 99 KiB on 120.
+    """
+    large = capability in (90, 100)
+    if itemsize == 4:
+        if dim <= 128:
+            return Blocks(64, 32, 4, 2)
+        if dim <= 256:
+            return Blocks(32, 32, 4, 2) if capability != 120 else Blocks(32, 16, 4, 1)
+        if dim <= 512:
+            return Blocks(32, 16, 8, 1 if capability == 120 else 2) if large else Blocks(16, 16, 4, 1)
+        return Blocks(16, 16, 8, 1)
+    if dim <= 128:
+        return Blocks(64, 64, 4, 2)
+    if dim <= 256:
+        return Blocks(64, 32, 4, 2)
+    if dim <= 512:
+        return Blocks(64, 32, 8, 2) if capability != 120 else Blocks(32, 16, 8, 1)
+    return Blocks(32, 16, 8, 2) if large else Blocks(16, 16, 8, 1)
+
+
+@triton.jit
+def _parameters(rows, i, N, p0, p1, p2, p3, p4, p5, scale, scale_rows, P: tl.constexpr, SCALE_ROWS: tl.constexpr):
+    """The margin's parameters and the scale of probe i: numbers, or loaded where they vary."""
+    if P > 0:
+        p0 = tl.load(rows + i)
+    if P > 1:
+        p1 = tl.load(rows + N + i)
+    if P > 2:
+        p2 = tl.load(rows + 2 * N + i)
+    if P > 3:
+        p3 = tl.load(rows + 3 * N + i)
+    if P > 4:
+        p4 = tl.load(rows + 4 * N + i)
+    if P > 5:
+        p5 = tl.load(rows + 5 * N + i)
+    if SCALE_ROWS:
+        scale = tl.load(scale_rows + i)
+    return p0, p1, p2, p3, p4, p5, scale
+
+
+@triton.jit
+def _target_row(
+    w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d,
+    WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """The target prototype of probe i."""
+    row = tl.load(w + y * D + d, mask=d < D, other=0.0).to(tl.float32)
+    factor = 1.0
+    if NORMALIZE:
+        factor = tl.load(inverse_w + y)
+    if WINDOW:
+        inside = (y - tl.load(start) + K) % K
+        if inside < B:
+            own = (i // rows_in_group) * B + inside
+            row = tl.load(window + own * D + d, mask=d < D, other=0.0).to(tl.float32)
+            if NORMALIZE:
+                factor = tl.load(inverse_window + own)
+    return row * factor
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def prepare_kernel(
+    x, w, window, inverse_w, inverse_window, start, target, margin_rows, scale_rows,
+    unit, inverse_norm, cosine, scales, phi_rows,
+    N, K, D, B, rows_in_group, p0, p1, p2, p3, p4, p5, scale,
+    KIND: tl.constexpr, P: tl.constexpr, SCALE_ROWS: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program a probe: unit row, norm, target cosine, what phi needs."""
+    i = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    row = tl.load(x + i * D + d, mask=d < D, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(row), 0)
+    usable = tl.where(largest > 0, largest, 1.0)
+    scaled = row / usable
+    norm = tl.sqrt(tl.sum(scaled * scaled, 0))
+    tiny = norm * usable < 1e-12
+    inverse = tl.where(tiny, 0.0, 1.0 / norm)
+    hat = scaled * inverse
+    tl.store(unit + i * BLOCK_D + d, hat.to(unit.dtype.element_ty))
+    tl.store(inverse_norm + i, tl.where(tiny, 0.0, inverse / usable))
+    y = tl.load(target + i)
+    own = _target_row(w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d, WINDOW, NORMALIZE)
+    a = tl.sum(hat * own, 0)
+    tl.store(cosine + i, a)
+    p0, p1, p2, p3, p4, p5, scale = _parameters(
+        margin_rows, i, N, p0, p1, p2, p3, p4, p5, scale, scale_rows, P, SCALE_ROWS
+    )
+    tl.store(scales + i, scale)
+    r0, r1, r2, r3 = phi_row(a, p0, p1, p2, p3, p4, p5, KIND)
+    tl.store(phi_rows + i, r0)
+    tl.store(phi_rows + N + i, r1)
+    tl.store(phi_rows + 2 * N + i, r2)
+    tl.store(phi_rows + 3 * N + i, r3)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def sweep_kernel(
+    unit, w, window, inverse_w, inverse_window, start, target, identity, slot_identity, window_identity,
+    cosine, scales, phi_rows, lse, uniform,
+    shift_out, sum_out, logits_out, hard_sum_out, hard_out, live_out, hardest_out, slot_out, beats_out, moment_out,
+    N, K, D, B, rows_in_group, blocks_in_group, tiles_in_split, S,
+    KIND: tl.constexpr, WINDOW: tl.constexpr, IDENTITY: tl.constexpr, SLOT_IDENTITY: tl.constexpr,
+    MASK_EMPTY: tl.constexpr, NORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr, MOMENT: tl.constexpr,
+    SECOND: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A block of probes of one group over one split of the slots; the last split is the batch window, if there is one.
+
+    Weights are exp(z - shift); in the second sweep exp(z - lse) - uniform.
+    """
+    block, split = tl.program_id(0), tl.program_id(1)
+    group = block // blocks_in_group
+    r = (block % blocks_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = r < rows_in_group
+    i = (group * rows_in_group + r).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    x = tl.load(unit + i[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
+    a = tl.load(cosine + i, mask=real, other=0.0)
+    scale = tl.load(scales + i, mask=real, other=1.0)
+    y = tl.load(target + i, mask=real, other=-1)
+    r0 = tl.load(phi_rows + i, mask=real, other=0.0)
+    r1 = tl.load(phi_rows + N + i, mask=real, other=0.0)
+    r2 = tl.load(phi_rows + 2 * N + i, mask=real, other=0.0)
+    r3 = tl.load(phi_rows + 3 * N + i, mask=real, other=0.0)
+    mine = y
+    if IDENTITY:
+        mine = tl.load(identity + i, mask=real, other=-2)
+    known = a
+    even = a * 0.0
+    if SECOND:
+        known = tl.load(lse + i, mask=real, other=0.0)
+        even = tl.load(uniform + i, mask=real, other=0.0)
+
+    # Where this program's slots lie: [first, last) of the queue, or of the window.
+    first = split * tiles_in_split * BLOCK_K
+    last = tl.minimum(first + tiles_in_split * BLOCK_K, K)
+    base, ids, inverse = w, slot_identity, inverse_w
+    begin = K * 0
+    if WINDOW:
+        begin = tl.load(start).to(tl.int32)
+        if split == S:
+            first, last = K * 0, B
+            base = window + group.to(tl.int64) * B * D
+            if SLOT_IDENTITY:
+                ids = window_identity
+            if NORMALIZE:
+                inverse = inverse_window + group.to(tl.int64) * B
+
+    shift = a * 0.0 + NEVER
+    total = a * 0.0
+    logits = a * 0.0
+    hard_sum = a * 0.0
+    hard = tl.zeros([BLOCK_N], tl.int32)
+    live = tl.zeros([BLOCK_N], tl.int32)
+    beats = tl.zeros([BLOCK_N], tl.int32)
+    hardest = a * 0.0 + NEVER
+    hardest_slot = tl.zeros([BLOCK_N], tl.int32) - 1
+    moment = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    for j0 in range(first, last, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K)
+        there = j < last
+        features = tl.load(
+            base + j.to(tl.int64)[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
+        )
+        c = tl.dot(x, tl.trans(features), input_precision=PRECISION)
+        if NORMALIZE:
+            norm = tl.load(inverse + j, mask=there, other=0.0)
+            c *= norm[None, :]
+        slot = j
+        if WINDOW:
+            slot = tl.where(split == S, (j + begin) % K, j)
+            # Of the queue, the slots outside the window: at least B after its start.
+            there = there & (tl.where(split == S, B, (j - begin + K) % K) >= B)
+        alive = there[None, :] & (slot[None, :] != y[:, None])
+        if SLOT_IDENTITY:
+            theirs = tl.load(ids + j, mask=there, other=-1)
+            if IDENTITY:
+                alive = alive & (theirs[None, :] != mine[:, None])
+            if MASK_EMPTY:
+                alive = alive & (theirs >= 0)[None, :]
+        value, slope = phi(c, r0[:, None], r1[:, None], r2[:, None], r3[:, None], KIND)
+        z = scale[:, None] * value
+        if SECOND:
+            p = tl.where(alive, tl.exp(z - known[:, None]) - even[:, None], 0.0)
+        else:
+            shown = tl.where(alive, c, NEVER)
+            top = tl.max(shown, 1)
+            at = tl.max(tl.where((shown == top[:, None]) & alive, slot[None, :], -1), 1)
+            hardest_slot = tl.where(top > hardest, at, hardest_slot)
+            hardest = tl.maximum(hardest, top)
+            beats += tl.sum((alive & (c > a[:, None])).to(tl.int32), 1)
+            live += tl.sum(alive.to(tl.int32), 1)
+            if KIND == NPC:
+                is_hard = alive & (c > r0[:, None])
+                hard += tl.sum(is_hard.to(tl.int32), 1)
+                hard_sum += tl.sum(tl.where(is_hard, c, 0.0), 1)
+            if LOGITS:
+                logits += tl.sum(tl.where(alive, z, 0.0), 1)
+            higher = tl.maximum(shift, tl.max(tl.where(alive, z, NEVER), 1))
+            fade = tl.exp(shift - higher)
+            total *= fade
+            if MOMENT:
+                moment *= fade[:, None]
+            shift = higher
+            p = tl.where(alive, tl.exp(z - shift[:, None]), 0.0)
+            total += tl.sum(p, 1)
+        if MOMENT:
+            if not STRAIGHT:
+                p *= slope
+            if NORMALIZE:
+                p *= norm[None, :]
+            moment = tl.dot(p.to(features.dtype), features, moment, input_precision=PRECISION)
+
+    out = split.to(tl.int64) * N + i
+    if not SECOND:
+        tl.store(shift_out + out, shift, mask=real)
+        tl.store(sum_out + out, total, mask=real)
+        tl.store(live_out + out, live, mask=real)
+        tl.store(beats_out + out, beats, mask=real)
+        tl.store(hardest_out + out, hardest, mask=real)
+        tl.store(slot_out + out, hardest_slot, mask=real)
+        if KIND == NPC:
+            tl.store(hard_out + out, hard, mask=real)
+            tl.store(hard_sum_out + out, hard_sum, mask=real)
+        if LOGITS:
+            tl.store(logits_out + out, logits, mask=real)
+    if MOMENT:
+        tl.store(moment_out + out[:, None] * BLOCK_D + d[None, :], moment, mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def combine_kernel(
+    x, w, window, inverse_w, inverse_window, start, target, margin_rows, scale_rows,
+    inverse_norm, cosine, shift, total, logits, hard_sum, hard, live, hardest, slot, beats, moment,
+    loss_out, gradient_out, lse_out, hardest_out, slot_out, beats_out, live_out, slope_out, uniform_out,
+    N, K, D, B, rows_in_group, S, label_smoothing, p0, p1, p2, p3, p4, p5, scale,
+    KIND: tl.constexpr, P: tl.constexpr, SCALE_ROWS: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
+    STRAIGHT: tl.constexpr, LOSS: tl.constexpr, MOMENT: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program a probe, over all splits: the loss (LOSS), the gradient (MOMENT), or first the one and then the other."""
+    i = tl.program_id(0).to(tl.int64)
+    p0, p1, p2, p3, p4, p5, scale = _parameters(
+        margin_rows, i, N, p0, p1, p2, p3, p4, p5, scale, scale_rows, P, SCALE_ROWS
+    )
+    a = tl.load(cosine + i)
+    highest = NEVER + a * 0.0
+    sum_z = a * 0.0
+    if LOSS:
+        top, at, above, count, hard_count = NEVER + a * 0.0, -1, 0, 0, 0
+        all_logits, all_hard = a * 0.0, a * 0.0
+        for split in range(S):
+            part = split * N + i
+            highest = tl.maximum(highest, tl.where(tl.load(total + part) > 0, tl.load(shift + part), NEVER))
+            part_top = tl.load(hardest + part)
+            at = tl.where(part_top > top, tl.load(slot + part), at)
+            top = tl.maximum(top, part_top)
+            above += tl.load(beats + part)
+            count += tl.load(live + part)
+            if KIND == NPC:
+                hard_count += tl.load(hard + part)
+                all_hard += tl.load(hard_sum + part)
+            if SMOOTH:
+                all_logits += tl.load(logits + part)
+        for split in range(S):
+            part = split * N + i
+            sum_z += tl.load(total + part) * tl.exp(tl.minimum(tl.load(shift + part) - highest, 0.0))
+        hard_mean = all_hard / tl.maximum(hard_count, 1)
+        psi, slope = target_margin(a, hard_mean, p0, p1, p2, p3, p4, p5, KIND)
+        if STRAIGHT:
+            slope = a * 0.0 + 1.0
+        t = scale * psi
+        # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.
+        excess = tl.where(sum_z == 0, NEVER + a * 0.0, highest + tl.log(sum_z) - t)
+        small = tl.exp(-tl.abs(excess))
+        log1p = tl.where(small < 1e-3, small * (1.0 - small * (0.5 - small * 0.33333333)), tl.log(1.0 + small))
+        plain = tl.where(excess > 0, excess, 0.0 * a) + log1p
+        wrong = tl.where(excess > 0, 1.0, small) / (1.0 + small)
+        share = label_smoothing / (1 + count)
+        loss = plain + sum_z * 0.0
+        if SMOOTH:
+            loss -= share * (all_logits - count * t)
+        target_slope = -scale * slope * (wrong - label_smoothing + share)
+        tl.store(loss_out + i, loss)
+        tl.store(lse_out + i, plain + t)
+        tl.store(hardest_out + i, tl.where(at < 0, -float("inf"), top))
+        tl.store(slot_out + i, at.to(tl.int64))
+        tl.store(beats_out + i, above.to(tl.int64))
+        tl.store(live_out + i, count.to(tl.int64))
+        tl.store(slope_out + i, target_slope)
+        tl.store(uniform_out + i, share)
+    else:
+        target_slope = tl.load(slope_out + i)
+        wrong = a * 0.0
+    if MOMENT:
+        d = tl.arange(0, BLOCK_D)
+        gathered = tl.zeros([BLOCK_D], tl.float32)
+        for split in range(S):
+            part = split * N + i
+            piece = tl.load(moment + part * BLOCK_D + d)
+            if LOSS:
+                fade = tl.exp(tl.minimum(tl.load(shift + part) - highest, 0.0))
+                piece *= tl.where(sum_z == 0, 0.0, fade / tl.where(sum_z == 0, 1.0, sum_z) * wrong)
+            gathered += piece
+        y = tl.load(target + i)
+        own = _target_row(
+            w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d, WINDOW, NORMALIZE
+        )
+        gathered = scale * gathered + target_slope * own
+        inverse = tl.load(inverse_norm + i)
+        row = tl.load(x + i * D + d, mask=d < D, other=0.0).to(tl.float32)
+        hat = row * inverse
+        along = tl.sum(gathered * hat, 0)
+        result = (gathered - along * hat) * inverse
+        tl.store(gradient_out + i * D + d, result.to(gradient_out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def prototypes_kernel(
+    unit, w, inverse_w, target, identity, slot_identity, scales, phi_rows, lse, uniform, factor, target_slope, gradient,
+    N, K, D,
+    KIND: tl.constexpr, IDENTITY: tl.constexpr, SLOT_IDENTITY: tl.constexpr, MASK_EMPTY: tl.constexpr,
+    NORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A tile of slots over all probes: its rows of the prototypes' gradient, the targets' part included."""
+    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    there = j < K
+    d = tl.arange(0, BLOCK_D)
+    at = j.to(tl.int64)[:, None] * D + d[None, :]
+    inside = there[:, None] & (d < D)[None, :]
+    features = tl.load(w + at, mask=inside, other=0.0)
+    norm = tl.full([BLOCK_K], 1.0, tl.float32)
+    if NORMALIZE:
+        norm = tl.load(inverse_w + j, mask=there, other=0.0)
+    theirs = j.to(tl.int64)
+    if SLOT_IDENTITY:
+        theirs = tl.load(slot_identity + j, mask=there, other=-1)
+    sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for first in range(0, N, BLOCK_N):
+        i = first + tl.arange(0, BLOCK_N)
+        real = i < N
+        x = tl.load(unit + i.to(tl.int64)[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
+        y = tl.load(target + i, mask=real, other=-1)
+        scale = tl.load(scales + i, mask=real, other=1.0)
+        incoming = tl.load(factor + i, mask=real, other=0.0)
+        r0 = tl.load(phi_rows + i, mask=real, other=0.0)
+        r1 = tl.load(phi_rows + N + i, mask=real, other=0.0)
+        r2 = tl.load(phi_rows + 2 * N + i, mask=real, other=0.0)
+        r3 = tl.load(phi_rows + 3 * N + i, mask=real, other=0.0)
+        known = tl.load(lse + i, mask=real, other=0.0)
+        even = tl.load(uniform + i, mask=real, other=0.0)
+        at_target = tl.load(target_slope + i, mask=real, other=0.0)
+        c = tl.dot(features, tl.trans(x), input_precision=PRECISION) * norm[:, None]
+        is_target = j[:, None] == y[None, :]
+        alive = (real[None, :] & there[:, None]) & (is_target == 0)
+        if SLOT_IDENTITY:
+            if IDENTITY:
+                mine = tl.load(identity + i, mask=real, other=-2)
+                alive = alive & (theirs[:, None] != mine[None, :])
+            if MASK_EMPTY:
+                alive = alive & (theirs >= 0)[:, None]
+        value, slope = phi(c, r0[None, :], r1[None, :], r2[None, :], r3[None, :], KIND)
+        p = tl.where(alive, tl.exp(scale[None, :] * value - known[None, :]) - even[None, :], 0.0) * scale[None, :]
+        if not STRAIGHT:
+            p *= slope
+        p = tl.where(is_target, at_target[None, :], p) * incoming[None, :]
+        sums = tl.dot(p.to(x.dtype), x, sums, input_precision=PRECISION)
+    if NORMALIZE:
+        hat = features.to(tl.float32) * norm[:, None]
+        sums = (sums - tl.sum(sums * hat, 1)[:, None] * hat) * norm[:, None]
+    tl.store(gradient + at, sums, mask=inside)
+
+
+def _inverse_norms(rows: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    return torch.where(norm < 1e-12, 0.0, 1.0 / norm)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of float32 products: as PyTorch's own matmul is set."""
+    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _machine(device: torch.device) -> tuple[int, int]:
+    """Compute capability and number of multiprocessors; of an ordinary GPU where the interpreter runs."""
+    if device.type != "cuda":
+        return 80, 4
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major, properties.multi_processor_count
+
+
+@dataclass
+class _Rows:
+    """What is computed once per probe, and the arguments every kernel shares."""
+
+    unit: Tensor
+    inverse_norm: Tensor
+    cosine: Tensor
+    scales: Tensor
+    phi_rows: Tensor
+    inverse_w: Tensor | None
+    inverse_window: Tensor | None
+    numbers: list[float]
+    block_d: int
+
+
+def _prepare(
+    embedding: Tensor, prototypes: Tensor, target: Tensor, window: Tensor | None, window_start: Tensor | None,
+    margin_rows: Tensor | None, scale_rows: Tensor | None, kind: int, parameters: list[float], scale: float, normalize: bool,
+) -> _Rows:  # fmt: skip
+    n, dim = embedding.shape
+    block_d = max(16, triton.next_power_of_2(dim))
+    groups, b = (1, 0) if window is None else window.shape[:2]
+    floats = {"dtype": torch.float32, "device": embedding.device}
+    rows = _Rows(
+        torch.empty((n, block_d), dtype=prototypes.dtype, device=embedding.device),
+        torch.empty(n, **floats), torch.empty(n, **floats), torch.empty(n, **floats), torch.empty((4, n), **floats),
+        _inverse_norms(prototypes) if normalize else None,
+        _inverse_norms(window) if normalize and window is not None else None,
+        [*(parameters + [0.0] * 6)[:6], scale], block_d,
+    )  # fmt: skip
+    prepare_kernel[(n,)](
+        embedding, prototypes, window, rows.inverse_w, rows.inverse_window, window_start, target, margin_rows, scale_rows,
+        rows.unit, rows.inverse_norm, rows.cosine, rows.scales, rows.phi_rows, n, len(prototypes), dim, b,
+        max(n // groups, 1), *rows.numbers,
+        KIND=kind, P=0 if margin_rows is None else len(margin_rows), SCALE_ROWS=scale_rows is not None,
+        WINDOW=window is not None, NORMALIZE=normalize, BLOCK_D=block_d,
+    )  # fmt: skip
+    return rows
+
+
+def _float32(rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else rows.float().contiguous()
+
+
+def margin_softmax(
+    embedding: Tensor, prototypes: Tensor, target: Tensor, identity: Tensor | None, slot_identity: Tensor | None,
+    window: Tensor | None, window_identity: Tensor | None, window_start: Tensor | None, margin_rows: Tensor | None,
+    scale_rows: Tensor | None, kind: int, parameters: list[float], scale: float, mask_empty: bool, normalize: bool,
+    label_smoothing: float, straight_through: bool, need_gradient: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The operator ``sst_fast::margin_softmax``: see csrc/ops.h for the nine results."""
+    embedding, prototypes, target = embedding.contiguous(), prototypes.contiguous(), target.contiguous()
+    window = None if window is None else window.contiguous()
+    margin_rows, scale_rows = _float32(margin_rows), _float32(scale_rows)
+    n, dim = embedding.shape
+    k, device = len(prototypes), embedding.device
+    groups, b = (1, 0) if window is None else window.shape[:2]
+
+    def values(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    loss, lse, hardest, slope = values(n), values(n), values(n), values(n)
+    slot, beats, live = numbers(n), numbers(n), numbers(n)
+    gradient = torch.empty((n if need_gradient else 0, dim), dtype=embedding.dtype, device=device)
+    if n == 0:
+        return [loss, gradient, lse, values(0), hardest, slot, beats, live, slope]
+    rows = _prepare(
+        embedding, prototypes, target, window, window_start, margin_rows, scale_rows, kind, parameters, scale, normalize
+    )
+    capability, processors = _machine(device)
+    cut = blocks_for(rows.block_d, prototypes.element_size(), capability)
+    blocks_in_group = triton.cdiv(n // groups, cut.rows)
+    tiles = triton.cdiv(k, cut.slots)
+    splits = max(1, min(tiles, 2 * processors // (groups * blocks_in_group)))
+    tiles_in_split = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, tiles_in_split)
+    parts = splits + (window is not None)
+    second = need_gradient and label_smoothing > 0
+    shift, total, logits, hard_sum, top = (values(parts, n) for _ in range(5))
+    hard, alive, at, above = (numbers(parts, n, dtype=torch.int32) for _ in range(4))
+    moment = values(parts, n, rows.block_d) if need_gradient else None
+    uniform = values(n)
+
+    def sweep(again: bool) -> None:
+        sweep_kernel[(groups * blocks_in_group, parts)](
+            rows.unit, prototypes, window, rows.inverse_w, rows.inverse_window, window_start, target, identity,
+            slot_identity, window_identity, rows.cosine, rows.scales, rows.phi_rows, lse, uniform, shift, total, logits,
+            hard_sum, hard, alive, top, at, above, moment, n, k, dim, b, n // groups, blocks_in_group, tiles_in_split, splits,
+            KIND=kind, WINDOW=window is not None, IDENTITY=identity is not None and slot_identity is not None,
+            SLOT_IDENTITY=slot_identity is not None, MASK_EMPTY=mask_empty, NORMALIZE=normalize, STRAIGHT=straight_through,
+            MOMENT=again or (need_gradient and not second), SECOND=again, LOGITS=label_smoothing > 0,
+            PRECISION=_precision(prototypes.dtype), BLOCK_N=cut.rows, BLOCK_K=cut.slots,
+            BLOCK_D=rows.block_d, num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+
+    def combine(with_loss: bool, with_moment: bool) -> None:
+        combine_kernel[(n,)](
+            embedding, prototypes, window, rows.inverse_w, rows.inverse_window, window_start, target, margin_rows,
+            scale_rows, rows.inverse_norm, rows.cosine, shift, total, logits, hard_sum, hard, alive, top, at, above, moment,
+            loss, gradient, lse, hardest, slot, beats, live, slope, uniform, n, k, dim, b, n // groups, parts,
+            label_smoothing, *rows.numbers,
+            KIND=kind, P=0 if margin_rows is None else len(margin_rows), SCALE_ROWS=scale_rows is not None,
+            WINDOW=window is not None, NORMALIZE=normalize, STRAIGHT=straight_through, LOSS=with_loss, MOMENT=with_moment,
+            SMOOTH=label_smoothing > 0, BLOCK_D=rows.block_d,
+        )  # fmt: skip
+
+    sweep(again=False)
+    combine(True, need_gradient and not second)
+    if second:
+        sweep(again=True)
+        combine(False, True)
+    return [loss, gradient, lse, rows.cosine, hardest, slot, beats, live, slope]
+
+
+def prototype_gradient(
+    grad_loss: Tensor, lse: Tensor, negatives: Tensor, target_slope: Tensor, embedding: Tensor, prototypes: Tensor,
+    target: Tensor, identity: Tensor | None, slot_identity: Tensor | None, margin_rows: Tensor | None,
+    scale_rows: Tensor | None, kind: int, parameters: list[float], scale: float, mask_empty: bool, normalize: bool,
+    label_smoothing: float, straight_through: bool,
+) -> Tensor:  # fmt: skip
+    """The operator ``sst_fast::prototype_gradient``: float32 [K, D]."""
+    embedding, prototypes, target = embedding.contiguous(), prototypes.contiguous(), target.contiguous()
+    margin_rows, scale_rows = _float32(margin_rows), _float32(scale_rows)
+    n, dim = embedding.shape
+    gradient = torch.zeros((len(prototypes), dim), dtype=torch.float32, device=embedding.device)
+    if n == 0:
+        return gradient
+    rows = _prepare(
+        embedding, prototypes, target, None, None, margin_rows, scale_rows, kind, parameters, scale, normalize
+    )
+    cut = blocks_for(rows.block_d, prototypes.element_size(), _machine(embedding.device)[0])
+    prototypes_kernel[(triton.cdiv(len(prototypes), cut.rows),)](
+        rows.unit, prototypes, rows.inverse_w, target, identity, slot_identity, rows.scales, rows.phi_rows, lse,
+        label_smoothing / (1.0 + negatives.float()), grad_loss.float().contiguous(), target_slope, gradient,
+        n, len(prototypes), dim,
+        KIND=kind, IDENTITY=identity is not None and slot_identity is not None, SLOT_IDENTITY=slot_identity is not None,
+        MASK_EMPTY=mask_empty, NORMALIZE=normalize, STRAIGHT=straight_through, PRECISION=_precision(prototypes.dtype),
+        BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=rows.block_d, num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return gradient
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
