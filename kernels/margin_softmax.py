@@ -15,7 +15,6 @@ import triton.language as tl
 from sst_fast.kernels.margins import NPC, phi, phi_row, target_margin
 from torch import Tensor
 
-MAX_DIM = 1024
 # Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.
 COUNTS = ["K", "B", "S", "rows_in_group", "blocks_in_group", "tiles_in_split"]
 NEVER = tl.constexpr(-1e30)  # cosine of a masked slot: finite, so that nothing becomes NaN on the way
@@ -31,28 +30,42 @@ class Blocks:
     stages: int
 
 
-def blocks_for(dim: int, itemsize: int, capability: int) -> Blocks:
-    """The table of tile sizes, by padded dimension, bytes per queue element and architecture (80, 90, 100, 120).
+# (kernel, architecture, bytes per element of the prototypes) -> (rows, slots, warps, stages) for D up to 64, 128, 256, 512 and
+# 1024; None: nothing fits. The accumulator stays in registers: tests/compile_triton.py holds every entry to 'no spills'. The largest
+# tiles that meet that; which of them is fastest has not been measured.
+_TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, int, int] | None, ...]] = {
+    ("sweep", 80, 2): ((64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("sweep", 80, 4): ((64, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), None),
+    ("sweep", 90, 2): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 4, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
+    ("sweep", 90, 4): ((64, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
+    ("sweep", 100, 4): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 64, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 120, 2): ((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (16, 16, 4, 2)),
+    ("sweep", 120, 4): ((64, 32, 8, 1), (32, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 2), None),
+    ("prototypes", 80, 2): ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 80, 4): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1), None),
+    ("prototypes", 90, 2): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 90, 4): ((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
+    ("prototypes", 100, 2): ((64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 100, 4): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
+    ("prototypes", 120, 2): ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    ("prototypes", 120, 4): ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), None),
+}  # fmt: skip
+_DIMS = (64, 128, 256, 512, 1024)
 
-    The float32 accumulator [rows, dim] has to stay in registers, and rows plus stages of slots in shared memory: 227 KiB on
-    90 and 100, 163 KiB on 80, 99 KiB on 120.
-    """
-    large = capability in (90, 100)
-    if itemsize == 4:
-        if dim <= 128:
-            return Blocks(64, 32, 4, 2)
-        if dim <= 256:
-            return Blocks(32, 32, 4, 2) if capability != 120 else Blocks(32, 16, 4, 1)
-        if dim <= 512:
-            return Blocks(32, 16, 8, 1 if capability == 120 else 2) if large else Blocks(16, 16, 4, 1)
-        return Blocks(16, 16, 8, 1)
-    if dim <= 128:
-        return Blocks(64, 64, 4, 2)
-    if dim <= 256:
-        return Blocks(64, 32, 4, 2)
-    if dim <= 512:
-        return Blocks(64, 32, 8, 2) if capability != 120 else Blocks(32, 16, 8, 1)
-    return Blocks(32, 16, 8, 2) if large else Blocks(16, 16, 8, 1)
+
+def blocks_for(kernel: str, dim: int, itemsize: int, capability: int) -> Blocks | None:
+    """Tile sizes of 'sweep' or 'prototypes' on an architecture (80, 90, 100, 120); None where no size fits."""
+    found = next(
+        (cut for most, cut in zip(_DIMS, _TABLE[kernel, capability, itemsize], strict=True) if dim <= most), None
+    )
+    return None if found is None else Blocks(*found)
+
+
+def fits(dim: int, itemsize: int, device: torch.device, prototypes: bool) -> bool:
+    """Whether there are tile sizes for the loss, and for the gradient of ``prototypes`` if that is wanted."""
+    kernels = ("sweep", "prototypes") if prototypes else ("sweep",)
+    return all(blocks_for(kernel, dim, itemsize, _machine(device)[0]) is not None for kernel in kernels)
 
 
 @triton.jit
@@ -421,11 +434,11 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _machine(device: torch.device) -> tuple[int, int]:
-    """Compute capability and number of multiprocessors; of an ordinary GPU where the interpreter runs."""
+    """Architecture, as the table knows it, and number of multiprocessors; of an ordinary GPU where the interpreter runs."""
     if device.type != "cuda":
         return 80, 4
     properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major, properties.multi_processor_count
+    return {9: 90, 10: 100, 12: 120}.get(properties.major, 80), properties.multi_processor_count
 
 
 @dataclass
@@ -501,7 +514,8 @@ def margin_softmax(
         embedding, prototypes, target, window, window_start, margin_rows, scale_rows, kind, parameters, scale, normalize
     )
     capability, processors = _machine(device)
-    cut = blocks_for(rows.block_d, prototypes.element_size(), capability)
+    cut = blocks_for("sweep", rows.block_d, prototypes.element_size(), capability)
+    assert cut is not None, "callers ask fits() first"
     blocks_in_group = triton.cdiv(n // groups, cut.rows)
     tiles = triton.cdiv(k, cut.slots)
     splits = max(1, min(tiles, 2 * processors // (groups * blocks_in_group)))
@@ -561,7 +575,8 @@ def prototype_gradient(
     rows = _prepare(
         embedding, prototypes, target, None, None, margin_rows, scale_rows, kind, parameters, scale, normalize
     )
-    cut = blocks_for(rows.block_d, prototypes.element_size(), _machine(embedding.device)[0])
+    cut = blocks_for("prototypes", rows.block_d, prototypes.element_size(), _machine(embedding.device)[0])
+    assert cut is not None, "callers ask fits() first"
     prototypes_kernel[(triton.cdiv(len(prototypes), cut.rows),)](
         rows.unit, prototypes, rows.inverse_w, target, identity, slot_identity, rows.scales, rows.phi_rows, lse,
         label_smoothing / (1.0 + negatives.float()), grad_loss.float().contiguous(), target_slope, gradient,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_fast import ops, reference
-from sst_fast.dispatch import choose
+from sst_fast.dispatch import choose, implementation
 from sst_fast.margins import AMSoftmax, Margin, Parameter
 
 if TYPE_CHECKING:
@@ -177,14 +177,20 @@ def margin_softmax(
 
     rest = (target.where(valid, 0), identity, slot_identity, features, window_identity, start)
     chosen = choose("margin_softmax", device, backend)
-    if chosen == "triton" and (d > 1024 or ops.wide_dtype(embedding, prototypes) == torch.float64):
-        chosen = "reference"  # beyond what the kernels hold in registers, or more exact than they are
+    if chosen == "triton":
+        # More exact than the kernels are, or beyond what they hold in registers.
+        double = ops.wide_dtype(embedding, prototypes) == torch.float64
+        trains = torch.is_grad_enabled() and prototypes.requires_grad
+        if double or not implementation("triton").fits(d, prototypes.element_size(), device, trains):
+            chosen = "reference"
     grad = torch.is_grad_enabled()
     straight = gradient == "straight_through"
     # Rows that a window replaces are another tensor's: autograd sorts that out.
     if chosen == "reference" or (window is not None and grad and prototypes.requires_grad):
+        wide = ops.wide_dtype(embedding, prototypes)
+        margin = margin.map(lambda parameter: parameter.to(wide))
+        scale = scale.to(wide) if isinstance(scale, Tensor) else scale
         if normalize_prototypes:
-            wide = ops.wide_dtype(embedding, prototypes)
             prototypes = reference.normalize(prototypes.to(wide))
             if features is not None:
                 rest = (*rest[:3], reference.normalize(features.to(wide).flatten(0, 1)).view_as(features), *rest[4:])
