@@ -6,7 +6,6 @@ take the prototypes' dtype (float32: PyTorch's matmul precision decides between 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -328,7 +327,7 @@ def combine_kernel(
         plain = tl.where(excess > 0, excess, 0.0 * a) + log1p
         wrong = tl.where(excess > 0, 1.0, small) / (1.0 + small)
         share = label_smoothing / (1 + count)
-        loss = plain + sum_z * 0.0
+        loss = plain
         if SMOOTH:
             loss -= share * (all_logits - count * t)
         target_slope = -scale * slope * (wrong - label_smoothing + share)
@@ -586,8 +585,3 @@ def prototype_gradient(
         BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=rows.block_d, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return gradient
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -116,12 +116,10 @@ def _triton_state(operation: str, device: str) -> str:
     return "available" if device == "cuda" or interpreted else f"not for {device} tensors (but with TRITON_INTERPRET=1)"
 
 
-def implementation(backend: str) -> Any:
-    """What has the functions ``margin_softmax`` and ``prototype_gradient`` of a backend."""
+def implementation(backend: str, operation: str) -> Any:
+    """The function that does ``operation`` on a compiled backend or in Triton."""
     if backend == "triton":
         from sst_fast.kernels import margin_softmax
 
-        return margin_softmax
-    return SimpleNamespace(
-        **{name: getattr(compiled, f"{backend}_{name}") for name in ("margin_softmax", "prototype_gradient")}
-    )
+        return getattr(margin_softmax, operation)
+    return getattr(compiled, f"{backend}_{operation}")

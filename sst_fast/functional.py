@@ -163,7 +163,7 @@ def margin_softmax(
     valid = target != ignore_index
     embedding = embedding.masked_fill(~valid[:, None], 0)  # an ignored row may hold anything
     # Norms are wanted by margins that depend on them only; nothing is computed for the others.
-    norm = embedding_norm(embedding) if _uses_norm(margin) else None
+    norm = embedding_norm(embedding) if margin.uses_norm else None
     penalty = None if norm is None else margin.penalty(norm)
     scale = margin.scale_for(scale, k)
     if norm is not None:
@@ -177,17 +177,17 @@ def margin_softmax(
 
     rest = (target.where(valid, 0), identity, slot_identity, features, window_identity, start)
     chosen = choose("margin_softmax", device, backend)
+    wide = ops.wide_dtype(embedding, prototypes)
+    grad = torch.is_grad_enabled()
+    trains_prototypes = grad and prototypes.requires_grad
     if chosen == "triton":
         # More exact than the kernels are, or beyond what they hold in registers.
-        double = ops.wide_dtype(embedding, prototypes) == torch.float64
-        trains = torch.is_grad_enabled() and prototypes.requires_grad
-        if double or not implementation("triton").fits(d, prototypes.element_size(), device, trains):
+        fits = implementation("triton", "fits")
+        if wide == torch.float64 or not fits(d, prototypes.element_size(), device, trains_prototypes):
             chosen = "reference"
-    grad = torch.is_grad_enabled()
     straight = gradient == "straight_through"
     # Rows that a window replaces are another tensor's: autograd sorts that out.
-    if chosen == "reference" or (window is not None and grad and prototypes.requires_grad):
-        wide = ops.wide_dtype(embedding, prototypes)
+    if chosen == "reference" or (window is not None and trains_prototypes):
         margin = margin.map(lambda parameter: parameter.to(wide))
         scale = scale.to(wide) if isinstance(scale, Tensor) else scale
         if normalize_prototypes:
@@ -241,10 +241,6 @@ def target_cosine(
         rows = reference.normalize(rows.to(wide)) if normalize_prototypes else rows.to(wide)
         cosine: Tensor = (reference.normalize(embedding.to(wide)) * rows).sum(1)
         return cosine
-
-
-def _uses_norm(margin: Margin) -> bool:
-    return type(margin).for_batch is not Margin.for_batch or type(margin).penalty is not Margin.penalty
 
 
 def embedding_norm(embedding: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class Margin:
 
     kind: ClassVar[int]
     running: ClassVar[tuple[str, ...]] = ()
+    uses_norm: ClassVar[bool] = False  # for_batch and penalty have something to say
     uses_hard_mean: ClassVar[bool] = False  # psi needs the mean cosine of the probe's hard slots
 
     def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
@@ -424,6 +425,7 @@ class MagFace(Margin):
         lower_norm, upper_norm: norms > 0; lower_margin, upper_margin: radians; weight: of the penalty.
     """
 
+    uses_norm: ClassVar[bool] = True
     lower_norm: float = 10.0
     upper_norm: float = 110.0
     lower_margin: float = 0.45
@@ -464,6 +466,7 @@ class AdaFace(Margin):
     """
 
     running: ClassVar[tuple[str, ...]] = ("mean", "std")
+    uses_norm: ClassVar[bool] = True
     m: float = 0.4
     h: float = 0.333
     mean: Parameter = 20.0

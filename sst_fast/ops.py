@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_fast import reference
-from sst_fast.dispatch import compiled, implementation
+from sst_fast.dispatch import implementation
 
 Maybe = Optional[Tensor]  # noqa: UP045
 Results = Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # noqa: UP006
@@ -25,7 +25,7 @@ def margin_softmax(
 
     ``margin_rows`` [P, N] and ``scale_rows`` [N], float64, take the place of ``parameters`` and ``scale``.
     """
-    run = implementation(backend).margin_softmax
+    run = implementation(backend, "margin_softmax")
     loss, *others = run(
         embedding, prototypes, target, identity, slot_identity, window, window_identity, window_start, margin_rows,
         scale_rows, kind, parameters, scale, mask_empty, normalize, label_smoothing, straight_through, need_gradient,
@@ -71,7 +71,7 @@ def prototype_gradient(
     straight_through: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     """Gradient for the prototypes [K, D], float32 or float64: a second sweep, from the log-sum-exp of the first."""
-    run = implementation(backend).prototype_gradient
+    run = implementation(backend, "prototype_gradient")
     gradient: Tensor = run(
         grad_loss, lse, negatives, target_slope, embedding, prototypes, target, identity, slot_identity, margin_rows,
         scale_rows, kind, parameters, scale, mask_empty, normalize, label_smoothing, straight_through,
@@ -131,7 +131,7 @@ def enqueue(
     if backend == "reference":
         reference.enqueue(*tensors)
     else:
-        getattr(compiled, f"{backend}_enqueue")(*tensors)
+        implementation(backend, "enqueue")(*tensors)
 
 
 @torch.library.custom_op("sst_fast::dequeue", mutates_args=("queue_identities", "state"))
@@ -139,7 +139,7 @@ def dequeue(count: int, queue_identities: Tensor, state: Tensor, backend: str) -
     """Empties the ``count`` oldest slots in place; their identities [count], -1 where there were fewer."""
     if backend == "reference":
         return reference.dequeue(count, queue_identities, state)
-    gone: Tensor = getattr(compiled, f"{backend}_dequeue")(count, queue_identities, state)
+    gone: Tensor = implementation(backend, "dequeue")(count, queue_identities, state)
     return gone
 
 

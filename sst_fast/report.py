@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
 import sst_fast
@@ -31,7 +30,7 @@ NAMES: dict[str, str] = {"sst": "Semi-Siamese Training", "conventional": "Conven
 
 @dataclass
 class Result:
-    """One fold of one method: its metrics by epoch, its scores, and cosines and labels of the test images."""
+    """One fold of one method: its metrics by epoch and its scores."""
 
     history: list[dict[str, float]]
     scores: Scores
@@ -147,13 +146,7 @@ def _training(axes: list[Axes], results: Mapping[Method, list[Result]], curves: 
 def _roc(axis: Axes, results: Mapping[Method, list[Result]]) -> None:
     grid = np.logspace(-3, 0, 200)
     for method, folds in results.items():
-        curves = []
-        for fold in folds:
-            s = fold.scores
-            far, tar, _ = roc_curve(
-                np.r_[np.ones(len(s.genuine)), np.zeros(len(s.impostor))], np.r_[s.genuine, s.impostor]
-            )
-            curves.append(np.interp(grid, far, tar))
+        curves = [np.interp(grid, *fold.scores.roc()) for fold in folds]
         axis.plot(grid, np.mean(curves, 0), color=COLOURS[method], label=NAMES[method])
         axis.fill_between(grid, np.min(curves, 0), np.max(curves, 0), color=COLOURS[method], alpha=0.15, linewidth=0)
     axis.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.02))

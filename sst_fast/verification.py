@@ -32,6 +32,16 @@ class Scores:
     rank1: float
     effective_rank: float
 
+    def roc(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """False and true accept rates over all thresholds."""
+        return roc(self.genuine, self.impostor)
+
+
+def roc(genuine: NDArray[np.float32], impostor: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """False and true accept rates over all thresholds, from cosines of genuine and impostor pairs."""
+    far, tar, _ = roc_curve(np.r_[np.ones(len(genuine)), np.zeros(len(impostor))], np.r_[genuine, impostor])
+    return far, tar
+
 
 def evaluate(embeddings: Tensor, labels: Tensor, fars: tuple[float, ...] = (0.1, 0.01, 0.001)) -> Scores:
     """Scores of unit ``embeddings`` [M, D] with identity ``labels`` [M]; at least two images of two identities."""
@@ -43,7 +53,7 @@ def evaluate(embeddings: Tensor, labels: Tensor, fars: tuple[float, ...] = (0.1,
     impostor = similarity[~same & upper].numpy()
     if not len(genuine) or not len(impostor):
         raise ValueError("evaluation needs at least two identities and two images of one of them")
-    far, tar, _ = roc_curve(np.r_[np.ones(len(genuine)), np.zeros(len(impostor))], np.r_[genuine, impostor])
+    far, tar = roc(genuine, impostor)
     nearest = similarity.clone().fill_diagonal_(-torch.inf).argmax(1)
     alone = same.sum(1) == 1
     return Scores(

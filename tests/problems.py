@@ -8,9 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sst_fast import Margin, Window, reference
+from sst_fast import (
+    AMSoftmax,
+    ArcNegFace,
+    ArcSoftmax,
+    CircleLoss,
+    CombinedMargin,
+    CurricularFace,
+    Margin,
+    MVSoftmax,
+    NPCFace,
+    Softmax,
+    SphereFace,
+    Window,
+    reference,
+)  # fmt: skip
 from sst_fast.margins import Parameter
 from sst_fast.reference import MarginSoftmax, window_slots
+
+# At least one of every kind that kernels know.
+MARGINS = [
+    Softmax(), AMSoftmax(0.35), ArcSoftmax(0.5), ArcSoftmax(0.5, easy=True), CombinedMargin(1.0, 0.3, 0.2), SphereFace(),
+    MVSoftmax(), MVSoftmax(0.5, 1.2, arc=True), CurricularFace(0.5, 0.3), NPCFace(), CircleLoss(), ArcNegFace(),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,31 +8,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, answer, make
+from problems import MARGINS, Problem, answer, make
 
 from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Softmax, Window, ops
 from sst_fast.dispatch import backends
 from sst_fast.functional import margin_softmax
-from sst_fast.margins import (
-    AdaFace,
-    ArcNegFace,
-    CircleLoss,
-    CombinedMargin,
-    CurricularFace,
-    MagFace,
-    MVSoftmax,
-    NPCFace,
-    SphereFace,
-)  # fmt: skip
+from sst_fast.margins import AdaFace, ArcNegFace, CircleLoss, CurricularFace, MagFace, MVSoftmax, NPCFace
 
 # Triton, interpreted, is slow: test_triton.py has sizes for it.
 STATES = backends("cpu")["margin_softmax"].implementations
 BACKENDS = [name for name, state in STATES.items() if state == "available" and name != "triton"]
 COMPILED = [name for name in BACKENDS if name != "reference"]
-MARGINS = [
-    Softmax(), AMSoftmax(0.35), ArcSoftmax(0.5), ArcSoftmax(0.5, easy=True), CombinedMargin(1.0, 0.3, 0.2), SphereFace(),
-    MVSoftmax(), MVSoftmax(0.5, 1.2, arc=True), CurricularFace(0.5, 0.3), NPCFace(), CircleLoss(), ArcNegFace(),
-]  # fmt: skip
 # Relative to the largest loss and to the gradient's norm. float32 sums of 512 products, times the scale; bf16 and fp16
 # inputs are compared on their rounded values, so what remains is the rounding of the gradient: 2^-8 and 2^-11.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

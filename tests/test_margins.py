@@ -6,30 +6,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import MARGINS
 
 from sst_fast.dispatch import compiled
 from sst_fast.margins import (
     FUSED,
     AdaFace,
     AMSoftmax,
-    ArcNegFace,
     ArcSoftmax,
-    CircleLoss,
     CombinedMargin,
-    CurricularFace,
     MagFace,
     Margin,
     MVSoftmax,
     NPCFace,
-    Softmax,
     SphereFace,
 )  # fmt: skip
 
 EXAMPLES = [
-    Softmax(), AMSoftmax(0.35), AMSoftmax(0.0), ArcSoftmax(0.5), ArcSoftmax(0.5, easy=True), ArcSoftmax(2.0),
-    CombinedMargin(1.0, 0.3, 0.2), CombinedMargin(1.2, -0.4, 0.1, 0.0, True), SphereFace(), SphereFace(1.7, annealing=0.0),
-    MVSoftmax(), MVSoftmax(0.5, 1.2, arc=True), MVSoftmax(positive_only=True), MVSoftmax(0.5, 1.1, True, True),
-    CurricularFace(0.5, 0.3), NPCFace(), NPCFace(positive_only=True), CircleLoss(), ArcNegFace(),
+    *MARGINS, AMSoftmax(0.0), ArcSoftmax(2.0), CombinedMargin(1.2, -0.4, 0.1, 0.0, True), SphereFace(1.7, annealing=0.0),
+    MVSoftmax(positive_only=True), MVSoftmax(0.5, 1.1, True, True), NPCFace(positive_only=True),
 ]  # fmt: skip
 
 needs_extension = pytest.mark.skipif(compiled is None, reason="the extension was not built")

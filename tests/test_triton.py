@@ -6,31 +6,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import problems
 import pytest
 import torch
 from problems import answer, make
 
-from sst_fast import (
-    AMSoftmax,
-    ArcNegFace,
-    ArcSoftmax,
-    CircleLoss,
-    CombinedMargin,
-    CurricularFace,
-    MVSoftmax,
-    NPCFace,
-    Softmax,
-    SphereFace,
-)  # fmt: skip
+from sst_fast import AMSoftmax, ArcSoftmax, CircleLoss, CombinedMargin
 from sst_fast.functional import margin_softmax
 from sst_fast.margins import FUSED
 
 pytest.importorskip("triton")
 
 MARGINS = [
-    Softmax(), AMSoftmax(0.35), ArcSoftmax(0.5), ArcSoftmax(0.5, easy=True), CombinedMargin(1.0, 0.3, 0.2), SphereFace(),
-    CombinedMargin(1.0, -0.2, 0.3, 0.0, True), MVSoftmax(), MVSoftmax(0.5, 1.2, arc=True), CurricularFace(0.5, 0.3),
-    NPCFace(), CircleLoss(), ArcNegFace(), AMSoftmax(torch.linspace(0.1, 0.5, 12)),
+    *problems.MARGINS[:6], CombinedMargin(1.0, -0.2, 0.3, 0.0, True), *problems.MARGINS[6:],
+    AMSoftmax(torch.linspace(0.1, 0.5, 12)),
 ]  # fmt: skip
 
 

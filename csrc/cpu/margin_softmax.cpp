@@ -14,6 +14,7 @@
 
 #include "../margin.h"
 #include "../ops.h"
+#include "../ring.h"
 #include "sweep.h"
 
 namespace sst_fast::cpu {
@@ -87,7 +88,7 @@ struct Problem {
   OptionalTensor identity, slot_identity, window, window_identity, margin_rows, scale_rows;
   Margin margin;
   double scale, label_smoothing;
-  Slots<double> slots;   // but for the inverse norms
+  Queue slots;
   bool normalize, wide;  // wide: computes in double
 
   Margin margin_of(int64_t row) const {
@@ -168,9 +169,6 @@ double norm_of(const double* x, int64_t D) {
   return unit * std::sqrt(square);
 }
 
-// A vanishing row has no direction: cosine 0 with everything, gradient 0.
-double inverse_of(double norm) { return norm < 1e-12 ? 0.0 : 1.0 / norm; }
-
 // Everything about rows that does not need the sweep, in double: N * D operations beside 4 * N * K * D.
 template <typename T>
 struct Rows {
@@ -212,7 +210,7 @@ struct Groups {  // of probes that see different windows
     else
       read_row(p.slots.features, p.slots.storage, y, D, to);
     if (!p.normalize) return;
-    const double inverse = inverse_of(norm_of(to, D));
+    const double inverse = normaliser(norm_of(to, D));
     for (int64_t d = 0; d < D; d++) to[d] *= inverse;
   }
 };
@@ -227,7 +225,7 @@ Rows<T> prepare(const Problem& p, const Groups& groups) {
     for (int64_t i = begin; i < end; i++) {
       read_row(p.embedding.const_data_ptr(), storage, i, D, x.data());
       groups.target_row(p, i, w.data());
-      const double inverse = inverse_of(norm_of(x.data(), D));
+      const double inverse = normaliser(norm_of(x.data(), D));
       double dot = 0;
       for (int64_t d = 0; d < D; d++) dot += x[d] * inverse * w[d];
       const auto row = phi_row<double>(p.margin_of(i), dot);
@@ -244,18 +242,16 @@ Rows<T> prepare(const Problem& p, const Groups& groups) {
 // The slots as the sweep takes them, and what the inverse norms are kept in.
 template <typename T>
 struct Prepared {
-  std::vector<T> norms, window_norms;
+  std::vector<T> norms, window_norms;  // inverse
   Slots<T> slots;
 
   explicit Prepared(const Problem& p) {
-    const auto& s = p.slots;
-    slots = {s.features, s.storage, s.identity,   s.window, s.window_identity, s.window_start,    s.window_size,
-             s.K,        s.D,       s.mask_empty, nullptr,  nullptr,           s.straight_through};
+    slots = {p.slots, nullptr, nullptr};
     if (!p.normalize) return;
-    norms = inverse_norms(s.features, s.K, p);
+    norms = inverse_norms(p.slots.features, p.slots.K, p);
     slots.inverse_norm = norms.data();
     if (!p.window) return;
-    window_norms = inverse_norms(s.window, p.window->size(0) * s.window_size, p);
+    window_norms = inverse_norms(p.slots.window, p.window->size(0) * p.slots.window_size, p);
     slots.window_inverse_norm = window_norms.data();
   }
 
@@ -266,7 +262,7 @@ struct Prepared {
       std::vector<double> w(D);
       for (int64_t j = begin; j < end; j++) {
         read_row(features, p.slots.storage, j, D, w.data());
-        norms[j] = T(inverse_of(norm_of(w.data(), D)));
+        norms[j] = T(normaliser(norm_of(w.data(), D)));
       }
     });
     return norms;
@@ -335,7 +331,7 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
   // With one chunk a block is finished by the task that swept it and needs no shared memory.
   auto shared_moments = allocate(need_gradient && chunks > 1 ? blocks * chunks * block_bytes : 0);
   std::vector<double> shifts(N), sums(N), wrong(N);
-  std::vector<T> lse_t(N), uniform(N);
+  std::vector<T> uniform(N);
 
   auto block_rows = [&](int64_t block) {
     const int64_t group = block / blocks_in_group;
@@ -378,7 +374,6 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
       shifts[i] = shift;
       sums[i] = poisoned ? nan : l;
       wrong[i] = excess > 0 ? 1 / (1 + small) : small / (1 + small);
-      lse_t[i] = T(plain + t);
       uniform[i] = T(share);
       loss.mutable_data_ptr<T>()[i] = T(plain - (share > 0 ? share * (logits - double(live) * t) : 0));
       lse.mutable_data_ptr<T>()[i] = T(plain + t);
@@ -432,7 +427,7 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
         const int64_t block = task / chunks, chunk = task % chunks;
         const auto [begin, end] = block_rows(block);
         Probes<T> probes = rows.block(p, begin, end);
-        if (again) probes.lse = &lse_t[begin], probes.uniform = &uniform[begin];
+        if (again) probes.lse = lse.const_data_ptr<T>() + begin, probes.uniform = &uniform[begin];
         Slots<T> slots = prepared.slots;
         if (p.window) {
           const int64_t group = begin / groups.rows;
@@ -525,7 +520,7 @@ at::Tensor run_prototypes(
       std::vector<double> w(D);
       for (int64_t j = begin; j < end; j++) {
         read_row(p.slots.features, p.slots.storage, j, D, w.data());
-        const double inverse = inverse_of(norm_of(w.data(), D));
+        const double inverse = prepared.norms[j];
         double along = 0;
         for (int64_t d = 0; d < D; d++) along += double(out[j * D + d]) * w[d] * inverse;
         for (int64_t d = 0; d < D; d++) out[j * D + d] = T((double(out[j * D + d]) - along * w[d] * inverse) * inverse);

@@ -31,8 +31,7 @@ struct Probes {          // [rows] each, of one block
   const T* factor;
 };
 
-template <typename T>
-struct Slots {
+struct Queue {
   const void* features;  // [K, D]
   Storage storage;
   const int64_t* identity;  // [K], -1 = empty; null: none is masked
@@ -41,8 +40,12 @@ struct Slots {
   int64_t window_start, window_size;
   int64_t K, D;
   bool mask_empty;
+  bool straight_through;  // phi' = 1
+};
+
+template <typename T>
+struct Slots : Queue {
   const T *inverse_norm, *window_inverse_norm;  // [K], [B]: rows are divided by their norms; null: taken as they are
-  bool straight_through;                        // phi' = 1
 };
 
 // Sums over one chunk for each probe: with z = scale * phi(c) of the slots that are neither target nor masked,
