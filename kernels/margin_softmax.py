@@ -294,10 +294,10 @@ def combine_kernel(
         margin_rows, i, N, p0, p1, p2, p3, p4, p5, scale, scale_rows, P, SCALE_ROWS
     )
     a = tl.load(cosine + i)
-    highest = NEVER + a * 0.0
+    highest = a * 0.0 + NEVER  # a constexpr on the left makes a constexpr, in Triton before 3.9
     sum_z = a * 0.0
     if LOSS:
-        top, at, above, count, hard_count = NEVER + a * 0.0, -1, 0, 0, 0
+        top, at, above, count, hard_count = a * 0.0 + NEVER, -1, 0, 0, 0
         all_logits, all_hard = a * 0.0, a * 0.0
         for split in range(S):
             part = split * N + i
@@ -321,7 +321,7 @@ def combine_kernel(
             slope = a * 0.0 + 1.0
         t = scale * psi
         # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.
-        excess = tl.where(sum_z == 0, NEVER + a * 0.0, highest + tl.log(sum_z) - t)
+        excess = tl.where(sum_z == 0, a * 0.0 + NEVER, highest + tl.log(sum_z) - t)
         small = tl.exp(-tl.abs(excess))
         log1p = tl.where(small < 1e-3, small * (1.0 - small * (0.5 - small * 0.33333333)), tl.log(1.0 + small))
         plain = tl.where(excess > 0, excess, 0.0 * a) + log1p

@@ -2,8 +2,8 @@
 //
 // The including file defines SST_VECTOR_BYTES, SST_MR and SST_NV (micro-tile: SST_MR x SST_NV vectors of
 // accumulators) and SST_NAMESPACE, after all other headers and inside the target pragma. Nothing here may call
-// a function of the standard library that another file could also instantiate, except exp(double) of libm:
-// the linker would be free to keep the copy compiled for the wider instruction set.
+// a function of the standard library that another file could also instantiate: the linker would be free to keep the
+// copy compiled for the wider instruction set.
 //
 // For each tile of slots, held in cache:
 //   1. C[j][i] = w_j . x_i             product 1: vectors run over probes i, slots j are broadcast
@@ -23,6 +23,7 @@ struct Vector<float> {
   typedef float type __attribute__((vector_size(SST_VECTOR_BYTES)));
   typedef float loose __attribute__((vector_size(SST_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t mask __attribute__((vector_size(SST_VECTOR_BYTES)));
+  typedef double wide __attribute__((vector_size(2 * SST_VECTOR_BYTES)));
   typedef int32_t integer;
 };
 template <>
@@ -30,6 +31,7 @@ struct Vector<double> {
   typedef double type __attribute__((vector_size(SST_VECTOR_BYTES)));
   typedef double loose __attribute__((vector_size(SST_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t mask __attribute__((vector_size(SST_VECTOR_BYTES)));
+  typedef type wide;
   typedef int64_t integer;
 };
 
@@ -82,10 +84,39 @@ SST_INLINE Vector<float>::type exponential(Vector<float>::type x) {
   return x < -87.0f ? splat(0.0f) : y;
 }
 
-SST_INLINE Vector<double>::type exponential(Vector<double>::type x) {
-  for (int i = 0; i < lanes<double>; i++) x[i] = __builtin_exp(x[i]);
-  return x;
+// The same for vectors of double of any width: Taylor's polynomial of degree 13, relative error below 1e-15.
+template <typename V>
+SST_INLINE V exponential_of_doubles(V x) {
+  typedef decltype(x < x) I;
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  const V lowest = V{} - 708.0;
+  V clipped = x < lowest ? lowest : x;
+  V shifted = clipped * 1.4426950408889634 + magic;
+  I bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  V n = shifted - magic;
+  V r = clipped - n * 6.93147180369123816490e-01;
+  r = r - n * 1.90821492927058770002e-10;
+  V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r * r + r + 1.0;
+  I exponent = (bits - 0x4338000000000000 + 1023) << 52;
+  V power;
+  __builtin_memcpy(&power, &exponent, sizeof power);
+  V y = p * power;
+  return x < lowest ? V{} : y;
 }
+
+SST_INLINE Vector<double>::type exponential(Vector<double>::type x) { return exponential_of_doubles(x); }
 
 // c[m * c_row + 0 .. NV vectors] (+)= sum_k a[m * a_row + k * a_step] * b[k * b_row + 0 .. NV vectors]
 template <typename T, int MR, int NV>
@@ -339,15 +370,31 @@ static void mask_tile(const Slots<T>& slots, const Tile<T>& tile, Lanes<T>& lane
   }
 }
 
+// phi and its slope for one vector of cosines. Where phi has an exponential of its own, the error of that is multiplied by
+// the scale, so it is found in double.
+template <typename T, typename Phi>
+SST_INLINE Value<typename Vector<T>::type> phi_of(const Lanes<T>& lane, int64_t i, typename Vector<T>::type c) {
+  typedef typename Vector<T>::type V;
+  if constexpr (Phi::kExp) {
+    typedef typename Vector<T>::wide W;
+    W row[kPhiRow];
+    for (int q = 0; q < Phi::kRow; q++) row[q] = __builtin_convertvector(load(lane.phi[q] + i), W);
+    const W wide = __builtin_convertvector(c, W);
+    const W e = exponential_of_doubles(Phi::exponent(wide, row));
+    return {
+        __builtin_convertvector(Phi::value(wide, row, e), V), __builtin_convertvector(Phi::slope(wide, row, e), V)};
+  } else {
+    V row[kPhiRow];
+    for (int q = 0; q < Phi::kRow; q++) row[q] = load(lane.phi[q] + i);
+    return {Phi::value(c, row, V{}), Phi::slope(c, row, V{})};
+  }
+}
+
 // Logits of one vector of cosines; a masked one (-infinity) stays masked.
 template <typename T, typename Phi>
 SST_INLINE typename Vector<T>::type logit(const Lanes<T>& lane, int64_t i, typename Vector<T>::type c) {
   typedef typename Vector<T>::type V;
-  V row[kPhiRow];
-  for (int q = 0; q < Phi::kRow; q++) row[q] = load(lane.phi[q] + i);
-  V e{};
-  if constexpr (Phi::kExp) e = exponential(Phi::exponent(c, row));
-  V z = load(lane.scale + i) * Phi::value(c, row, e);
+  const V z = load(lane.scale + i) * phi_of<T, Phi>(lane, i, c).value;
   return c == splat(T(-kInfinityF)) ? splat(T(-kInfinityF)) : z;
 }
 
@@ -356,11 +403,7 @@ SST_INLINE typename Vector<T>::type times_slope(
     const Lanes<T>& lane, int64_t i, typename Vector<T>::type p, typename Vector<T>::type c) {
   typedef typename Vector<T>::type V;
   if constexpr (Phi::kRow == 0) return p;
-  V row[kPhiRow];
-  for (int q = 0; q < Phi::kRow; q++) row[q] = load(lane.phi[q] + i);
-  V e{};
-  if constexpr (Phi::kExp) e = exponential(Phi::exponent(c, row));
-  return c == splat(T(-kInfinityF)) ? V{} : p * Phi::slope(c, row, e);
+  return c == splat(T(-kInfinityF)) ? V{} : p * phi_of<T, Phi>(lane, i, c).slope;
 }
 
 // Weights exp(z - lse) - uniform, times the slope of phi and the lane's factor, in place of the cosines.
