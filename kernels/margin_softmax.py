@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from sst_fast.kernels.margins import NPC, phi, phi_row, target_margin
+from sst_fast.kernels.margins import MV, NPC, phi, phi_row, target_margin
 from torch import Tensor
 
 # Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.
@@ -167,12 +167,11 @@ def sweep_kernel(
     x = tl.load(unit + i[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
     a = tl.load(cosine + i, mask=real, other=0.0)
     scale = tl.load(scales + i, mask=real, other=1.0)
-    y = tl.load(target + i, mask=real, other=-1)
+    y = tl.load(target + i, mask=real, other=-1).to(tl.int32)  # 64 bits would take twice the registers
     r0 = tl.load(phi_rows + i, mask=real, other=0.0)
     r1 = tl.load(phi_rows + N + i, mask=real, other=0.0)
     r2 = tl.load(phi_rows + 2 * N + i, mask=real, other=0.0)
     r3 = tl.load(phi_rows + 3 * N + i, mask=real, other=0.0)
-    mine = y
     if IDENTITY:
         mine = tl.load(identity + i, mask=real, other=-2)
     known = a
@@ -247,7 +246,10 @@ def sweep_kernel(
                 hard_sum += tl.sum(tl.where(is_hard, c, 0.0), 1)
             if LOGITS:
                 logits += tl.sum(tl.where(alive, z, 0.0), 1)
-            higher = tl.maximum(shift, tl.max(tl.where(alive, z, NEVER), 1))
+            if KIND < MV:  # phi(c) = c: the largest logit is the hardest slot's
+                higher = tl.maximum(shift, tl.where(top > NEVER, scale * top, NEVER))
+            else:
+                higher = tl.maximum(shift, tl.max(tl.where(alive, z, NEVER), 1))
             fade = tl.exp(shift - higher)
             total *= fade
             if MOMENT:
@@ -391,7 +393,7 @@ def prototypes_kernel(
         i = first + tl.arange(0, BLOCK_N)
         real = i < N
         x = tl.load(unit + i.to(tl.int64)[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
-        y = tl.load(target + i, mask=real, other=-1)
+        y = tl.load(target + i, mask=real, other=-1).to(tl.int32)
         scale = tl.load(scales + i, mask=real, other=1.0)
         incoming = tl.load(factor + i, mask=real, other=0.0)
         r0 = tl.load(phi_rows + i, mask=real, other=0.0)

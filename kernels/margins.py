@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+# Below MV phi(c) = c.
 SOFTMAX = tl.constexpr(0)
 AM = tl.constexpr(1)
 ARC = tl.constexpr(2)

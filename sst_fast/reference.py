@@ -124,7 +124,7 @@ def _plain(
     if label_smoothing:
         # -(1 - e) log p_y - e / M sum log p_j over the M classes in play, the target among them.
         logits = torch.where(live, z - t[:, None], 0).sum(1)
-        loss = loss - label_smoothing / (1 + live.sum(1)) * logits
+        loss = loss - label_smoothing / (1 + live.sum(1)).to(loss.dtype) * logits
 
     cosines = c.detach().masked_fill(~live, -torch.inf)
     hardest, slot = cosines.max(1)

@@ -23,28 +23,22 @@ namespace {
 // The widest instruction set that both the compiler and this processor know. SST_FAST_CPU=generic|avx2|avx512
 // narrows the choice, for tests.
 const Sweeps& sweeps() {
-  static const Sweeps* chosen = [] {
+  static const Sweeps chosen = [] {
     const char* limit = std::getenv("SST_FAST_CPU");
-    const Sweeps* best = sweeps_generic();
+    Sweeps best = *sweeps_generic();
     auto allowed = [&](const char* name) { return !limit || std::strcmp(limit, name) == 0; };
 #if defined(__x86_64__) || defined(_M_X64)
     if (sweeps_avx2() && allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      best = sweeps_avx2();
+      best = *sweeps_avx2();
     if (sweeps_avx512() && allowed("avx512") && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      best = sweeps_avx512();
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      best = *sweeps_avx512();
+      if (pairs_avx512() && __builtin_cpu_supports("avx512bf16")) best.pairs = pairs_avx512();
+    }
 #endif
     return best;
   }();
-  return *chosen;
-}
-
-template <typename T>
-const Sweep<T>& sweep_for() {
-  if constexpr (std::is_same_v<T, float>)
-    return sweeps().f32;
-  else
-    return sweeps().f64;
+  return chosen;
 }
 
 Storage storage_of(const at::Tensor& t) {
@@ -57,6 +51,8 @@ Storage storage_of(const at::Tensor& t) {
       return Storage::bf16;
     case at::kHalf:
       return Storage::f16;
+    case at::kFloat8_e4m3fn:
+      return Storage::f8;
     default:
       TORCH_CHECK(false, "margin_softmax: dtype ", t.scalar_type(), " has no CPU kernel");
   }
@@ -77,6 +73,8 @@ void read_row(const void* data, Storage storage, int64_t row, int64_t D, double*
       return copy(static_cast<const at::BFloat16*>(data));
     case Storage::f16:
       return copy(static_cast<const at::Half*>(data));
+    case Storage::f8:
+      return copy(static_cast<const at::Float8_e4m3fn*>(data));
   }
 }
 
@@ -100,6 +98,17 @@ struct Problem {
   }
   double scale_of(int64_t row) const { return scale_rows ? scale_rows->const_data_ptr<double>()[row] : scale; }
 };
+
+template <typename T>
+const Sweep<T>& sweep_for(const Problem& p) {
+  if constexpr (std::is_same_v<T, double>) {
+    return sweeps().f64;
+  } else {
+    const bool pairs = storage_of(p.embedding) == Storage::bf16 && p.slots.D % 2 == 0 &&
+                       (p.slots.storage == Storage::bf16 || p.slots.storage == Storage::f8);
+    return pairs && sweeps().pairs ? *sweeps().pairs : sweeps().f32;
+  }
+}
 
 Problem make_problem(
     const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
@@ -160,22 +169,29 @@ Problem make_problem(
   return p;
 }
 
-// Norm of a row, scaled so that squares of finite numbers neither overflow nor vanish.
-double norm_of(const double* x, int64_t D) {
-  double largest = 0, square = 0;
+// The power of two at or below the largest feature of a row.
+double unit_of(const double* x, int64_t D) {
+  double largest = 0;
   for (int64_t d = 0; d < D; d++) largest = std::max(largest, std::abs(x[d]));
-  const double unit = largest > 0 && std::isfinite(largest) ? largest : 1.0;
-  for (int64_t d = 0; d < D; d++) square += (x[d] / unit) * (x[d] / unit);
+  return largest > 0 && std::isfinite(largest) ? std::ldexp(1.0, std::ilogb(largest)) : 1.0;
+}
+
+// Norm of a row, in units that let squares of finite numbers neither overflow nor vanish.
+double norm_of(const double* x, int64_t D, double unit) {
+  const double inverse = 1 / unit;
+  double square = 0;
+  for (int64_t d = 0; d < D; d++) square += (x[d] * inverse) * (x[d] * inverse);
   return unit * std::sqrt(square);
 }
+double norm_of(const double* x, int64_t D) { return norm_of(x, D, unit_of(x, D)); }
 
 // Everything about rows that does not need the sweep, in double: N * D operations beside 4 * N * K * D.
 template <typename T>
 struct Rows {
-  std::vector<double> inverse_norm, cosine;
+  std::vector<double> inverse_norm, unit, cosine;
   std::vector<T> scale, cosine_t, phi;
 
-  explicit Rows(int64_t N) : inverse_norm(N), cosine(N), scale(N), cosine_t(N), phi(N * kPhiRow) {}
+  explicit Rows(int64_t N) : inverse_norm(N), unit(N), cosine(N), scale(N), cosine_t(N), phi(N * kPhiRow) {}
 
   Probes<T> block(const Problem& p, int64_t begin, int64_t end) const {
     Probes<T> probes{};
@@ -183,6 +199,7 @@ struct Rows {
         static_cast<const char*>(p.embedding.const_data_ptr()) + begin * p.slots.D * p.embedding.element_size();
     probes.storage = storage_of(p.embedding);
     probes.inverse_norm = &inverse_norm[begin];
+    probes.unit = &unit[begin];
     probes.scale = &scale[begin];
     probes.target_cosine = &cosine_t[begin];
     probes.phi = &phi[begin * kPhiRow];
@@ -225,7 +242,8 @@ Rows<T> prepare(const Problem& p, const Groups& groups) {
     for (int64_t i = begin; i < end; i++) {
       read_row(p.embedding.const_data_ptr(), storage, i, D, x.data());
       groups.target_row(p, i, w.data());
-      const double inverse = normaliser(norm_of(x.data(), D));
+      rows.unit[i] = unit_of(x.data(), D);
+      const double inverse = normaliser(norm_of(x.data(), D, rows.unit[i]));
       double dot = 0;
       for (int64_t d = 0; d < D; d++) dot += x[d] * inverse * w[d];
       const auto row = phi_row<double>(p.margin_of(i), dot);
@@ -296,6 +314,8 @@ void write_row(const at::Tensor& to, int64_t row, F value) {  // value(d) in dou
       return write(to.mutable_data_ptr<at::BFloat16>());
     case Storage::f16:
       return write(to.mutable_data_ptr<at::Half>());
+    case Storage::f8:
+      TORCH_INTERNAL_ASSERT(false, "no gradient is float8");
   }
 }
 
@@ -418,7 +438,7 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
     }
   };
 
-  const auto& sweep = sweep_for<T>();
+  const auto& sweep = sweep_for<T>(p);
   auto sweep_all = [&](bool moments, bool again, auto finish) {
     at::parallel_for(0, blocks * chunks, 1, [&](int64_t first_task, int64_t last_task) {
       auto scratch = allocate(sweep.scratch(D));
@@ -481,7 +501,7 @@ at::Tensor run_prototypes(
   }
 
   // Chunks of slots own their rows of the gradient; probes are packed once for all of them, 1,024 at a time.
-  const auto& sweep = sweep_for<T>();
+  const auto& sweep = sweep_for<T>(p);
   const int64_t blocks = (N + kBlock - 1) / kBlock;
   constexpr int64_t kGroup = 16, kChunk = 192;
   auto packed = allocate(std::min(blocks, kGroup) * sweep.pack_bytes(D));

@@ -9,7 +9,7 @@
 
 namespace sst_fast::cpu {
 
-enum class Storage { f64, f32, bf16, f16 };
+enum class Storage { f64, f32, bf16, f16, f8 };  // f8: e4m3fn
 
 constexpr int kBlock = 64;  // probes a task holds at most
 
@@ -18,6 +18,7 @@ struct Probes {          // [rows] each, of one block
   const void* features;  // [rows, D], not normalised
   Storage storage;
   const double* inverse_norm;
+  const double* unit;  // a power of two that leaves the largest of the row's features in [1, 2) when they are divided by it
   const T* scale;
   const T* target_cosine;
   const T* phi;             // [rows, kPhiRow], from phi_row()
@@ -75,7 +76,7 @@ struct Sweep {
   void (*pack)(const Probes<T>&, int64_t D, void* packed);
   // All blocks over slots [first, last): gradient [K, D] of the prototypes, less the targets' part, is added to.
   void (*run_prototypes)(
-      Kind, const Probes<T>* blocks, int64_t count, const char* packed, const Slots<T>&, int64_t first_slot,
+      Kind, const Probes<T>* blocks, int64_t count, char* packed, const Slots<T>&, int64_t first_slot,
       int64_t last_slot, void* scratch, T* gradient);
 };
 
@@ -83,11 +84,13 @@ struct Sweeps {
   const char* name;
   Sweep<float> f32;
   Sweep<double> f64;
+  const Sweep<float>* pairs;  // probes in bfloat16, queue in bfloat16 or float8, D even; null: none
 };
 
 // One per instruction set, each in its own file; null where the compiler does not target that architecture.
 const Sweeps* sweeps_generic();
 const Sweeps* sweeps_avx2();
 const Sweeps* sweeps_avx512();
+const Sweep<float>* pairs_avx512();  // for processors with AVX512-BF16
 
 }  // namespace sst_fast::cpu

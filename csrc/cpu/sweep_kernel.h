@@ -1,7 +1,8 @@
 // The fused sweep, written once with the compiler's vector types and compiled once per instruction set.
 //
 // The including file defines SST_VECTOR_BYTES, SST_MR and SST_NV (micro-tile: SST_MR x SST_NV vectors of
-// accumulators) and SST_NAMESPACE, after all other headers and inside the target pragma. Nothing here may call
+// accumulators) and SST_NAMESPACE, after all other headers and inside the target pragma; SST_BF16 where the processor
+// multiplies pairs of bfloat16. Nothing here may call
 // a function of the standard library that another file could also instantiate: the linker would be free to keep the
 // copy compiled for the wider instruction set.
 //
@@ -11,6 +12,10 @@
 //   3. O[d][i] += sum_j w_j[d] P[j][i] product 2: the same micro-kernel, same tile, other strides
 // Because vectors run over probes, the queue is never packed or transposed, each probe keeps to its own lane (a
 // NaN poisons nobody else) and the order of additions depends on shapes alone.
+//
+// T is the type of sums, E what products multiply: T itself, or a Pair of neighbours along the sum. In pairs, product 1
+// is exact but for its sum: probes are bfloat16 as they came, and cosines are divided by the norm afterwards. For
+// product 2 neighbouring slots of the tile are interleaved once, and P is rounded to bfloat16.
 
 namespace sst_fast::cpu::SST_NAMESPACE {
 
@@ -118,11 +123,46 @@ SST_INLINE V exponential_of_doubles(V x) {
 
 SST_INLINE Vector<double>::type exponential(Vector<double>::type x) { return exponential_of_doubles(x); }
 
+struct Pair {  // of bfloat16, the first in the low half
+  uint32_t bits;
+};
+
+template <typename E>
+struct Element {
+  typedef E Sum;
+  typedef typename Vector<E>::type Right;
+  static constexpr int kEach = 1;  // numbers in an E
+  static constexpr Storage kStorage = sizeof(E) == 4 ? Storage::f32 : Storage::f64;
+  SST_INLINE Right right(const E* p) { return load(p); }
+  SST_INLINE Right multiply_add(E left, Right right, Right sum) { return sum + splat(left) * right; }
+};
+#ifdef SST_BF16
+template <>
+struct Element<Pair> {
+  typedef float Sum;
+  typedef Vector<float>::mask Right;
+  static constexpr int kEach = 2;
+  static constexpr Storage kStorage = Storage::bf16;
+  SST_INLINE Right right(const Pair* p) { return load_mask<float>(reinterpret_cast<const int32_t*>(p)); }
+  SST_INLINE Vector<float>::type multiply_add(Pair left, Right right, Vector<float>::type sum) {
+    return (Vector<float>::type)_mm512_dpbf16_ps((__m512)sum, (__m512bh)right, (__m512bh)(Right{} + int32_t(left.bits)));
+  }
+};
+
+typedef uint16_t Halves __attribute__((vector_size(SST_VECTOR_BYTES / 2)));
+
+// A vector rounded to bfloat16.
+SST_INLINE Halves rounded(const float* from) { return (Halves)_mm512_cvtneps_pbh((__m512)load(from)); }
+#endif
+template <typename E>
+using SumOf = typename Element<E>::Sum;
+
 // c[m * c_row + 0 .. NV vectors] (+)= sum_k a[m * a_row + k * a_step] * b[k * b_row + 0 .. NV vectors]
-template <typename T, int MR, int NV>
+template <typename E, int MR, int NV>
 SST_INLINE void micro_kernel(
-    const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t depth, T* c, int64_t c_row,
+    const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t b_row, int64_t depth, SumOf<E>* c, int64_t c_row,
     bool accumulate) {
+  typedef SumOf<E> T;
   typedef typename Vector<T>::type V;
   constexpr int L = lanes<T>;
   V acc[MR][NV];
@@ -131,14 +171,14 @@ SST_INLINE void micro_kernel(
 #pragma GCC unroll 16
     for (int n = 0; n < NV; n++) acc[m][n] = V{};
   for (int64_t k = 0; k < depth; k++) {
-    V right[NV];
+    typename Element<E>::Right right[NV];
 #pragma GCC unroll 16
-    for (int n = 0; n < NV; n++) right[n] = load(b + k * b_row + n * L);
+    for (int n = 0; n < NV; n++) right[n] = Element<E>::right(b + k * b_row + n * L);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) {
-      V left = splat(a[m * a_row + k * a_step]);
+      const E left = a[m * a_row + k * a_step];
 #pragma GCC unroll 16
-      for (int n = 0; n < NV; n++) acc[m][n] += left * right[n];
+      for (int n = 0; n < NV; n++) acc[m][n] = Element<E>::multiply_add(left, right[n], acc[m][n]);
     }
   }
 #pragma GCC unroll 16
@@ -150,17 +190,17 @@ SST_INLINE void micro_kernel(
     }
 }
 
-template <typename T, int NV>
+template <typename E, int NV>
 static void product(
-    const T* a, int64_t a_row, int64_t a_step, int64_t rows, const T* b, int64_t b_row, int64_t depth, T* c,
+    const E* a, int64_t a_row, int64_t a_step, int64_t rows, const E* b, int64_t b_row, int64_t depth, SumOf<E>* c,
     int64_t c_row, bool accumulate) {
   constexpr int MR = SST_MR * SST_NV / NV > 12 ? 12 : SST_MR * SST_NV / NV;
   int64_t m = 0;
   for (; m + MR <= rows; m += MR)
-    micro_kernel<T, MR, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
+    micro_kernel<E, MR, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
   for (; m + 2 <= rows; m += 2)
-    micro_kernel<T, 2, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
-  if (m < rows) micro_kernel<T, 1, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
+    micro_kernel<E, 2, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
+  if (m < rows) micro_kernel<E, 1, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
 }
 
 template <typename T>
@@ -176,6 +216,14 @@ SST_INLINE T element(const void* data, Storage storage, int64_t index) {
       __builtin_memcpy(&x, &bits, 4);
       return T(x);
     }
+    case Storage::f8: {
+      // e4m3 without infinities: shift mantissa and exponent into place, rescale by 2^120.
+      uint32_t code = static_cast<const uint8_t*>(data)[index], bits = (code & 0x7f) << 20;
+      float x;
+      __builtin_memcpy(&x, &bits, 4);
+      x = (code & 0x7f) == 0x7f ? __builtin_nanf("") : x * 1.329227995784916e36f;
+      return T(code & 0x80 ? -x : x);
+    }
     default: {
       // IEEE half without a conversion instruction: shift mantissa and exponent into place, rescale by 2^112.
       uint32_t half = static_cast<const uint16_t*>(data)[index];
@@ -189,29 +237,43 @@ SST_INLINE T element(const void* data, Storage storage, int64_t index) {
   }
 }
 
-template <typename T, typename S>
-static void widen(const S* from, Storage storage, T* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) to[i] = element<T>(from, storage, i);
+// `count` numbers of any storage as the E that a product multiplies.
+template <typename E, Storage storage>
+static void convert(const void* from, E* to, int64_t count) {
+  if constexpr (Element<E>::kEach == 1)
+    for (int64_t i = 0; i < count; i++) to[i] = element<E>(from, storage, i);
+  else
+    for (int64_t i = 0; i < count; i++) {  // every number of these storages is a bfloat16
+      const float x = element<float>(from, storage, i);
+      uint32_t bits;
+      __builtin_memcpy(&bits, &x, 4);
+      const uint16_t high = uint16_t(bits >> 16);
+      __builtin_memcpy(reinterpret_cast<char*>(to) + 2 * i, &high, 2);
+    }
 }
 
-static int64_t storage_bytes(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
+static int64_t storage_bytes(Storage storage) {
+  return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : storage == Storage::f8 ? 1 : 2;
+}
 
-template <typename T>
-static void copy_row(const Slots<T>& slots, const void* base, int64_t row, T* to) {
+template <typename E>
+static void copy_row(const Queue& slots, const void* base, int64_t row, E* to) {
   const char* from = static_cast<const char*>(base) + row * slots.D * storage_bytes(slots.storage);
   switch (slots.storage) {  // a constant storage lets the compiler vectorise the loop
     case Storage::f64:
-      return widen(from, Storage::f64, to, slots.D);
+      return convert<E, Storage::f64>(from, to, slots.D);
     case Storage::f32:
-      return widen(from, Storage::f32, to, slots.D);
+      return convert<E, Storage::f32>(from, to, slots.D);
     case Storage::bf16:
-      return widen(from, Storage::bf16, to, slots.D);
+      return convert<E, Storage::bf16>(from, to, slots.D);
+    case Storage::f8:
+      return convert<E, Storage::f8>(from, to, slots.D);
     default:
-      return widen(from, Storage::f16, to, slots.D);
+      return convert<E, Storage::f16>(from, to, slots.D);
   }
 }
 
-constexpr int kDepth = 128;  // features per pass of product 1: keeps its right side in the first-level cache
+constexpr int kDepth = 64;  // E per pass of product 1: keeps its right side in the first-level cache, and sums short
 constexpr int kMaxTile = 96;
 
 // Slots per tile: the tile should stay in the second-level cache with the block's probes and moments.
@@ -220,12 +282,6 @@ static int64_t tile_slots(int64_t D) { return D <= 512 ? kMaxTile : D <= 1024 ? 
 constexpr int kPanel = SST_NV;  // vectors in the widest panel of probes
 
 static int64_t padded(int64_t D, int64_t width) { return (D + width - 1) / width * width; }
-
-template <typename T>
-static int64_t scratch_bytes(int64_t D) {
-  const int64_t width = kBlock, wide = padded(D, kPanel * lanes<T>);
-  return int64_t(sizeof(T)) * (width * D + kMaxTile * width + tile_slots(D) * (D + wide)) + 5 * 64;
-}
 
 template <typename T>
 SST_INLINE T* take(char*& at, int64_t count) {
@@ -240,6 +296,7 @@ template <typename T>
 struct Lanes {
   typedef typename Vector<T>::integer Int;
   static constexpr int kCount = kBlock + kPanel * lanes<T>;
+  T inverse[kCount];  // what the lane's cosines are multiplied by
   T scale[kCount], target_cosine[kCount], phi[kPhiRow][kCount], lse[kCount], uniform[kCount], factor[kCount];
   T hardest[kCount];
   Int target[kCount], id_low[kCount], id_high[kCount], hardest_slot[kCount], beats[kCount], live[kCount];
@@ -252,6 +309,7 @@ static void load_lanes(const Probes<T>& probes, int64_t count, Lanes<T>& to) {
   to.identities = probes.identity != nullptr;
   for (int64_t i = 0; i < count; i++) {
     const bool real = i < probes.rows;
+    to.inverse[i] = real ? T(probes.inverse_norm[i] * probes.unit[i]) : T(0);
     to.scale[i] = real ? probes.scale[i] : T(1);
     to.target_cosine[i] = real ? probes.target_cosine[i] : T(0);
     for (int q = 0; q < kPhiRow; q++) to.phi[q][i] = real ? probes.phi[i * kPhiRow + q] : T(0);
@@ -269,273 +327,362 @@ static void load_lanes(const Probes<T>& probes, int64_t count, Lanes<T>& to) {
   }
 }
 
-// Normalised probes as [panel][d][probe].
-template <typename T>
-static void pack_columns(const Probes<T>& probes, int64_t D, int64_t width, T* x) {
-  for (int64_t i = 0; i < padded(probes.rows, width); i++) {
-    const bool real = i < probes.rows;
-    const double inverse = real ? probes.inverse_norm[i] : 0.0;
-    T* column = x + (i / width) * D * width + i % width;
-    for (int64_t d = 0; d < D; d++)
-      column[d * width] = real ? T(element<double>(probes.features, probes.storage, i * D + d) * inverse) : T(0);
+// Feature d of probe i as products see it: normalised, or in pairs divided by a power of two, which is exact.
+template <typename E>
+SST_INLINE SumOf<E> probe_feature(const Probes<SumOf<E>>& probes, int64_t D, int64_t i, int64_t d) {
+  if (i >= probes.rows || d >= D) return 0;
+  const double factor = Element<E>::kEach == 1 ? probes.inverse_norm[i] : 1 / probes.unit[i];
+  return SumOf<E>(element<double>(probes.features, probes.storage, i * D + d) * factor);
+}
+
+// One E: a number, or two that are bfloat16 already.
+template <typename E>
+SST_INLINE E as_element(SumOf<E> first, SumOf<E> second) {
+  if constexpr (Element<E>::kEach == 1) {
+    return first;
+  } else {
+    uint32_t low, high;
+    __builtin_memcpy(&low, &first, 4);
+    __builtin_memcpy(&high, &second, 4);
+    return {low >> 16 | (high & 0xffff0000)};
   }
 }
 
-// A tile of slots and how its slots relate to the batch window.
-template <typename T>
-struct Tile {
-  const T* w;
-  int64_t first, count, offset;  // offset of the first slot from the window's start, modulo K
-  T factor[kMaxTile];            // 1 / norm of each slot where rows are to be normalised: cosines are scaled, not rows
+// Probes as [panel][d][probe], neighbouring features in pairs.
+template <typename E>
+static void pack_columns(const Probes<SumOf<E>>& probes, int64_t D, int64_t width, E* x) {
+  constexpr int each = Element<E>::kEach;
+  for (int64_t i = 0; i < padded(probes.rows, width); i++) {
+    E* column = x + (i / width) * (D / each) * width + i % width;
+    for (int64_t d = 0; d < D; d += each)
+      column[d / each * width] =
+          as_element<E>(probe_feature<E>(probes, D, i, d), probe_feature<E>(probes, D, i, d + each - 1));
+  }
+}
 
-  int64_t in_window(int64_t j, int64_t K) const { return offset + j < K ? offset + j : offset + j - K; }
+// A tile of slots.
+template <typename E>
+struct Tile {
+  const E* w;  // [count, D]
+  int64_t first, count;
+  SumOf<E> factor[kMaxTile];                       // 1 / norm where rows are to be normalised: cosines are scaled, not rows
+  int32_t id_low[kMaxTile], id_high[kMaxTile];  // halves of the identity
+  bool empty[kMaxTile];                         // masked for every probe
 };
 
-// The queue itself, or a copy where the batch window or a narrower dtype is in the way.
-template <typename T>
-static Tile<T> load_tile(const Slots<T>& slots, int64_t first, int64_t last, T* copy) {
-  const int64_t most = tile_slots(slots.D), D = slots.D, K = slots.K;
-  Tile<T> tile{
-      static_cast<const T*>(slots.features) + first * D, first, last - first < most ? last - first : most, 0, {}};
-  tile.offset = first - slots.window_start < 0 ? first - slots.window_start + K : first - slots.window_start;
-  for (int64_t j = 0; j < tile.count && slots.inverse_norm; j++) {
-    const int64_t inside = tile.in_window(j, K);
-    tile.factor[j] =
-        slots.window && inside < slots.window_size ? slots.window_inverse_norm[inside] : slots.inverse_norm[first + j];
-  }
-  const bool windowed = slots.window && (tile.offset < slots.window_size || tile.offset + tile.count > K);
-  const Storage native = sizeof(T) == 4 ? Storage::f32 : Storage::f64;
-  if (!windowed && slots.storage == native) return tile;
+// The queue itself, or a copy where the batch window or another dtype is in the way.
+template <typename E>
+static void load_tile(const Slots<SumOf<E>>& slots, int64_t first, int64_t last, E* copy, Tile<E>& tile) {
+  const int64_t most = tile_slots(slots.D), D = slots.D, K = slots.K, row = D / Element<E>::kEach;
+  tile.first = first;
+  tile.count = last - first < most ? last - first : most;
+  // Where a slot lies in the window: its distance from the window's start, modulo K.
+  const int64_t offset = first - slots.window_start < 0 ? first - slots.window_start + K : first - slots.window_start;
+  const bool windowed = slots.window && (offset < slots.window_size || offset + tile.count > K);
+  const bool native = !windowed && slots.storage == Element<E>::kStorage;
+  tile.w = native ? static_cast<const E*>(slots.features) + first * row : copy;
   for (int64_t j = 0; j < tile.count; j++) {
-    const int64_t inside = tile.in_window(j, K);
-    T* to = copy + j * D;
-    if (slots.window && inside < slots.window_size)
-      copy_row(slots, slots.window, inside, to);
-    else
-      copy_row(slots, slots.features, first + j, to);
+    const int64_t inside = offset + j < K ? offset + j : offset + j - K;
+    const bool own = slots.window && inside < slots.window_size;
+    if (!native) copy_row(slots, own ? slots.window : slots.features, own ? inside : first + j, copy + j * row);
+    if (slots.inverse_norm) tile.factor[j] = own ? slots.window_inverse_norm[inside] : slots.inverse_norm[first + j];
+    const int64_t id = !slots.identity ? 0 : own ? slots.window_identity[inside] : slots.identity[first + j];
+    tile.id_low[j] = int32_t(id & 0xffffffff);
+    tile.id_high[j] = int32_t(id >> 32);
+    tile.empty[j] = id < 0 && slots.mask_empty;
   }
-  tile.w = copy;
-  return tile;
 }
 
-// Product 1: cosines [slot][probe] of a tile and a panel.
-template <typename T, int NV>
-static void tile_cosines(const Tile<T>& tile, const T* x, int64_t D, T* cosines) {
-  constexpr int W = NV * lanes<T>;
-  for (int64_t d = 0; d < D; d += kDepth)
-    product<T, NV>(tile.w + d, D, 1, tile.count, x + d * W, W, D - d < kDepth ? D - d : kDepth, cosines, W, d > 0);
+// The tile as the left side of product 2: itself, or neighbouring slots in pairs [pair][d].
+template <typename E>
+static const E* along_slots(const Tile<E>& tile, int64_t D, E* pairs) {
+  if constexpr (Element<E>::kEach == 1) {
+    return tile.w;
+  } else {
+    const uint16_t* w = reinterpret_cast<const uint16_t*>(tile.w);
+    for (int64_t j = 0; j < tile.count; j += 2) {
+      const bool single = j + 1 == tile.count;
+      const uint16_t *even = w + j * D, *odd = single ? even : even + D;
+      const uint32_t keep = single ? 0 : 0xffff0000;
+      for (int64_t d = 0; d < D; d++) pairs[j / 2 * D + d].bits = even[d] | ((uint32_t(odd[d]) << 16) & keep);
+    }
+    return pairs;
+  }
 }
 
-// Masked cosines become -infinity. With `count`, lanes take note of the hardest slot and of the numbers of slots.
-template <typename T, int NV, bool count>
-static void mask_tile(const Slots<T>& slots, const Tile<T>& tile, Lanes<T>& lane, int64_t i0, T* cosines) {
-  typedef typename Vector<T>::type V;
-  typedef typename Vector<T>::mask I;
-  typedef typename Vector<T>::integer Int;
-  constexpr int L = lanes<T>, W = NV * L;
-  const V masked = splat(T(-kInfinityF));
-  const I same = lane.identities && slots.identity ? ~I{} : I{};
-  for (int64_t j = 0; j < tile.count; j++) {
-    int64_t id = 0;
-    if (slots.identity) {
-      const int64_t inside = tile.in_window(j, slots.K);
-      id = slots.window && inside < slots.window_size ? slots.window_identity[inside] : slots.identity[tile.first + j];
-    }
-    if (id < 0 && slots.mask_empty) {
-      for (int n = 0; n < NV; n++) store(cosines + j * W + n * L, masked);
-      continue;
-    }
-    const Int slot = Int(tile.first + j), low = Int(int32_t(id & 0xffffffff)), high = Int(int32_t(id >> 32));
-    for (int n = 0; n < NV; n++) {
-      const int64_t i = i0 + n * L;
-      V c = load(cosines + j * W + n * L);
-      if (slots.inverse_norm) c *= tile.factor[j];
-      I mine = load_mask<T>(lane.target + i) == slot;
-      I twin = (load_mask<T>(lane.id_low + i) == low) & (load_mask<T>(lane.id_high + i) == high) & same;
-      I out = mine | twin;
-      c = out ? masked : c;
-      store(cosines + j * W + n * L, c);
-      if (!count) continue;
-      V top = load(lane.hardest + i);
-      I higher = c > top;
-      store(lane.hardest + i, higher ? c : top);
-      I slot_now = load_mask<T>(lane.hardest_slot + i);
-      slot_now = higher ? (I{} + slot) : slot_now;
-      __builtin_memcpy(lane.hardest_slot + i, &slot_now, sizeof slot_now);
-      I beat = load_mask<T>(lane.beats + i) - (c > load(lane.target_cosine + i));
-      __builtin_memcpy(lane.beats + i, &beat, sizeof beat);
-      I live = load_mask<T>(lane.live + i) + 1 + out;
-      __builtin_memcpy(lane.live + i, &live, sizeof live);
-    }
+// Weights [slot][probe] as the right side of product 2, in place: themselves, or neighbouring slots in pairs.
+template <typename E, int NV>
+static const E* weights_along_slots(SumOf<E>* p, int64_t count) {
+  if constexpr (Element<E>::kEach == 1) {
+    return p;
+  } else {
+#ifdef SST_BF16
+    typedef Vector<float>::mask I;
+    constexpr int L = lanes<float>, W = NV * L;
+    for (int64_t j = 0; j < count; j += 2)
+      for (int i = 0; i < W; i += L) {
+        const I even = __builtin_convertvector(rounded(p + j * W + i), I);
+        const I odd = j + 1 < count ? __builtin_convertvector(rounded(p + (j + 1) * W + i), I) : I{};
+        const I pair = even | odd << 16;
+        __builtin_memcpy(p + j / 2 * W + i, &pair, sizeof pair);
+      }
+#endif
+    return reinterpret_cast<const E*>(p);
   }
+}
+
+// The same weights as the left side of product 3: themselves, or neighbouring probes in pairs.
+template <typename E, int NV>
+static const E* weights_along_probes(SumOf<E>* p, int64_t count) {
+  if constexpr (Element<E>::kEach == 1) {
+    return p;
+  } else {
+#ifdef SST_BF16
+    for (int64_t v = 0; v < count * NV; v++) {
+      const Halves half = rounded(p + v * lanes<float>);
+      __builtin_memcpy(reinterpret_cast<Halves*>(p) + v, &half, sizeof half);
+    }
+#endif
+    return reinterpret_cast<const E*>(p);
+  }
+}
+
+// Product 1: cosines [slot][probe] of a tile and a panel; in pairs not yet divided by the probe's norm.
+template <typename E, int NV>
+static void tile_cosines(const Tile<E>& tile, const E* x, int64_t D, SumOf<E>* cosines) {
+  constexpr int W = NV * lanes<SumOf<E>>;
+  const int64_t row = D / Element<E>::kEach;
+  for (int64_t k = 0; k < row; k += kDepth)
+    product<E, NV>(tile.w + k, row, 1, tile.count, x + k * W, W, row - k < kDepth ? row - k : kDepth, cosines, W, k > 0);
 }
 
 // phi and its slope for one vector of cosines. Where phi has an exponential of its own, the error of that is multiplied by
 // the scale, so it is found in double.
 template <typename T, typename Phi>
-SST_INLINE Value<typename Vector<T>::type> phi_of(const Lanes<T>& lane, int64_t i, typename Vector<T>::type c) {
+SST_INLINE Value<typename Vector<T>::type> phi_of(const typename Vector<T>::type* rows, typename Vector<T>::type c) {
   typedef typename Vector<T>::type V;
   if constexpr (Phi::kExp) {
     typedef typename Vector<T>::wide W;
     W row[kPhiRow];
-    for (int q = 0; q < Phi::kRow; q++) row[q] = __builtin_convertvector(load(lane.phi[q] + i), W);
+    for (int q = 0; q < Phi::kRow; q++) row[q] = __builtin_convertvector(rows[q], W);
     const W wide = __builtin_convertvector(c, W);
     const W e = exponential_of_doubles(Phi::exponent(wide, row));
     return {
         __builtin_convertvector(Phi::value(wide, row, e), V), __builtin_convertvector(Phi::slope(wide, row, e), V)};
   } else {
-    V row[kPhiRow];
-    for (int q = 0; q < Phi::kRow; q++) row[q] = load(lane.phi[q] + i);
-    return {Phi::value(c, row, V{}), Phi::slope(c, row, V{})};
+    return {Phi::value(c, rows, V{}), Phi::slope(c, rows, V{})};
   }
 }
 
-// Logits of one vector of cosines; a masked one (-infinity) stays masked.
 template <typename T, typename Phi>
-SST_INLINE typename Vector<T>::type logit(const Lanes<T>& lane, int64_t i, typename Vector<T>::type c) {
-  typedef typename Vector<T>::type V;
-  const V z = load(lane.scale + i) * phi_of<T, Phi>(lane, i, c).value;
-  return c == splat(T(-kInfinityF)) ? splat(T(-kInfinityF)) : z;
+SST_INLINE void load_rows(const Lanes<T>& lane, int64_t i, typename Vector<T>::type* rows) {
+  for (int q = 0; q < Phi::kRow; q++) rows[q] = load(lane.phi[q] + i);
 }
 
-template <typename T, typename Phi>
-SST_INLINE typename Vector<T>::type times_slope(
-    const Lanes<T>& lane, int64_t i, typename Vector<T>::type p, typename Vector<T>::type c) {
+// Sums over the slots seen so far, each [probe of a block].
+template <typename T>
+struct Sums {
+  T shift[Lanes<T>::kCount];
+  double total[Lanes<T>::kCount], logits[Lanes<T>::kCount], hard_sum[Lanes<T>::kCount];
+  int64_t hard[Lanes<T>::kCount];
+};
+
+// Finishes the cosines of a tile and a panel, masked ones become -infinity. `first`: lanes and sums take note of what is
+// there, and `highest` [NV] becomes at least the largest logit of the tile.
+template <typename E, int NV, typename Phi, bool first>
+static void look(
+    const Slots<SumOf<E>>& slots, const Tile<E>& tile, Lanes<SumOf<E>>& lane, int64_t i0, bool wants_logits,
+    SumOf<E>* cosines, Sums<SumOf<E>>* sums, typename Vector<SumOf<E>>::type* highest) {
+  typedef SumOf<E> T;
   typedef typename Vector<T>::type V;
-  if constexpr (Phi::kRow == 0) return p;
-  return c == splat(T(-kInfinityF)) ? V{} : p * phi_of<T, Phi>(lane, i, c).slope;
+  typedef typename Vector<T>::mask I;
+  typedef typename Vector<T>::integer Int;
+  constexpr int L = lanes<T>, W = NV * L;
+  constexpr bool plain = Phi::kRow == 0, mining = Phi::kRow == kPhiRow;
+  const V masked = splat(T(-kInfinityF));
+  const I same = lane.identities && slots.identity ? ~I{} : I{};
+  const bool scaled = slots.inverse_norm != nullptr;
+  for (int n = 0; n < NV; n++) {
+    const int64_t i = i0 + n * L;
+    const V inverse = load(lane.inverse + i), a = load(lane.target_cosine + i), scale = load(lane.scale + i);
+    const I target = load_mask<T>(lane.target + i);
+    const I low = load_mask<T>(lane.id_low + i), high = load_mask<T>(lane.id_high + i);
+    V rows[kPhiRow];
+    load_rows<T, Phi>(lane, i, rows);
+    V top = load(lane.hardest + i), largest = masked, logit_sum{}, hard_sum{};
+    I slot = load_mask<T>(lane.hardest_slot + i), beats = load_mask<T>(lane.beats + i);
+    I live = load_mask<T>(lane.live + i), hard{};
+    for (int64_t j = 0; j < tile.count; j++) {
+      T* at = cosines + j * W + n * L;
+      if (tile.empty[j]) {
+        store(at, masked);
+        continue;
+      }
+      V c = load(at);
+      if constexpr (Element<E>::kEach > 1) c *= inverse;
+      if (scaled) c *= tile.factor[j];
+      const Int number = Int(tile.first + j);
+      const I twin = (low == Int(tile.id_low[j])) & (high == Int(tile.id_high[j])) & same;
+      const I out = (target == number) | twin;
+      c = out ? masked : c;
+      store(at, c);
+      if constexpr (!first) continue;
+      const I higher = c > top;
+      top = higher ? c : top;
+      slot = higher ? (I{} + number) : slot;
+      beats -= c > a;
+      live += 1 + out;
+      if (!plain || wants_logits) {
+        V z = scale * phi_of<T, Phi>(rows, c).value;
+        z = c == masked ? masked : z;
+        largest = z > largest ? z : largest;
+        if (wants_logits) logit_sum += z == masked ? V{} : z;
+      }
+      if constexpr (mining) {
+        const I beyond = c > rows[0];
+        hard -= beyond;
+        hard_sum += beyond ? c : V{};
+      }
+    }
+    if constexpr (!first) continue;
+    store(lane.hardest + i, top);
+    __builtin_memcpy(lane.hardest_slot + i, &slot, sizeof slot);
+    __builtin_memcpy(lane.beats + i, &beats, sizeof beats);
+    __builtin_memcpy(lane.live + i, &live, sizeof live);
+    highest[n] = plain ? scale * top : largest;  // the hardest slot so far: shifts only grow
+    for (int l = 0; l < L; l++) {
+      if constexpr (mining) sums->hard_sum[i + l] += double(hard_sum[l]), sums->hard[i + l] += hard[l];
+      if (wants_logits) sums->logits[i + l] += double(logit_sum[l]);
+    }
+  }
 }
 
-// Weights exp(z - lse) - uniform, times the slope of phi and the lane's factor, in place of the cosines.
-template <typename T, int NV, typename Phi>
-static void second_weights(
-    const Slots<T>& slots, const Tile<T>& tile, const Lanes<T>& lane, int64_t i0, T* cosines, bool for_moment) {
+// Weights in place of the cosines, as the next product wants them: exp(z - shift), summed up; or, `again`,
+// exp(z - lse) - uniform, times the lane's factor. Times the slope of phi.
+template <typename E, int NV, typename Phi, bool again>
+static void weigh(
+    const Slots<SumOf<E>>& slots, const Tile<E>& tile, const Lanes<SumOf<E>>& lane, int64_t i0, bool for_moment,
+    SumOf<E>* cosines, Sums<SumOf<E>>* sums) {
+  typedef SumOf<E> T;
   typedef typename Vector<T>::type V;
   constexpr int L = lanes<T>, W = NV * L;
-  for (int64_t j = 0; j < tile.count; j++)
+  const bool scaled = for_moment && slots.inverse_norm;
+  for (int n = 0; n < NV; n++) {
+    const int64_t i = i0 + n * L;
+    const V scale = load(lane.scale + i), factor = load(lane.factor + i), uniform = load(lane.uniform + i);
+    const V shift = again ? load(lane.lse + i) : load(sums->shift + i);
+    V rows[kPhiRow], sum{};
+    load_rows<T, Phi>(lane, i, rows);
+    for (int64_t j = 0; j < tile.count; j++) {
+      T* at = cosines + j * W + n * L;
+      const V c = load(at);
+      const auto phi = phi_of<T, Phi>(rows, c);
+      V p = exponential(scale * phi.value - shift);
+      if constexpr (again) p = (p - uniform) * factor;
+      if constexpr (!again && Phi::kRow == 0) {
+        p = c == splat(T(-kInfinityF)) ? V{} : p;
+        sum += p;
+      } else {
+        const V weighed = slots.straight_through || Phi::kRow == 0 ? p : p * phi.slope;
+        if constexpr (!again) sum += c == splat(T(-kInfinityF)) ? V{} : p;
+        p = c == splat(T(-kInfinityF)) ? V{} : weighed;
+      }
+      if (scaled) p *= tile.factor[j];
+      store(at, p);
+    }
+    if constexpr (!again)
+      for (int l = 0; l < L; l++) sums->total[i + l] += double(sum[l]);
+  }
+}
+
+// Raises a probe's shift only when its logits have outgrown it by much: rescaling the moments costs D each.
+template <typename T, int NV>
+static void raise(const typename Vector<T>::type* highest, int64_t i0, int64_t D, Sums<T>& sums, T* moment) {
+  typedef typename Vector<T>::type V;
+  typedef typename Vector<T>::mask I;
+  constexpr int L = lanes<T>, W = NV * L;
+  constexpr T slack = 8;
+  bool raised = false;
+  V factor[NV];
+  for (int n = 0; n < NV; n++) {
+    const V old = load(sums.shift + i0 + n * L);
+    const I grow = highest[n] > old + slack;
+    for (int l = 0; l < L; l++) raised |= grow[l] != 0;
+    const V next = grow ? highest[n] : old;
+    factor[n] = grow ? exponential(old - next) : splat(T(1));  // old = -inf: 0
+    store(sums.shift + i0 + n * L, next);
+  }
+  if (!raised) return;
+  for (int n = 0; n < NV; n++)
+    for (int l = 0; l < L; l++) sums.total[i0 + n * L + l] *= double(factor[n][l]);
+  for (int64_t d = 0; moment && d < D; d++)
     for (int n = 0; n < NV; n++) {
-      const int64_t i = i0 + n * L;
-      V c = load(cosines + j * W + n * L);
-      V p = exponential(logit<T, Phi>(lane, i, c) - load(lane.lse + i)) - load(lane.uniform + i);
-      p = c == splat(T(-kInfinityF)) ? V{} : p * load(lane.factor + i);
-      if (!slots.straight_through) p = times_slope<T, Phi>(lane, i, p, c);
-      if (for_moment && slots.inverse_norm) p *= tile.factor[j];
-      store(cosines + j * W + n * L, p);
+      T* p = moment + d * W + n * L;
+      store(p, load(p) * factor[n]);
     }
 }
 
-template <typename T, int NV, typename Phi>
+template <typename E>
+static int64_t scratch_bytes(int64_t D) {
+  typedef SumOf<E> T;
+  const int64_t wide = padded(D, kPanel * lanes<T>), tile = tile_slots(D);
+  return int64_t(sizeof(T)) * (kBlock * D + kMaxTile * kBlock + 2 * tile * D + tile * wide) + 5 * 64;
+}
+
+template <typename E, int NV, typename Phi>
 static void sweep(
-    const Probes<T>& probes, const Slots<T>& slots, int64_t first, int64_t last, void* scratch, Partial<T>& out) {
-  typedef typename Vector<T>::type V;
-  typedef typename Vector<T>::mask I;
-  constexpr int L = lanes<T>;
-  constexpr int W = NV * L;  // probes in a panel
+    const Probes<SumOf<E>>& probes, const Slots<SumOf<E>>& slots, int64_t first, int64_t last, void* scratch,
+    Partial<SumOf<E>>& out) {
+  typedef SumOf<E> T;
+  constexpr int each = Element<E>::kEach;
+  constexpr int W = NV * lanes<T>;  // probes in a panel
   const int64_t D = slots.D;
   const int64_t panels = (probes.rows + W - 1) / W;
 
   char* at = static_cast<char*>(scratch);
-  T* x = take<T>(at, panels * D * W);
+  E* x = take<E>(at, panels * D / each * W);
   T* cosines = take<T>(at, kMaxTile * W);
-  T* copy = take<T>(at, tile_slots(D) * D);
+  E* copy = take<E>(at, tile_slots(D) * D / each);
+  E* pairs = take<E>(at, each == 1 ? 0 : tile_slots(D) * D / each);
 
   Lanes<T> lane;
   load_lanes(probes, panels * W, lane);
   pack_columns(probes, D, W, x);
-  T shift[kBlock + W];
-  double sums[kBlock + W] = {}, logits[kBlock + W] = {}, hard_sum[kBlock + W] = {};
-  int64_t hard[kBlock + W] = {};
-  for (int64_t i = 0; i < panels * W; i++) shift[i] = T(-kInfinityF);
+  Sums<T> sums{};
+  for (int64_t i = 0; i < panels * W; i++) sums.shift[i] = T(-kInfinityF);
   if (out.moment)
     for (int64_t i = 0; i < panels * D * W; i++) out.moment[i] = T(0);
   out.moment_width = W;
 
+  Tile<E> tile;
   for (int64_t j0 = first; j0 < last; j0 += tile_slots(D)) {
-    const Tile<T> tile = load_tile(slots, j0, last, copy);
-    const int64_t count = tile.count;
+    load_tile(slots, j0, last, copy, tile);
+    const E* left = out.moment ? along_slots(tile, D, pairs) : nullptr;
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t i0 = panel * W;
-      tile_cosines<T, NV>(tile, x + panel * D * W, D, cosines);
+      T* moment = out.moment ? out.moment + panel * D * W : nullptr;
+      tile_cosines<E, NV>(tile, x + panel * D / each * W, D, cosines);
       if (probes.lse) {
-        mask_tile<T, NV, false>(slots, tile, lane, i0, cosines);
-        second_weights<T, NV, Phi>(slots, tile, lane, i0, cosines, true);
-        if (out.moment) product<T, NV>(tile.w, 1, D, D, cosines, W, count, out.moment + panel * D * W, W, true);
-        continue;
+        look<E, NV, Phi, false>(slots, tile, lane, i0, false, cosines, nullptr, nullptr);
+        weigh<E, NV, Phi, true>(slots, tile, lane, i0, true, cosines, nullptr);
+      } else {
+        typename Vector<T>::type highest[NV];
+        look<E, NV, Phi, true>(slots, tile, lane, i0, out.wants_logits, cosines, &sums, highest);
+        raise<T, NV>(highest, i0, D, sums, moment);
+        weigh<E, NV, Phi, false>(slots, tile, lane, i0, true, cosines, &sums);
       }
-      mask_tile<T, NV, true>(slots, tile, lane, i0, cosines);
-
-      V highest[NV];
-      for (int n = 0; n < NV; n++) {
-        const int64_t i = i0 + n * L;
-        V top = splat(T(-kInfinityF)), logit_sum{}, cosine_sum{};
-        I hard_now{};
-        for (int64_t j = 0; j < count; j++) {
-          V c = load(cosines + j * W + n * L);
-          V z = logit<T, Phi>(lane, i, c);
-          top = z > top ? z : top;
-          if constexpr (Phi::kRow == kPhiRow) {
-            I beyond = c > load(lane.phi[0] + i);
-            hard_now -= beyond;
-            cosine_sum += beyond ? c : V{};
-          }
-          if (out.wants_logits) logit_sum += z == splat(T(-kInfinityF)) ? V{} : z;
-        }
-        highest[n] = top;
-        for (int l = 0; l < L; l++) {
-          if constexpr (Phi::kRow == kPhiRow) hard_sum[i + l] += double(cosine_sum[l]), hard[i + l] += hard_now[l];
-          if (out.wants_logits) logits[i + l] += double(logit_sum[l]);
-        }
-      }
-
-      // Raise a probe's shift only when its logits have outgrown it by much: rescaling the moments costs D each.
-      const T slack = 8;
-      bool raised = false;
-      V factor[NV];
-      for (int n = 0; n < NV; n++) {
-        const int64_t i = i0 + n * L;
-        V old = load(shift + i);
-        I grow = highest[n] > old + slack;
-        for (int l = 0; l < L; l++) raised |= grow[l] != 0;
-        V next = grow ? highest[n] : old;
-        factor[n] = grow ? exponential(old - next) : splat(T(1));  // old = -inf: 0
-        store(shift + i, next);
-      }
-      if (raised) {
-        for (int n = 0; n < NV; n++)
-          for (int l = 0; l < L; l++) sums[i0 + n * L + l] *= double(factor[n][l]);
-        if (out.moment)
-          for (int64_t d = 0; d < D; d++)
-            for (int n = 0; n < NV; n++) {
-              T* p = out.moment + (panel * D + d) * W + n * L;
-              store(p, load(p) * factor[n]);
-            }
-      }
-
-      V sum[NV];
-      for (int n = 0; n < NV; n++) sum[n] = V{};
-      for (int64_t j = 0; j < count; j++)
-        for (int n = 0; n < NV; n++) {
-          const int64_t i = i0 + n * L;
-          V c = load(cosines + j * W + n * L);
-          V p = exponential(logit<T, Phi>(lane, i, c) - load(shift + i));
-          p = c == splat(T(-kInfinityF)) ? V{} : p;
-          sum[n] += p;
-          if (!slots.straight_through) p = times_slope<T, Phi>(lane, i, p, c);
-          if (slots.inverse_norm) p *= tile.factor[j];
-          store(cosines + j * W + n * L, p);
-        }
-      for (int n = 0; n < NV; n++)
-        for (int l = 0; l < L; l++) sums[i0 + n * L + l] += double(sum[n][l]);
-
-      if (out.moment) product<T, NV>(tile.w, 1, D, D, cosines, W, count, out.moment + panel * D * W, W, true);
+      if (moment)
+        product<E, NV>(
+            left, 1, D, D, weights_along_slots<E, NV>(cosines, tile.count), W, (tile.count + each - 1) / each, moment,
+            W, true);
     }
   }
   for (int64_t i = 0; i < probes.rows; i++) {
-    out.shift[i] = shift[i];
-    out.sum[i] = sums[i];
-    out.logits[i] = logits[i];
-    out.hard_sum[i] = hard_sum[i];
-    out.hard[i] = hard[i];
+    out.shift[i] = sums.shift[i];
+    out.sum[i] = sums.total[i];
+    out.logits[i] = sums.logits[i];
+    out.hard_sum[i] = sums.hard_sum[i];
+    out.hard[i] = sums.hard[i];
     out.live[i] = lane.live[i];
     out.hardest[i] = lane.hardest[i];
     out.hardest_slot[i] = lane.hardest_slot[i];
@@ -544,63 +691,81 @@ static void sweep(
 }
 
 // Few probes: narrower panels, so that fewer lanes idle.
-template <typename T>
+template <typename E>
 static void run(
-    Kind kind, const Probes<T>& probes, const Slots<T>& slots, int64_t first, int64_t last, void* scratch,
-    Partial<T>& out) {
+    Kind kind, const Probes<SumOf<E>>& probes, const Slots<SumOf<E>>& slots, int64_t first, int64_t last, void* scratch,
+    Partial<SumOf<E>>& out) {
+  constexpr int L = lanes<SumOf<E>>;
   with_phi(kind, [&](auto phi) {
     using Phi = decltype(phi);
-    if (SST_NV > 2 && probes.rows <= lanes<T>) return sweep<T, 1, Phi>(probes, slots, first, last, scratch, out);
-    if (SST_NV > 2 && probes.rows <= 2 * lanes<T>) return sweep<T, 2, Phi>(probes, slots, first, last, scratch, out);
-    return sweep<T, SST_NV, Phi>(probes, slots, first, last, scratch, out);
+    if (SST_NV > 2 && probes.rows <= L) return sweep<E, 1, Phi>(probes, slots, first, last, scratch, out);
+    if (SST_NV > 2 && probes.rows <= 2 * L) return sweep<E, 2, Phi>(probes, slots, first, last, scratch, out);
+    return sweep<E, SST_NV, Phi>(probes, slots, first, last, scratch, out);
   });
 }
 
-// The probes of a block as [panel][d][probe], for product 1, then as [panel of features][probe][d], for the third.
-template <typename T>
+// The probes of a block as [panel][d][probe], for product 1, then as [panel of features][probe][d], for product 3.
+template <typename E>
 static int64_t pack_bytes(int64_t D) {
-  const int64_t width = kPanel * lanes<T>;
-  return int64_t(sizeof(T)) * padded(kBlock, width) * (D + padded(D, width));
+  const int64_t width = kPanel * lanes<SumOf<E>>;
+  return int64_t(sizeof(E)) / Element<E>::kEach * padded(kBlock, width) * (D + padded(D, width));
 }
 
-template <typename T>
-static void pack(const Probes<T>& probes, int64_t D, void* packed) {
-  const int64_t width = kPanel * lanes<T>, wide = padded(D, width);
-  T* columns = static_cast<T*>(packed);
-  T* rows = columns + padded(kBlock, width) * D;
-  pack_columns(probes, D, width, columns);
-  for (int64_t i = 0; i < probes.rows; i++)
+template <typename E>
+static E* packed_rows(void* packed, int64_t D) {
+  return static_cast<E*>(packed) + padded(kBlock, kPanel * lanes<SumOf<E>>) * D / Element<E>::kEach;
+}
+
+template <typename E>
+static void pack(const Probes<SumOf<E>>& probes, int64_t D, void* packed) {
+  constexpr int each = Element<E>::kEach;
+  const int64_t width = kPanel * lanes<SumOf<E>>, wide = padded(D, width);
+  pack_columns(probes, D, width, static_cast<E*>(packed));
+  E* rows = packed_rows<E>(packed, D);
+  for (int64_t i = 0; i < probes.rows; i += each)
     for (int64_t d = 0; d < wide; d++)
-      rows[d / width * kBlock * width + i * width + d % width] =
-          d < D ? T(element<double>(probes.features, probes.storage, i * D + d) * probes.inverse_norm[i]) : T(0);
+      rows[(d / width * kBlock + i) / each * width + d % width] =
+          as_element<E>(probe_feature<E>(probes, D, i, d), probe_feature<E>(probes, D, i + each - 1, d));
 }
 
-template <typename T>
+// Product 3, for trainable prototypes: sums[j][d] += sum_i P[j][i] x_i[d].
+template <typename E>
 static void run_prototypes(
-    Kind kind, const Probes<T>* blocks, int64_t blocks_count, const char* packed, const Slots<T>& slots, int64_t first,
-    int64_t last, void* scratch, T* gradient) {
-  constexpr int NV = kPanel, W = NV * lanes<T>;
+    Kind kind, const Probes<SumOf<E>>* blocks, int64_t blocks_count, char* packed, const Slots<SumOf<E>>& slots,
+    int64_t first, int64_t last, void* scratch, SumOf<E>* gradient) {
+  typedef SumOf<E> T;
+  constexpr int NV = kPanel, W = NV * lanes<T>, each = Element<E>::kEach;
   const int64_t D = slots.D, wide = padded(D, W);
   char* at = static_cast<char*>(scratch);
   T* cosines = take<T>(at, kMaxTile * W);
-  T* copy = take<T>(at, tile_slots(D) * D);
+  E* copy = take<E>(at, tile_slots(D) * D / each);
   T* sums = take<T>(at, tile_slots(D) * wide);
   Lanes<T> lane;
+  Tile<E> tile;
   for (int64_t j0 = first; j0 < last; j0 += tile_slots(D)) {
-    const Tile<T> tile = load_tile(slots, j0, last, copy);
+    load_tile(slots, j0, last, copy, tile);
     for (int64_t i = 0; i < tile.count * wide; i++) sums[i] = T(0);
     for (int64_t block = 0; block < blocks_count; block++) {
       const Probes<T>& probes = blocks[block];
-      const T* columns = reinterpret_cast<const T*>(packed + block * pack_bytes<T>(D));
-      const T* rows = columns + padded(kBlock, W) * D;
+      char* mine = packed + block * pack_bytes<E>(D);
+      const E *columns = reinterpret_cast<const E*>(mine), *rows = packed_rows<E>(mine, D);
       load_lanes(probes, padded(probes.rows, W), lane);
+      // In pairs rows are not normalised: their weights are.
+      if constexpr (each > 1)
+        for (int64_t i = 0; i < padded(probes.rows, W); i++) lane.factor[i] *= lane.inverse[i];
       for (int64_t i0 = 0; i0 < probes.rows; i0 += W) {
-        tile_cosines<T, NV>(tile, columns + i0 * D, D, cosines);
-        mask_tile<T, NV, false>(slots, tile, lane, i0, cosines);
-        with_phi(kind, [&](auto phi) { second_weights<T, NV, decltype(phi)>(slots, tile, lane, i0, cosines, false); });
-        const int64_t depth = probes.rows - i0 < W ? probes.rows - i0 : W;
+        tile_cosines<E, NV>(tile, columns + i0 * D / each, D, cosines);
+        with_phi(kind, [&](auto phi) {
+          using Phi = decltype(phi);
+          look<E, NV, Phi, false>(slots, tile, lane, i0, false, cosines, nullptr, nullptr);
+          weigh<E, NV, Phi, true>(slots, tile, lane, i0, false, cosines, nullptr);
+        });
+        const int64_t count = probes.rows - i0 < W ? probes.rows - i0 : W;
+        const E* left = weights_along_probes<E, NV>(cosines, tile.count);
         for (int64_t d = 0; d < wide; d += W)
-          product<T, NV>(cosines, W, 1, tile.count, rows + d * kBlock + i0 * W, W, depth, sums + d, wide, true);
+          product<E, NV>(
+              left, W / each, 1, tile.count, rows + (d * kBlock + i0 * W) / each, W, (count + each - 1) / each,
+              sums + d, wide, true);
       }
     }
     for (int64_t j = 0; j < tile.count; j++)
@@ -608,9 +773,13 @@ static void run_prototypes(
   }
 }
 
-template <typename T>
-constexpr Sweep<T> entry = {scratch_bytes<T>, run<T>, pack_bytes<T>, pack<T>, run_prototypes<T>};
+template <typename E>
+constexpr Sweep<SumOf<E>> entry = {scratch_bytes<E>, run<E>, pack_bytes<E>, pack<E>, run_prototypes<E>};
 
-static const Sweeps table = {SST_NAME, entry<float>, entry<double>};
+#ifdef SST_BF16
+static const Sweep<float> table = entry<Pair>;
+#else
+static const Sweeps table = {SST_NAME, entry<float>, entry<double>, nullptr};
+#endif
 
 }  // namespace sst_fast::cpu::SST_NAMESPACE

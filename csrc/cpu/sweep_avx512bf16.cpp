@@ -1,0 +1,37 @@
+// The fused sweep in bfloat16 pairs for avx512; see sweep_kernel.h.
+#include <cmath>
+#include <cstdint>
+
+#include "../margin.h"
+#include "sweep.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#endif
+
+#define SST_BF16
+#define SST_NAMESPACE avx512bf16
+#define SST_VECTOR_BYTES 64
+#define SST_MR 6
+#define SST_NV 4
+#include "sweep_kernel.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+namespace sst_fast::cpu {
+const Sweep<float>* pairs_avx512() { return &avx512bf16::table; }
+}  // namespace sst_fast::cpu
+#else
+namespace sst_fast::cpu {
+const Sweep<float>* pairs_avx512() { return nullptr; }
+}  // namespace sst_fast::cpu
+#endif
