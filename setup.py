@@ -31,6 +31,10 @@ CXX_FLAGS = [
     "-Wno-psabi",
     "-Wno-unused-parameter",
 ]
+# at::parallel_for is OpenMP in a header. It is compiled here but not linked: the symbols must be those of the libgomp that torch
+# carries, or there would be two pools of threads. Clang's OpenMP speaks to another library; with it one thread serves.
+if "clang" not in os.environ.get("CXX", ""):
+    CXX_FLAGS.append("-fopenmp")
 NVCC_FLAGS = ["-O3", "-std=c++20", "--extended-lambda", "-Werror", "all-warnings", "-diag-suppress", "177,550"]
 
 
