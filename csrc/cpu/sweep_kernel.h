@@ -190,14 +190,25 @@ SST_INLINE void micro_kernel(
     }
 }
 
+// What the next tile will need, fetched into the second-level cache while products run.
+struct Ahead {
+  const char *at, *end;
+
+  SST_INLINE void fetch(Ahead& ahead, int64_t bytes) {
+    for (int64_t i = 0; i < bytes && ahead.at < ahead.end; i += 64, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
+  }
+};
+
 template <typename E, int NV>
 static void product(
     const E* a, int64_t a_row, int64_t a_step, int64_t rows, const E* b, int64_t b_row, int64_t depth, SumOf<E>* c,
-    int64_t c_row, bool accumulate) {
+    int64_t c_row, bool accumulate, Ahead* ahead = nullptr) {
   constexpr int MR = SST_MR * SST_NV / NV > 12 ? 12 : SST_MR * SST_NV / NV;
   int64_t m = 0;
-  for (; m + MR <= rows; m += MR)
+  for (; m + MR <= rows; m += MR) {
+    if (ahead) Ahead::fetch(*ahead, MR * depth * int64_t(sizeof(E)));
     micro_kernel<E, MR, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
+  }
   for (; m + 2 <= rows; m += 2)
     micro_kernel<E, 2, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
   if (m < rows) micro_kernel<E, 1, NV>(a + m * a_row, a_row, a_step, b, b_row, depth, c + m * c_row, c_row, accumulate);
@@ -327,12 +338,30 @@ static void load_lanes(const Probes<T>& probes, int64_t count, Lanes<T>& to) {
   }
 }
 
-// Feature d of probe i as products see it: normalised, or in pairs divided by a power of two, which is exact.
+// Some features of probe i as products see them: normalised, or in pairs divided by a power of two, which is exact. Zero
+// beyond the last feature or probe.
+constexpr int kPiece = 256;  // features at a time
+
 template <typename E>
-SST_INLINE SumOf<E> probe_feature(const Probes<SumOf<E>>& probes, int64_t D, int64_t i, int64_t d) {
-  if (i >= probes.rows || d >= D) return 0;
+static void probe_features(const Probes<SumOf<E>>& probes, int64_t D, int64_t i, int64_t d0, SumOf<E>* to) {
+  const int64_t count = D - d0 < kPiece ? D - d0 : kPiece;
+  for (int64_t d = 0; d < kPiece; d++) to[d] = 0;
+  if (i >= probes.rows) return;
   const double factor = Element<E>::kEach == 1 ? probes.inverse_norm[i] : 1 / probes.unit[i];
-  return SumOf<E>(element<double>(probes.features, probes.storage, i * D + d) * factor);
+  auto scale = [&](Storage storage) {
+    for (int64_t d = 0; d < count; d++)
+      to[d] = SumOf<E>(element<double>(probes.features, storage, i * D + d0 + d) * factor);
+  };
+  switch (probes.storage) {  // a constant storage lets the compiler vectorise the loop
+    case Storage::f64:
+      return scale(Storage::f64);
+    case Storage::f32:
+      return scale(Storage::f32);
+    case Storage::bf16:
+      return scale(Storage::bf16);
+    default:
+      return scale(Storage::f16);
+  }
 }
 
 // One E: a number, or two that are bfloat16 already.
@@ -352,11 +381,14 @@ SST_INLINE E as_element(SumOf<E> first, SumOf<E> second) {
 template <typename E>
 static void pack_columns(const Probes<SumOf<E>>& probes, int64_t D, int64_t width, E* x) {
   constexpr int each = Element<E>::kEach;
+  SumOf<E> some[kPiece];
   for (int64_t i = 0; i < padded(probes.rows, width); i++) {
     E* column = x + (i / width) * (D / each) * width + i % width;
-    for (int64_t d = 0; d < D; d += each)
-      column[d / each * width] =
-          as_element<E>(probe_feature<E>(probes, D, i, d), probe_feature<E>(probes, D, i, d + each - 1));
+    for (int64_t d0 = 0; d0 < D; d0 += kPiece) {
+      probe_features<E>(probes, D, i, d0, some);
+      for (int64_t d = 0; d < kPiece && d0 + d < D; d += each)
+        column[(d0 + d) / each * width] = as_element<E>(some[d], some[d + each - 1]);
+    }
   }
 }
 
@@ -364,6 +396,7 @@ static void pack_columns(const Probes<SumOf<E>>& probes, int64_t D, int64_t widt
 template <typename E>
 struct Tile {
   const E* w;  // [count, D]
+  Ahead next;
   int64_t first, count;
   SumOf<E> factor[kMaxTile];                       // 1 / norm where rows are to be normalised: cosines are scaled, not rows
   int32_t id_low[kMaxTile], id_high[kMaxTile];  // halves of the identity
@@ -381,6 +414,9 @@ static void load_tile(const Slots<SumOf<E>>& slots, int64_t first, int64_t last,
   const bool windowed = slots.window && (offset < slots.window_size || offset + tile.count > K);
   const bool native = !windowed && slots.storage == Element<E>::kStorage;
   tile.w = native ? static_cast<const E*>(slots.features) + first * row : copy;
+  const char* base = static_cast<const char*>(slots.features);
+  const int64_t bytes = D * storage_bytes(slots.storage), then = first + tile.count;
+  tile.next = {base + then * bytes, base + (last - then < most ? last : then + most) * bytes};
   for (int64_t j = 0; j < tile.count; j++) {
     const int64_t inside = offset + j < K ? offset + j : offset + j - K;
     const bool own = slots.window && inside < slots.window_size;
@@ -449,11 +485,12 @@ static const E* weights_along_probes(SumOf<E>* p, int64_t count) {
 
 // Product 1: cosines [slot][probe] of a tile and a panel; in pairs not yet divided by the probe's norm.
 template <typename E, int NV>
-static void tile_cosines(const Tile<E>& tile, const E* x, int64_t D, SumOf<E>* cosines) {
+static void tile_cosines(Tile<E>& tile, const E* x, int64_t D, SumOf<E>* cosines) {
   constexpr int W = NV * lanes<SumOf<E>>;
   const int64_t row = D / Element<E>::kEach;
   for (int64_t k = 0; k < row; k += kDepth)
-    product<E, NV>(tile.w + k, row, 1, tile.count, x + k * W, W, row - k < kDepth ? row - k : kDepth, cosines, W, k > 0);
+    product<E, NV>(tile.w + k, row, 1, tile.count, x + k * W, W, row - k < kDepth ? row - k : kDepth, cosines, W, k > 0,
+        &tile.next);
 }
 
 // phi and its slope for one vector of cosines. Where phi has an exponential of its own, the error of that is multiplied by
@@ -722,10 +759,13 @@ static void pack(const Probes<SumOf<E>>& probes, int64_t D, void* packed) {
   const int64_t width = kPanel * lanes<SumOf<E>>, wide = padded(D, width);
   pack_columns(probes, D, width, static_cast<E*>(packed));
   E* rows = packed_rows<E>(packed, D);
+  SumOf<E> some[each][kPiece];
   for (int64_t i = 0; i < probes.rows; i += each)
-    for (int64_t d = 0; d < wide; d++)
-      rows[(d / width * kBlock + i) / each * width + d % width] =
-          as_element<E>(probe_feature<E>(probes, D, i, d), probe_feature<E>(probes, D, i + each - 1, d));
+    for (int64_t d0 = 0; d0 < wide; d0 += kPiece) {
+      for (int e = 0; e < each; e++) probe_features<E>(probes, D, i + e, d0, some[e]);
+      for (int64_t d = d0; d < wide && d < d0 + kPiece; d++)
+        rows[(d / width * kBlock + i) / each * width + d % width] = as_element<E>(some[0][d - d0], some[each - 1][d - d0]);
+    }
 }
 
 // Product 3, for trainable prototypes: sums[j][d] += sum_i P[j][i] x_i[d].
