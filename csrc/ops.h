@@ -28,7 +28,7 @@ std::vector<at::Tensor> margin_softmax(
     int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
     double label_smoothing, bool straight_through, bool need_gradient);
 
-// Gradient [K, D] for the prototypes, given that of the loss [N] and what margin_softmax returned.
+// Gradient [K, D] for the prototypes, in their dtype, given that of the loss [N] and what margin_softmax returned.
 at::Tensor prototype_gradient(
     const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& negatives, const at::Tensor& target_slope,
     const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,

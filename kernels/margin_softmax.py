@@ -421,7 +421,7 @@ def prototypes_kernel(
     if NORMALIZE:
         hat = features.to(tl.float32) * norm[:, None]
         sums = (sums - tl.sum(sums * hat, 1)[:, None] * hat) * norm[:, None]
-    tl.store(gradient + at, sums, mask=inside)
+    tl.store(gradient + at, sums.to(gradient.dtype.element_ty), mask=inside)
 
 
 def _inverse_norms(rows: Tensor) -> Tensor:
@@ -566,13 +566,13 @@ def prototype_gradient(
     scale_rows: Tensor | None, kind: int, parameters: list[float], scale: float, mask_empty: bool, normalize: bool,
     label_smoothing: float, straight_through: bool,
 ) -> Tensor:  # fmt: skip
-    """The operator ``sst_fast::prototype_gradient``: float32 [K, D]."""
+    """The operator ``sst_fast::prototype_gradient``: [K, D] in the prototypes' dtype."""
     embedding, prototypes, target = embedding.contiguous(), prototypes.contiguous(), target.contiguous()
     margin_rows, scale_rows = _float32(margin_rows), _float32(scale_rows)
     n, dim = embedding.shape
-    gradient = torch.zeros((len(prototypes), dim), dtype=torch.float32, device=embedding.device)
+    gradient = torch.empty_like(prototypes)
     if n == 0:
-        return gradient
+        return gradient.zero_()
     rows = _prepare(
         embedding, prototypes, target, None, None, margin_rows, scale_rows, kind, parameters, scale, normalize
     )

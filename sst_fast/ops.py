@@ -70,7 +70,7 @@ def prototype_gradient(
     parameters: List[float], scale: float, mask_empty: bool, normalize: bool, label_smoothing: float,  # noqa: UP006
     straight_through: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Gradient for the prototypes [K, D], float32 or float64: a second sweep, from the log-sum-exp of the first."""
+    """Gradient for the prototypes [K, D], in their dtype: a second sweep, from the log-sum-exp of the first."""
     run = implementation(backend, "prototype_gradient")
     gradient: Tensor = run(
         grad_loss, lse, negatives, target_slope, embedding, prototypes, target, identity, slot_identity, margin_rows,
@@ -81,7 +81,7 @@ def prototype_gradient(
 
 @prototype_gradient.register_fake
 def _(grad_loss: Any, lse: Any, negatives: Any, slope: Any, embedding: Any, prototypes: Any, *rest: Any) -> Any:
-    return torch.empty_like(prototypes, dtype=lse.dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(prototypes, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -106,7 +106,7 @@ def _backward(ctx: Any, grad_loss: Any, *unused: Any) -> Any:
         lse, negatives, slope, prototypes, *rest = more
         for_prototypes = torch.ops.sst_fast.prototype_gradient(
             grad_loss, lse, negatives, slope, embedding, prototypes, *rest, *ctx.numbers
-        ).to(prototypes.dtype)
+        )
     return (for_embedding, for_prototypes, *[None] * 17)
 
 

@@ -64,7 +64,9 @@ def margin_softmax(
         raise IndexError(
             f"target[{bad}] is {int(target[bad])}, expected a row number of prototypes in [0, {len(prototypes)})"
         )
-    unit = normalize(embedding.to(wide))
+    # The target cosine in float64: near +-1 an angular margin's slope magnifies its rounding, and it costs N x D only.
+    exact = normalize(embedding.double())
+    unit = exact.to(wide)
     groups = 1 if window is None else len(window)
     parts = []
     for group, rows in enumerate(torch.arange(len(unit), device=unit.device).tensor_split(groups)):
@@ -79,7 +81,7 @@ def margin_softmax(
         scale_of = some(scale) if isinstance(scale, Tensor) else scale
         parts.append(
             _plain(
-                unit[rows], w, target[rows], identity_of, ids, margin.map(some), scale_of, mask_empty,
+                unit[rows], exact[rows], w, target[rows], identity_of, ids, margin.map(some), scale_of, mask_empty,
                 label_smoothing, straight_through,
             )
         )  # fmt: skip
@@ -91,11 +93,11 @@ def _rows(parameter: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _plain(
-    unit: Tensor, w: Tensor, target: Tensor, identity: Tensor | None, slot_identity: Tensor | None,
+    unit: Tensor, exact: Tensor, w: Tensor, target: Tensor, identity: Tensor | None, slot_identity: Tensor | None,
     margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, straight_through: bool,
 ) -> MarginSoftmax:  # fmt: skip
     c = unit @ w.T
-    a = (unit * w[target]).sum(1)
+    a = (exact * w[target]).sum(1)
     live = torch.ones_like(c, dtype=torch.bool)
     if slot_identity is not None:
         if identity is not None:
@@ -104,11 +106,12 @@ def _plain(
             live &= (slot_identity >= 0)[None, :]
     live = live.scatter(1, target[:, None], torch.zeros_like(live[:, :1]))
 
+    near = a.detach().to(c.dtype)
     hard_mean = None
     if margin.uses_hard_mean:
-        hard = live & margin.is_hard(c.detach(), a.detach()[:, None])
+        hard = live & margin.is_hard(c.detach(), near[:, None])
         hard_mean = torch.where(hard, c.detach(), 0).sum(1) / hard.sum(1).clamp_min(1)
-    psi, phi = margin.psi(a, hard_mean), margin.phi(c, a.detach()[:, None])
+    psi, phi = margin.psi(a, hard_mean), margin.phi(c, near[:, None])
     if straight_through:
         psi, phi = a + (psi - a).detach(), c + (phi - c).detach()
     t = scale * psi
@@ -120,7 +123,7 @@ def _plain(
     total = (masked - shift[:, None]).exp().sum(1)
     negatives = (shift + torch.where(alone, torch.ones_like(total), total).log()).masked_fill(alone, -torch.inf)
     loss = torch.logaddexp(torch.zeros_like(t), torch.where(alone, negatives, negatives - t))
-    lse = (loss + t).detach()
+    lse = (loss + t).detach().to(c.dtype)
     if label_smoothing:
         # -(1 - e) log p_y - e / M sum log p_j over the M classes in play, the target among them.
         logits = torch.where(live, z - t[:, None], 0).sum(1)
@@ -128,8 +131,8 @@ def _plain(
 
     cosines = c.detach().masked_fill(~live, -torch.inf)
     hardest, slot = cosines.max(1)
-    beats = (cosines > a.detach()[:, None]).sum(1)
-    return MarginSoftmax(loss, lse, a.detach(), hardest, slot.masked_fill(alone, -1), beats)
+    beats = (cosines > near[:, None]).sum(1)
+    return MarginSoftmax(loss.to(c.dtype), lse, near, hardest, slot.masked_fill(alone, -1), beats)
 
 
 def enqueue(features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor) -> None:

@@ -23,7 +23,7 @@ TENSOR = {80: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UTCQMMA|UTCOMMA|HMMA", 120
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DIMS = (64, 128, 256, 512, 1024)
 FLOATS = {"cosine", "scales", "phi_rows", "lse", "uniform", "shift_out", "sum_out", "logits_out", "hard_sum_out", "hardest_out",
-          "moment_out", "inverse_w", "inverse_window", "factor", "target_slope", "gradient"}  # fmt: skip
+          "moment_out", "inverse_w", "inverse_window", "factor", "target_slope"}  # fmt: skip
 FLOATS |= {"margin_rows", "scale_rows", "inverse_norm", "shift", "total", "logits", "hard_sum", "hardest", "moment", "loss_out",
            "lse_out", "slope_out", "uniform_out"}  # fmt: skip
 NUMBERS = {"label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
@@ -59,7 +59,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: kernels.Blocks)
             signature[name] = "*i32"
         elif name in LONGS or name in COUNTERS:
             signature[name] = "*i64"
-        elif name in ("unit", "w", "window", "x", "gradient_out"):
+        elif name in ("unit", "w", "window", "x", "gradient_out", "gradient"):
             signature[name] = f"*{dtype}"
         else:
             signature[name] = "i32"

@@ -30,6 +30,7 @@ struct Probes {          // [rows] each, of one block
   const T* lse;
   const T* uniform;
   const T* factor;
+  const T* target_weight;  // for the prototypes' gradient: the weight of the target itself
 };
 
 struct Queue {
@@ -74,10 +75,10 @@ struct Sweep {
   // Bytes that pack() writes for a block, and the packing: normalised probes in the two layouts of run_prototypes.
   int64_t (*pack_bytes)(int64_t D);
   void (*pack)(const Probes<T>&, int64_t D, void* packed);
-  // All blocks over slots [first, last): gradient [K, D] of the prototypes, less the targets' part, is added to.
+  // All blocks over slots [first, last): writes their rows of the prototypes' gradient [K, D].
   void (*run_prototypes)(
       Kind, const Probes<T>* blocks, int64_t count, char* packed, const Slots<T>&, int64_t first_slot,
-      int64_t last_slot, void* scratch, T* gradient);
+      int64_t last_slot, void* scratch, Storage, void* gradient);
 };
 
 struct Sweeps {

@@ -248,6 +248,30 @@ SST_INLINE T element(const void* data, Storage storage, int64_t index) {
   }
 }
 
+// Rounded to the nearest, ties to even, as the processor does.
+SST_INLINE uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+SST_INLINE uint16_t to_half(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (bits >= 0x47800000) return uint16_t(sign | 0x7c00);  // 65,536 and more
+  if (bits < 0x38800000) {  // below 2^-14: adding 1/2 leaves the rounded multiple of 2^-24 in the last bits
+    float small;
+    __builtin_memcpy(&small, &bits, 4);
+    small += 0.5f;
+    __builtin_memcpy(&bits, &small, 4);
+    return uint16_t(sign | (bits - 0x3f000000));
+  }
+  return uint16_t(sign | ((bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13));
+}
+
 // `count` numbers of any storage as the E that a product multiplies.
 template <typename E, Storage storage>
 static void convert(const void* from, E* to, int64_t count) {
@@ -768,11 +792,49 @@ static void pack(const Probes<SumOf<E>>& probes, int64_t D, void* packed) {
     }
 }
 
-// Product 3, for trainable prototypes: sums[j][d] += sum_i P[j][i] x_i[d].
+// Writes row j of the prototypes' gradient: `sum` [wide] is its gradient if the row is a unit row already, or the
+// projection of the normalisation is still missing.
+template <typename E>
+static void write_gradient(
+    const Tile<E>& tile, int64_t j, int64_t D, bool project, const SumOf<E>* sum, Storage storage, void* gradient) {
+  typedef SumOf<E> T;
+  const int64_t at = (tile.first + j) * D;
+  auto write = [&](auto value) {
+    switch (storage) {
+      case Storage::f64:
+        for (int64_t d = 0; d < D; d++) static_cast<double*>(gradient)[at + d] = value(d);
+        return;
+      case Storage::f32:
+        for (int64_t d = 0; d < D; d++) static_cast<float*>(gradient)[at + d] = float(value(d));
+        return;
+      case Storage::bf16:
+        for (int64_t d = 0; d < D; d++) static_cast<uint16_t*>(gradient)[at + d] = to_bfloat16(float(value(d)));
+        return;
+      default:
+        for (int64_t d = 0; d < D; d++) static_cast<uint16_t*>(gradient)[at + d] = to_half(float(value(d)));
+    }
+  };
+  if (!project) return write([&](int64_t d) { return sum[d]; });
+  auto feature = [&](int64_t d) {
+    if constexpr (Element<E>::kEach == 1)
+      return tile.w[j * D + d];
+    else
+      return element<T>(tile.w, Storage::bf16, j * D + d);
+  };
+  constexpr int kSums = 8;  // side by side, for the processor's sake
+  double along[kSums] = {};
+  for (int64_t d = 0; d < D; d++) along[d % kSums] += double(sum[d]) * double(feature(d));
+  for (int i = 1; i < kSums; i++) along[0] += along[i];
+  const T inverse = tile.factor[j], share = T(along[0] * double(inverse) * double(inverse));
+  write([&](int64_t d) { return (sum[d] - share * feature(d)) * inverse; });
+}
+
+// Product 3, for trainable prototypes: gradient_j[d] = sum_i P[j][i] x_i[d], where P at the target is the probe's
+// `target_weight`.
 template <typename E>
 static void run_prototypes(
     Kind kind, const Probes<SumOf<E>>* blocks, int64_t blocks_count, char* packed, const Slots<SumOf<E>>& slots,
-    int64_t first, int64_t last, void* scratch, SumOf<E>* gradient) {
+    int64_t first, int64_t last, void* scratch, Storage storage, void* gradient) {
   typedef SumOf<E> T;
   constexpr int NV = kPanel, W = NV * lanes<T>, each = Element<E>::kEach;
   const int64_t D = slots.D, wide = padded(D, W);
@@ -794,13 +856,18 @@ static void run_prototypes(
       if constexpr (each > 1)
         for (int64_t i = 0; i < padded(probes.rows, W); i++) lane.factor[i] *= lane.inverse[i];
       for (int64_t i0 = 0; i0 < probes.rows; i0 += W) {
+        const int64_t count = probes.rows - i0 < W ? probes.rows - i0 : W;
         tile_cosines<E, NV>(tile, columns + i0 * D / each, D, cosines);
         with_phi(kind, [&](auto phi) {
           using Phi = decltype(phi);
           look<E, NV, Phi, false>(slots, tile, lane, i0, false, cosines, nullptr, nullptr);
           weigh<E, NV, Phi, true>(slots, tile, lane, i0, false, cosines, nullptr);
         });
-        const int64_t count = probes.rows - i0 < W ? probes.rows - i0 : W;
+        for (int64_t i = i0; i < i0 + count; i++) {
+          const int64_t j = probes.target[i] - j0;
+          if (j >= 0 && j < tile.count)
+            cosines[j * W + i - i0] = each == 1 ? probes.target_weight[i] : probes.target_weight[i] * lane.inverse[i];
+        }
         const E* left = weights_along_probes<E, NV>(cosines, tile.count);
         for (int64_t d = 0; d < wide; d += W)
           product<E, NV>(
@@ -809,7 +876,7 @@ static void run_prototypes(
       }
     }
     for (int64_t j = 0; j < tile.count; j++)
-      for (int64_t d = 0; d < D; d++) gradient[(j0 + j) * D + d] += sums[j * wide + d];
+      write_gradient<E>(tile, j, D, slots.inverse_norm != nullptr, sums + j * wide, storage, gradient);
   }
 }
 
