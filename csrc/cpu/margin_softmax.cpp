@@ -182,18 +182,10 @@ double sum_over(int64_t D, F value) {
 
 // The power of two at or below the largest feature of a row.
 double unit_of(const double* x, int64_t D) {
-  double largest[8] = {};
-  for (int64_t d = 0; d < D; d++) largest[d % 8] = std::max(largest[d % 8], std::abs(x[d]));
-  const double most = *std::max_element(largest, largest + 8);
-  return most > 0 && std::isfinite(most) ? std::ldexp(1.0, std::ilogb(most)) : 1.0;
+  double largest = 0;
+  for (int64_t d = 0; d < D; d++) largest = std::max(largest, std::abs(x[d]));
+  return largest > 0 && std::isfinite(largest) ? std::ldexp(1.0, std::ilogb(largest)) : 1.0;
 }
-
-// Norm of a row, in units that let squares of finite numbers neither overflow nor vanish.
-double norm_of(const double* x, int64_t D, double unit) {
-  const double inverse = 1 / unit;
-  return unit * std::sqrt(sum_over(D, [&](int64_t d) { return (x[d] * inverse) * (x[d] * inverse); }));
-}
-double norm_of(const double* x, int64_t D) { return norm_of(x, D, unit_of(x, D)); }
 
 // Everything about rows that does not need the sweep, in double: N * D operations beside 4 * N * K * D.
 template <typename T>
@@ -237,8 +229,9 @@ struct Groups {  // of probes that see different windows
     else
       read_row(p.slots.features, p.slots.storage, y, D, to);
     if (!p.normalize) return;
-    const double inverse = normaliser(norm_of(to, D));
-    for (int64_t d = 0; d < D; d++) to[d] *= inverse;
+    double norm;
+    sweeps().f64.norms(to, Storage::f64, D, 0, 1, &norm);
+    for (int64_t d = 0; d < D; d++) to[d] *= normaliser(norm);
   }
 };
 
@@ -246,6 +239,7 @@ template <typename T>
 Rows<T> prepare(const Problem& p, const Groups& groups) {
   const int64_t N = p.embedding.size(0), D = p.slots.D;
   const Storage storage = storage_of(p.embedding);
+  const auto& sweep = sweep_for<T>(p);
   Rows<T> rows(N);
   at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
     std::vector<double> x(D), w(D);
@@ -253,7 +247,9 @@ Rows<T> prepare(const Problem& p, const Groups& groups) {
       read_row(p.embedding.const_data_ptr(), storage, i, D, x.data());
       groups.target_row(p, i, w.data());
       rows.unit[i] = unit_of(x.data(), D);
-      const double inverse = normaliser(norm_of(x.data(), D, rows.unit[i]));
+      double norm;
+      sweep.norms(p.embedding.const_data_ptr(), storage, D, i, i + 1, &norm);
+      const double inverse = normaliser(norm);
       const double dot = sum_over(D, [&](int64_t d) { return x[d] * inverse * w[d]; });
       const auto row = phi_row<double>(p.margin_of(i), dot);
       rows.inverse_norm[i] = inverse;
@@ -286,10 +282,10 @@ struct Prepared {
     std::vector<T> norms(count);
     const int64_t D = p.slots.D;
     at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
-      std::vector<double> w(D);
       for (int64_t j = begin; j < end; j++) {
-        read_row(features, p.slots.storage, j, D, w.data());
-        norms[j] = T(normaliser(norm_of(w.data(), D)));
+        double norm;
+        sweep_for<T>(p).norms(features, p.slots.storage, D, j, j + 1, &norm);
+        norms[j] = T(normaliser(norm));
       }
     });
     return norms;

@@ -67,6 +67,8 @@ struct Partial {
 
 template <typename T>
 struct Sweep {
+  // Norms of rows [first, last) of features [.., D].
+  void (*norms)(const void* features, Storage, int64_t D, int64_t first, int64_t last, double* to);
   // Bytes of scratch for one task of either kind.
   int64_t (*scratch)(int64_t D);
   // One block of probes over slots [first, last).

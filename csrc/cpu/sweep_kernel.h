@@ -248,6 +248,28 @@ SST_INLINE T element(const void* data, Storage storage, int64_t index) {
   }
 }
 
+template <Storage storage>
+struct Constant {
+  static constexpr Storage value = storage;
+};
+
+// Calls f with the storage as a constant, which lets the compiler vectorise.
+template <typename F>
+SST_INLINE void with_storage(Storage storage, F f) {
+  switch (storage) {
+    case Storage::f64:
+      return f(Constant<Storage::f64>{});
+    case Storage::f32:
+      return f(Constant<Storage::f32>{});
+    case Storage::bf16:
+      return f(Constant<Storage::bf16>{});
+    case Storage::f16:
+      return f(Constant<Storage::f16>{});
+    case Storage::f8:
+      return f(Constant<Storage::f8>{});
+  }
+}
+
 // Rounded to the nearest, ties to even, as the processor does.
 SST_INLINE uint16_t to_bfloat16(float x) {
   uint32_t bits;
@@ -294,18 +316,7 @@ static int64_t storage_bytes(Storage storage) {
 template <typename E>
 static void copy_row(const Queue& slots, const void* base, int64_t row, E* to) {
   const char* from = static_cast<const char*>(base) + row * slots.D * storage_bytes(slots.storage);
-  switch (slots.storage) {  // a constant storage lets the compiler vectorise the loop
-    case Storage::f64:
-      return convert<E, Storage::f64>(from, to, slots.D);
-    case Storage::f32:
-      return convert<E, Storage::f32>(from, to, slots.D);
-    case Storage::bf16:
-      return convert<E, Storage::bf16>(from, to, slots.D);
-    case Storage::f8:
-      return convert<E, Storage::f8>(from, to, slots.D);
-    default:
-      return convert<E, Storage::f16>(from, to, slots.D);
-  }
+  with_storage(slots.storage, [&](auto storage) { convert<E, decltype(storage)::value>(from, to, slots.D); });
 }
 
 constexpr int kDepth = 64;  // E per pass of product 1: keeps its right side in the first-level cache, and sums short
@@ -372,20 +383,10 @@ static void probe_features(const Probes<SumOf<E>>& probes, int64_t D, int64_t i,
   for (int64_t d = 0; d < kPiece; d++) to[d] = 0;
   if (i >= probes.rows) return;
   const double factor = Element<E>::kEach == 1 ? probes.inverse_norm[i] : 1 / probes.unit[i];
-  auto scale = [&](Storage storage) {
+  with_storage(probes.storage, [&](auto storage) {
     for (int64_t d = 0; d < count; d++)
-      to[d] = SumOf<E>(element<double>(probes.features, storage, i * D + d0 + d) * factor);
-  };
-  switch (probes.storage) {  // a constant storage lets the compiler vectorise the loop
-    case Storage::f64:
-      return scale(Storage::f64);
-    case Storage::f32:
-      return scale(Storage::f32);
-    case Storage::bf16:
-      return scale(Storage::bf16);
-    default:
-      return scale(Storage::f16);
-  }
+      to[d] = SumOf<E>(element<double>(probes.features, decltype(storage)::value, i * D + d0 + d) * factor);
+  });
 }
 
 // One E: a number, or two that are bfloat16 already.
@@ -792,41 +793,57 @@ static void pack(const Probes<SumOf<E>>& probes, int64_t D, void* packed) {
     }
 }
 
-// Writes row j of the prototypes' gradient: `sum` [wide] is its gradient if the row is a unit row already, or the
-// projection of the normalisation is still missing.
+template <typename T>
+static void store_as(Storage storage, void* to, int64_t at, const T* from, int64_t count) {
+  switch (storage) {
+    case Storage::f64:
+      for (int64_t d = 0; d < count; d++) static_cast<double*>(to)[at + d] = from[d];
+      return;
+    case Storage::f32:
+      for (int64_t d = 0; d < count; d++) static_cast<float*>(to)[at + d] = float(from[d]);
+      return;
+    case Storage::bf16:
+      for (int64_t d = 0; d < count; d++) static_cast<uint16_t*>(to)[at + d] = to_bfloat16(float(from[d]));
+      return;
+    default:
+      for (int64_t d = 0; d < count; d++) static_cast<uint16_t*>(to)[at + d] = to_half(float(from[d]));
+  }
+}
+
+// Writes row j of the prototypes' gradient. `sum` [padded D] is what a unit row would get; where the row was normalised
+// inside, the projection of that is still missing.
 template <typename E>
 static void write_gradient(
     const Tile<E>& tile, int64_t j, int64_t D, bool project, const SumOf<E>* sum, Storage storage, void* gradient) {
   typedef SumOf<E> T;
+  typedef typename Vector<T>::type V;
   const int64_t at = (tile.first + j) * D;
-  auto write = [&](auto value) {
-    switch (storage) {
-      case Storage::f64:
-        for (int64_t d = 0; d < D; d++) static_cast<double*>(gradient)[at + d] = value(d);
-        return;
-      case Storage::f32:
-        for (int64_t d = 0; d < D; d++) static_cast<float*>(gradient)[at + d] = float(value(d));
-        return;
-      case Storage::bf16:
-        for (int64_t d = 0; d < D; d++) static_cast<uint16_t*>(gradient)[at + d] = to_bfloat16(float(value(d)));
-        return;
-      default:
-        for (int64_t d = 0; d < D; d++) static_cast<uint16_t*>(gradient)[at + d] = to_half(float(value(d)));
-    }
+  if (!project) return store_as(storage, gradient, at, sum, D);
+  T w[kPiece] = {};
+  auto piece = [&](int64_t d0) {  // loads the row's features from d0 on
+    const int64_t count = D - d0 < kPiece ? D - d0 : kPiece;
+    for (int64_t d = 0; d < count; d++)
+      if constexpr (Element<E>::kEach == 1)
+        w[d] = tile.w[j * D + d0 + d];
+      else
+        w[d] = element<T>(tile.w, Storage::bf16, j * D + d0 + d);
+    return count;
   };
-  if (!project) return write([&](int64_t d) { return sum[d]; });
-  auto feature = [&](int64_t d) {
-    if constexpr (Element<E>::kEach == 1)
-      return tile.w[j * D + d];
-    else
-      return element<T>(tile.w, Storage::bf16, j * D + d);
-  };
-  constexpr int kSums = 8;  // side by side, for the processor's sake
-  double along[kSums] = {};
-  for (int64_t d = 0; d < D; d++) along[d % kSums] += double(sum[d]) * double(feature(d));
-  for (int i = 1; i < kSums; i++) along[0] += along[i];
-  const T inverse = tile.factor[j], share = T(along[0] * double(inverse) * double(inverse));
-  write([&](int64_t d) { return (sum[d] - share * feature(d)) * inverse; });
+  double along = 0;
+  for (int64_t d0 = 0; d0 < D; d0 += kPiece) {
+    const int64_t count = piece(d0);
+    V dot{};
+    int64_t d = 0;
+    for (; d + lanes<T> <= count; d += lanes<T>) dot += load(sum + d0 + d) * load(w + d);
+    for (int l = 0; l < lanes<T>; l++) along += double(dot[l]);
+    for (; d < count; d++) along += double(sum[d0 + d]) * double(w[d]);
+  }
+  const T inverse = tile.factor[j], share = T(along * double(inverse) * double(inverse));
+  for (int64_t d0 = 0; d0 < D; d0 += kPiece) {
+    const int64_t count = piece(d0);
+    for (int64_t d = 0; d < count; d++) w[d] = (sum[d0 + d] - share * w[d]) * inverse;
+    store_as(storage, gradient, at + d0, w, count);
+  }
 }
 
 // Product 3, for trainable prototypes: gradient_j[d] = sum_i P[j][i] x_i[d], where P at the target is the probe's
@@ -880,8 +897,45 @@ static void run_prototypes(
   }
 }
 
+// Norms of rows [first, last); where squares would overflow or vanish, in units of the row's largest feature.
+static void norms(const void* features, Storage storage, int64_t D, int64_t first, int64_t last, double* to) {
+  auto norms_as = [&](auto row_storage) {
+    constexpr Storage constant = decltype(row_storage)::value;  // lets the compiler vectorise
+    for (int64_t row = first; row < last; row++) {
+      auto squares = [&](double factor) {
+        constexpr int kSums = 32;
+        double sums[kSums] = {};
+        int64_t d = 0;
+        for (; d + kSums <= D; d += kSums)
+          for (int i = 0; i < kSums; i++) {
+            const double x = element<double>(features, constant, row * D + d + i) * factor;
+            sums[i] += x * x;
+          }
+        for (; d < D; d++) {
+          const double x = element<double>(features, constant, row * D + d) * factor;
+          sums[0] += x * x;
+        }
+        for (int half = kSums / 2; half; half /= 2)
+          for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+        return sums[0];
+      };
+      double square = squares(1), unit = 1;
+      if (!(square > 1e-280 && square < 1e280)) {
+        double largest = 0;
+        for (int64_t d = 0; d < D; d++) {
+          const double x = element<double>(features, constant, row * D + d);
+          largest = x > largest ? x : -x > largest ? -x : largest;
+        }
+        if (largest > 0 && largest < double(kInfinityF)) unit = largest, square = squares(1 / largest);
+      }
+      to[row - first] = unit * __builtin_sqrt(square);
+    }
+  };
+  with_storage(storage, norms_as);
+}
+
 template <typename E>
-constexpr Sweep<SumOf<E>> entry = {scratch_bytes<E>, run<E>, pack_bytes<E>, pack<E>, run_prototypes<E>};
+constexpr Sweep<SumOf<E>> entry = {norms, scratch_bytes<E>, run<E>, pack_bytes<E>, pack<E>, run_prototypes<E>};
 
 #ifdef SST_BF16
 static const Sweep<float> table = entry<Pair>;
