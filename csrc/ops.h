@@ -2,6 +2,7 @@
 // sst_fast/queue.py); what is checked again here is what memory safety needs.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -10,6 +11,13 @@
 #include "margin.h"
 
 namespace sst_fast {
+
+// Calls f with scalar_t the dtype of a queue.
+#define SST_DISPATCH_QUEUE(TYPE, ...)                              \
+  AT_DISPATCH_SWITCH(                                              \
+      TYPE, "enqueue",                                             \
+      AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, __VA_ARGS__) \
+          AT_DISPATCH_CASE(at::kFloat8_e4m3fn, __VA_ARGS__))
 
 using OptionalTensor = std::optional<at::Tensor>;
 

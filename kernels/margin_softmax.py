@@ -1,7 +1,7 @@
 """The fused loss in Triton: prepare rows, sweep the queue in splits, combine. No atomics, no N x K tensor.
 
 Sizes: N probes, K slots, D features, B slots in the batch window, S splits of the queue. All arithmetic is float32; products
-take the prototypes' dtype (float32: PyTorch's matmul precision decides between tf32 and ieee).
+take the prototypes' dtype (float32: PyTorch's matmul precision decides between tf32 and ieee; float8: bfloat16, which holds it exactly).
 """
 
 from __future__ import annotations
@@ -61,10 +61,19 @@ def blocks_for(kernel: str, dim: int, itemsize: int, capability: int) -> Blocks 
     return None if found is None else Blocks(*found)
 
 
-def fits(dim: int, itemsize: int, device: torch.device, prototypes: bool) -> bool:
-    """Whether there are tile sizes for the loss, and for the gradient of ``prototypes`` if that is wanted."""
-    kernels = ("sweep", "prototypes") if prototypes else ("sweep",)
-    return all(blocks_for(kernel, dim, itemsize, _machine(device)[0]) is not None for kernel in kernels)
+def fits(prototypes: Tensor, gradient: bool) -> bool:
+    """Whether there are tile sizes for the loss over these prototypes, and for their gradient if that is wanted."""
+    capability, _ = _machine(prototypes.device)
+    if prototypes.dtype == torch.float8_e4m3fn and capability < 90:  # no conversion there
+        return False
+    kernels = ("sweep", "prototypes") if gradient else ("sweep",)
+    size = _product_dtype(prototypes).itemsize
+    return all(blocks_for(kernel, prototypes.shape[1], size, capability) is not None for kernel in kernels)
+
+
+def _product_dtype(prototypes: Tensor) -> torch.dtype:
+    """What products are made of; every float8 is a bfloat16."""
+    return torch.bfloat16 if prototypes.dtype == torch.float8_e4m3fn else prototypes.dtype
 
 
 @triton.jit
@@ -92,19 +101,20 @@ def _target_row(
     w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d,
     WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """The target prototype of probe i."""
-    row = tl.load(w + y * D + d, mask=d < D, other=0.0).to(tl.float32)
+    """The target prototype of probe i; NaN where the target is no slot."""
+    known = (y >= 0) & (y < K)
+    row = tl.load(w + y * D + d, mask=(d < D) & known, other=0.0).to(tl.float32)
     factor = 1.0
     if NORMALIZE:
-        factor = tl.load(inverse_w + y)
+        factor = tl.load(inverse_w + y, mask=known, other=0.0)
     if WINDOW:
         inside = (y - tl.load(start) + K) % K
-        if inside < B:
+        if known & (inside < B):
             own = (i // rows_in_group) * B + inside
             row = tl.load(window + own * D + d, mask=d < D, other=0.0).to(tl.float32)
             if NORMALIZE:
                 factor = tl.load(inverse_window + own)
-    return row * factor
+    return tl.where(known, row * factor, float("nan"))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -211,7 +221,7 @@ def sweep_kernel(
         there = j < last
         features = tl.load(
             base + j.to(tl.int64)[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
-        )
+        ).to(unit.dtype.element_ty)
         c = tl.dot(x, tl.trans(features), input_precision=PRECISION)
         if NORMALIZE:
             norm = tl.load(inverse + j, mask=there, other=0.0)
@@ -425,7 +435,7 @@ def prototypes_kernel(
 
 
 def _inverse_norms(rows: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(rows.float() if rows.dtype == torch.float8_e4m3fn else rows, dim=-1, dtype=torch.float32)
     return torch.where(norm < 1e-12, 0.0, 1.0 / norm)
 
 
@@ -466,7 +476,7 @@ def _prepare(
     groups, b = (1, 0) if window is None else window.shape[:2]
     floats = {"dtype": torch.float32, "device": embedding.device}
     rows = _Rows(
-        torch.empty((n, block_d), dtype=prototypes.dtype, device=embedding.device),
+        torch.empty((n, block_d), dtype=_product_dtype(prototypes), device=embedding.device),
         torch.empty(n, **floats), torch.empty(n, **floats), torch.empty(n, **floats), torch.empty((4, n), **floats),
         _inverse_norms(prototypes) if normalize else None,
         _inverse_norms(window) if normalize and window is not None else None,
@@ -515,7 +525,7 @@ def margin_softmax(
         embedding, prototypes, target, window, window_start, margin_rows, scale_rows, kind, parameters, scale, normalize
     )
     capability, processors = _machine(device)
-    cut = blocks_for("sweep", rows.block_d, prototypes.element_size(), capability)
+    cut = blocks_for("sweep", rows.block_d, rows.unit.element_size(), capability)
     assert cut is not None, "callers ask fits() first"
     blocks_in_group = triton.cdiv(n // groups, cut.rows)
     tiles = triton.cdiv(k, cut.slots)

@@ -19,6 +19,7 @@ Reduction = Literal["none", "mean", "sum"]
 GradientRule = Literal["exact", "straight_through"]
 
 EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+QUEUE_DTYPES = (*EMBEDDING_DTYPES, torch.float8_e4m3fn)
 
 
 class Statistics(NamedTuple):
@@ -86,7 +87,8 @@ def margin_softmax(
     Args:
         embedding: probes [N, D], float64, float32, bfloat16 or float16; normalised inside. A zero row has cosine 0
             with everything and gradient 0.
-        prototypes: [K, D], same device, taken as they are: rows should have norm 1 (those of a queue do).
+        prototypes: [K, D], same device, float64, float32, bfloat16, float16 or (without gradient) float8_e4m3fn; taken as
+            they are: rows should have norm 1 (those of a queue do).
         target: int64 [N], row numbers of ``prototypes``.
         margin: a margin of :mod:`sst_fast.margins`; its parameters may be tensors [N], one value per probe.
         scale: s > 0, the inverse temperature: a number, a 0-d tensor or a tensor [N] (no gradient).
@@ -112,12 +114,15 @@ def margin_softmax(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value.
-        IndexError: a target outside [0, K) that is not ``ignore_index``.
+        IndexError: a target outside [0, K) that is not ``ignore_index``. Triton kernels, which would have to wait for the
+            device to know, give such a probe a NaN loss instead.
     """
     check_embedding("embedding", embedding)
     n, d = embedding.shape
     device = embedding.device
-    check_tensor("prototypes", prototypes, (None, d), EMBEDDING_DTYPES, device)
+    check_tensor("prototypes", prototypes, (None, d), QUEUE_DTYPES, device)
+    if prototypes.requires_grad and prototypes.dtype == torch.float8_e4m3fn:
+        raise TypeError("prototypes in float8_e4m3fn are frozen, got requires_grad=True")
     k = prototypes.shape[0]
     if k == 0:
         raise ValueError("prototypes must have at least one row, got [0, D]")
@@ -151,7 +156,7 @@ def margin_softmax(
     features = window_identity = start = None
     if window is not None:
         features, window_identity, start = window.features, window.identities, window.start
-        check_tensor("window.features", features, (None, None, d), EMBEDDING_DTYPES, device)
+        check_tensor("window.features", features, (None, None, d), QUEUE_DTYPES, device)
         h, b = features.shape[:2]
         check_tensor("window.identities", window_identity, (b,), (torch.int64,), device)
         if h == 0 or n % h:
@@ -183,7 +188,7 @@ def margin_softmax(
     if chosen == "triton":
         # More exact than the kernels are, or beyond what they hold in registers.
         fits = implementation("triton", "fits")
-        if wide == torch.float64 or not fits(d, prototypes.element_size(), device, trains_prototypes):
+        if wide == torch.float64 or not fits(prototypes, trains_prototypes):
             chosen = "reference"
     straight = gradient == "straight_through"
     # Rows that a window replaces are another tensor's: autograd sorts that out.

@@ -132,14 +132,13 @@ class SemiSiameseLoss(nn.Module):
             label_smoothing=self.label_smoothing, gradient=self.gradient, return_statistics=True, **options,
         )  # fmt: skip
         if self.training:
-            self.queue.enqueue(self._kept(window.features), identity)
+            self.queue.enqueue(self._kept(gallery_a.detach(), gallery_b.detach()), identity)
         return loss
 
-    def _kept(self, features: Tensor) -> Tensor:
-        gallery_b, gallery_a = features
+    def _kept(self, gallery_a: Tensor, gallery_b: Tensor) -> Tensor:
         if self.keep == "coin":
             # Tossed on the device: the host neither waits nor decides.
-            kept: Tensor = torch.where(torch.rand((), device=features.device) < 0.5, gallery_a, gallery_b)
+            kept: Tensor = torch.where(torch.rand((), device=gallery_a.device) < 0.5, gallery_a, gallery_b)
             return kept
         one: Tensor = gallery_a if self.keep == "first" else gallery_b
         return one

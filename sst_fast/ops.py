@@ -46,7 +46,7 @@ def _(embedding: Any, prototypes: Any, *rest: Any) -> Any:
 
 def wide_dtype(embedding: Tensor, prototypes: Tensor) -> torch.dtype:
     """In which losses are returned: float32, or float64 if an input is."""
-    return torch.promote_types(torch.promote_types(embedding.dtype, prototypes.dtype), torch.float32)
+    return torch.float64 if torch.float64 in (embedding.dtype, prototypes.dtype) else torch.float32
 
 
 @torch.library.custom_op("sst_fast::margin_softmax_backward", mutates_args=())

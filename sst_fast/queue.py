@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sst_fast import ops, reference
 from sst_fast.dispatch import choose
-from sst_fast.functional import EMBEDDING_DTYPES, check_embedding, check_tensor
+from sst_fast.functional import EMBEDDING_DTYPES, QUEUE_DTYPES, check_embedding, check_tensor
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GalleryQueue(nn.Module):
     Args:
         size: number of slots K > 0; 16,384 in the paper. Need not be a multiple of the batch.
         dim: number of features D > 0.
-        dtype: of the features: float32 (default), float64, bfloat16 or float16.
+        dtype: of the features: float32 (default), float64, bfloat16, float16 or float8_e4m3fn.
         device: where the buffers live.
         backend: force an implementation, see :func:`sst_fast.backends`.
     """
@@ -61,8 +61,8 @@ class GalleryQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer > 0, got {value!r}")
-        if dtype not in EMBEDDING_DTYPES:
-            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+        if dtype not in QUEUE_DTYPES:
+            raise TypeError(f"dtype must be float64, float32, bfloat16, float16 or float8_e4m3fn, got {dtype}")
         self.backend = backend
         self.register_buffer("features", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("identities", torch.full((size,), -1, dtype=torch.int64, device=device))

@@ -58,7 +58,7 @@ def margin_softmax(
     straight_through: bool = False,
 ) -> MarginSoftmax:
     """Differentiable in ``embedding`` and ``prototypes``; materialises the logits. Arguments as in the operator."""
-    wide = torch.promote_types(torch.promote_types(embedding.dtype, prototypes.dtype), torch.float32)
+    wide = torch.float64 if torch.float64 in (embedding.dtype, prototypes.dtype) else torch.float32
     if not torch.compiler.is_compiling() and not bool(((target >= 0) & (target < len(prototypes))).all()):
         bad = int(((target < 0) | (target >= len(prototypes))).nonzero()[0])
         raise IndexError(
@@ -139,7 +139,10 @@ def enqueue(features: Tensor, identities: Tensor, queue: Tensor, queue_identitie
     """Writes unit rows and identities into the ring at ``state[0]``, in place, and advances it."""
     wide = torch.promote_types(features.dtype, torch.float32)
     slots = window_slots(state[0], len(features), len(queue))
-    queue.index_copy_(0, slots, normalize(features.to(wide)).to(queue.dtype))
+    rows = normalize(features.to(wide)).to(queue.dtype)
+    if queue.dtype == torch.float8_e4m3fn:  # PyTorch moves its bytes only
+        queue, rows = queue.view(torch.uint8), rows.view(torch.uint8)
+    queue.index_copy_(0, slots, rows)
     queue_identities.index_copy_(0, slots, identities)
     state[0] = (state[0] + len(features)) % len(queue)
     state[1] = (state[1] + len(features)).clamp_max(len(queue))

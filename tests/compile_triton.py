@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 TENSOR = {80: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UTCQMMA|UTCOMMA|HMMA", 120: "HMMA"}
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 2}  # bytes of what products are made of
 DIMS = (64, 128, 256, 512, 1024)
 FLOATS = {"cosine", "scales", "phi_rows", "lse", "uniform", "shift_out", "sum_out", "logits_out", "hard_sum_out", "hardest_out",
           "moment_out", "inverse_w", "inverse_window", "factor", "target_slope"}  # fmt: skip
@@ -59,8 +59,10 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: kernels.Blocks)
             signature[name] = "*i32"
         elif name in LONGS or name in COUNTERS:
             signature[name] = "*i64"
-        elif name in ("unit", "w", "window", "x", "gradient_out", "gradient"):
+        elif name in ("w", "window"):
             signature[name] = f"*{dtype}"
+        elif name in ("unit", "x", "gradient_out", "gradient"):
+            signature[name] = "*bf16" if dtype == "fp8e4nv" else f"*{dtype}"
         else:
             signature[name] = "i32"
         if signature[name].startswith("*") or name in ("N", "D"):
@@ -71,6 +73,8 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: kernels.Blocks)
 def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int) -> tuple[str, list[str]]:
     """One configuration: a line about it, and what is wrong with it."""
     by_row = kernel in ("prepare_kernel", "combine_kernel")
+    if dtype == "fp8e4nv" and sm < 90:
+        return f"{kernel} sm_{sm} {dtype}: left to the reference", []
     blocks = (
         kernels.Blocks(1, 1, 4, 3)
         if by_row

@@ -19,9 +19,12 @@ from sst_fast.margins import AdaFace, ArcNegFace, CircleLoss, CurricularFace, Ma
 STATES = backends("cpu")["margin_softmax"].implementations
 BACKENDS = [name for name, state in STATES.items() if state == "available" and name != "triton"]
 COMPILED = [name for name in BACKENDS if name != "reference"]
-# Relative to the largest loss and to the gradient's norm. float32 sums of 512 products, times the scale; bf16 and fp16
-# inputs are compared on their rounded values, so what remains is the rounding of the gradient: 2^-8 and 2^-11.
+# Relative to the largest loss and to the gradient's norm. float32: a cosine near 1 is held to 2^-25, which a scale of 256
+# makes 8e-6. Half precision is compared on its rounded inputs, so what remains is the rounding of the gradient, 2^-9 and
+# 2^-12 of each number at most; with bfloat16 queues also that of the weights of slots, 2^-9, where the sum that they make
+# may be a few times smaller than they are (targets pull against negatives).
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+QUEUE_DTYPES = [*TOLERANCE, torch.float8_e4m3fn]
 
 
 def check(problem: Problem, margin=AMSoftmax(0.35), scale=30.0, backend="cpu", ties=False, **options) -> None:
@@ -72,7 +75,7 @@ def test_agrees_with_reference(backend, data):
         masks=data.draw(st.booleans(), "masks"),
     )
     dtype = data.draw(st.sampled_from(list(TOLERANCE)), "dtype")
-    queue_dtype = data.draw(st.sampled_from(list(TOLERANCE)), "queue dtype")
+    queue_dtype = data.draw(st.sampled_from(QUEUE_DTYPES), "queue dtype")
     check(
         problem.to(dtype, queue_dtype),
         data.draw(st.sampled_from(MARGINS), "margin"),
@@ -102,6 +105,22 @@ def test_agrees_with_reference(backend, data):
 def test_sizes(n, k, d, backend):
     for margin in MARGINS:
         check(make(n, k, d).to(torch.float32), margin, 64.0, backend)
+    for queue_dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        check(make(n, k, d).to(torch.bfloat16, queue_dtype), AMSoftmax(0.35), 30.0, backend)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("margin", [Softmax(), AMSoftmax(0.35), ArcSoftmax(0.5), CircleLoss()], ids=repr)
+@pytest.mark.parametrize(("d", "spread"), [(512, 0.3), (512, 1.0), (1024, 1.0), (100, 1.0)])
+def test_hard_negatives_at_large_scales(d, spread, margin, backend):
+    """Prototypes in one cone, cosines from 0.5 to 0.99: here the rounding of each cosine counts most."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2151, d, generator=generator, dtype=torch.float64) * spread / d**0.5
+    prototypes = F.normalize(F.normalize(torch.ones(1, d, dtype=torch.float64)) + noise[:2000])
+    target = torch.arange(150)
+    problem = Problem(prototypes[target] + 0.7 * noise[2000:2150], prototypes, target)
+    for scale in (64.0, 256.0):
+        check(problem.to(torch.float32), margin, scale, backend, ties=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ from sst_fast.dispatch import backends
 
 BACKENDS = [name for name, state in backends("cpu")["enqueue"].implementations.items() if state == "available"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+QUEUE_DTYPES = [*DTYPES, torch.float8_e4m3fn]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -19,7 +20,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def test_behaves_like_a_list(backend, data):
     """Any sequence of enqueues and dequeues: features and identities of a first-in first-out list of at most K."""
     size, dim = data.draw(st.integers(1, 12), "size"), data.draw(st.integers(1, 9), "dim")
-    dtype, batch_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(DTYPES))
+    dtype, batch_dtype = data.draw(st.sampled_from(QUEUE_DTYPES)), data.draw(st.sampled_from(DTYPES))
     queue = GalleryQueue(size, dim, dtype, backend=backend)
     held: list[tuple[int, torch.Tensor]] = []
     number = 0

@@ -106,6 +106,19 @@ def test_extreme_cosines(margin, scale):
 def test_half_precision():
     check(make(12, 90, 24).to(torch.float16), 2e-3, scale=16.0)
     check(make(12, 90, 24).to(torch.float32, torch.float16), 5e-3, scale=16.0)
+    check(make(12, 90, 24, start=80).to(torch.float32, torch.float8_e4m3fn), 2e-2, scale=16.0, normalize_prototypes=True)
+
+
+def test_targets_that_are_no_slots_poison_their_own_rows():
+    """A check would have to wait for the device."""
+    problem = make(6, 40, 12, start=30).to(torch.float32)
+    target = problem.target.clone()
+    target[1], target[4] = 40, -3
+    x = problem.embedding.clone().requires_grad_()
+    loss = margin_softmax(x, problem.prototypes, target, reduction="none", backend="triton", window=problem.window)
+    loss.sum().backward()
+    assert torch.isnan(loss).nonzero().flatten().tolist() == [1, 4]
+    assert torch.isnan(x.grad).any(1).nonzero().flatten().tolist() == [1, 4]
 
 
 def test_nothing_but_the_target_and_bad_rows():

@@ -24,7 +24,7 @@ void enqueue(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "enqueue", [&] {
     using From = scalar_t;
     const From* from = features.const_data_ptr<From>();
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, queue.scalar_type(), "enqueue", [&] {
+    SST_DISPATCH_QUEUE(queue.scalar_type(), [&] {
       using To = scalar_t;
       To* to = queue.mutable_data_ptr<To>();
       at::parallel_for(0, B, 64, [&](int64_t begin, int64_t end) {
@@ -34,7 +34,7 @@ void enqueue(
           for (int64_t d = 0; d < D; d++) square += double(row[d]) * double(row[d]);
           const double scale = normaliser(std::sqrt(square));
           To* slot = to + ring_slot(start, b, K) * D;
-          for (int64_t d = 0; d < D; d++) slot[d] = static_cast<To>(double(row[d]) * scale);
+          for (int64_t d = 0; d < D; d++) slot[d] = To(double(row[d]) * scale);
         }
       });
     });

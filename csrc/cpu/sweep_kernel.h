@@ -321,6 +321,7 @@ static void copy_row(const Queue& slots, const void* base, int64_t row, E* to) {
 
 constexpr int kDepth = 64;  // E per pass of product 1: keeps its right side in the first-level cache, and sums short
 constexpr int kMaxTile = 96;
+constexpr float kExact = 64;  // beyond this scale float cosines are summed with compensation
 
 // Slots per tile: the tile should stay in the second-level cache with the block's probes and moments.
 static int64_t tile_slots(int64_t D) { return D <= 512 ? kMaxTile : D <= 1024 ? kMaxTile / 2 : kMaxTile / 4; }
@@ -371,6 +372,14 @@ static void load_lanes(const Probes<T>& probes, int64_t count, Lanes<T>& to) {
     to.hardest_slot[i] = -1;
     to.beats[i] = to.live[i] = 0;
   }
+}
+
+// Whether the rounding of cosines, times the scale, would show in the weights.
+template <typename E>
+static bool wants_exact(const Lanes<SumOf<E>>& lane, int64_t rows) {
+  bool large = false;
+  for (int64_t i = 0; i < rows; i++) large |= lane.scale[i] > kExact;
+  return large && Element<E>::kStorage == Storage::f32;
 }
 
 // Some features of probe i as products see them: normalised, or in pairs divided by a power of two, which is exact. Zero
@@ -508,14 +517,29 @@ static const E* weights_along_probes(SumOf<E>* p, int64_t count) {
   }
 }
 
-// Product 1: cosines [slot][probe] of a tile and a panel; in pairs not yet divided by the probe's norm.
+// Product 1: cosines [slot][probe] of a tile and a panel; in pairs not yet divided by the probe's norm. `parts` [2, slot,
+// probe]: their rounding would show (kExact), so short sums are added up with compensation; null: plainly.
 template <typename E, int NV>
-static void tile_cosines(Tile<E>& tile, const E* x, int64_t D, SumOf<E>* cosines) {
-  constexpr int W = NV * lanes<SumOf<E>>;
-  const int64_t row = D / Element<E>::kEach;
-  for (int64_t k = 0; k < row; k += kDepth)
-    product<E, NV>(tile.w + k, row, 1, tile.count, x + k * W, W, row - k < kDepth ? row - k : kDepth, cosines, W, k > 0,
-        &tile.next);
+static void tile_cosines(Tile<E>& tile, const E* x, int64_t D, SumOf<E>* cosines, SumOf<E>* parts) {
+  typedef SumOf<E> T;
+  typedef typename Vector<T>::type V;
+  constexpr int W = NV * lanes<T>;
+  const int64_t row = D / Element<E>::kEach, depth = parts ? kDepth / 4 : kDepth, size = tile.count * W;
+  T *part = parts, *error = parts + size;
+  for (int64_t k = 0; k < row; k += depth) {
+    const bool first = k == 0;
+    product<E, NV>(
+        tile.w + k, row, 1, tile.count, x + k * W, W, row - k < depth ? row - k : depth, parts && !first ? part : cosines,
+        W, !parts && !first, &tile.next);
+    for (int64_t i = 0; parts && !first && i < size; i += lanes<T>) {
+      const V old = load(cosines + i), more = load(part + i), sum = old + more, seen = sum - old;
+      const V lost = (old - (sum - seen)) + (more - seen);
+      store(error + i, k == depth ? lost : load(error + i) + lost);
+      store(cosines + i, sum);
+    }
+  }
+  for (int64_t i = 0; parts && row > depth && i < size; i += lanes<T>)
+    store(cosines + i, load(cosines + i) + load(error + i));
 }
 
 // phi and its slope for one vector of cosines. Where phi has an exponential of its own, the error of that is multiplied by
@@ -688,7 +712,7 @@ template <typename E>
 static int64_t scratch_bytes(int64_t D) {
   typedef SumOf<E> T;
   const int64_t wide = padded(D, kPanel * lanes<T>), tile = tile_slots(D);
-  return int64_t(sizeof(T)) * (kBlock * D + kMaxTile * kBlock + 2 * tile * D + tile * wide) + 5 * 64;
+  return int64_t(sizeof(T)) * (kBlock * D + 3 * kMaxTile * kBlock + 2 * tile * D + tile * wide) + 5 * 64;
 }
 
 template <typename E, int NV, typename Phi>
@@ -703,13 +727,14 @@ static void sweep(
 
   char* at = static_cast<char*>(scratch);
   E* x = take<E>(at, panels * D / each * W);
-  T* cosines = take<T>(at, kMaxTile * W);
+  T *cosines = take<T>(at, kMaxTile * W), *parts = take<T>(at, 2 * kMaxTile * W);
   E* copy = take<E>(at, tile_slots(D) * D / each);
   E* pairs = take<E>(at, each == 1 ? 0 : tile_slots(D) * D / each);
 
   Lanes<T> lane;
   load_lanes(probes, panels * W, lane);
   pack_columns(probes, D, W, x);
+  if (!wants_exact<E>(lane, probes.rows)) parts = nullptr;
   Sums<T> sums{};
   for (int64_t i = 0; i < panels * W; i++) sums.shift[i] = T(-kInfinityF);
   if (out.moment)
@@ -723,7 +748,7 @@ static void sweep(
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t i0 = panel * W;
       T* moment = out.moment ? out.moment + panel * D * W : nullptr;
-      tile_cosines<E, NV>(tile, x + panel * D / each * W, D, cosines);
+      tile_cosines<E, NV>(tile, x + panel * D / each * W, D, cosines, parts);
       if (probes.lse) {
         look<E, NV, Phi, false>(slots, tile, lane, i0, false, cosines, nullptr, nullptr);
         weigh<E, NV, Phi, true>(slots, tile, lane, i0, true, cosines, nullptr);
@@ -856,7 +881,7 @@ static void run_prototypes(
   constexpr int NV = kPanel, W = NV * lanes<T>, each = Element<E>::kEach;
   const int64_t D = slots.D, wide = padded(D, W);
   char* at = static_cast<char*>(scratch);
-  T* cosines = take<T>(at, kMaxTile * W);
+  T *cosines = take<T>(at, kMaxTile * W), *parts = take<T>(at, 2 * kMaxTile * W);
   E* copy = take<E>(at, tile_slots(D) * D / each);
   T* sums = take<T>(at, tile_slots(D) * wide);
   Lanes<T> lane;
@@ -874,7 +899,8 @@ static void run_prototypes(
         for (int64_t i = 0; i < padded(probes.rows, W); i++) lane.factor[i] *= lane.inverse[i];
       for (int64_t i0 = 0; i0 < probes.rows; i0 += W) {
         const int64_t count = probes.rows - i0 < W ? probes.rows - i0 : W;
-        tile_cosines<E, NV>(tile, columns + i0 * D / each, D, cosines);
+        tile_cosines<E, NV>(
+            tile, columns + i0 * D / each, D, cosines, wants_exact<E>(lane, probes.rows) ? parts : nullptr);
         with_phi(kind, [&](auto phi) {
           using Phi = decltype(phi);
           look<E, NV, Phi, false>(slots, tile, lane, i0, false, cosines, nullptr, nullptr);

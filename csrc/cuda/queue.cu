@@ -8,7 +8,6 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "../ops.h"
 #include "../ring.h"
@@ -28,7 +27,7 @@ template <typename From, typename To, int Width>
 __global__ void enqueue_kernel(
     const From* __restrict__ features, const int64_t* __restrict__ identities, To* __restrict__ queue,
     int64_t* __restrict__ queue_identities, int64_t* state, unsigned* tickets, int64_t B, int64_t D, int64_t K) {
-  using Sum = std::conditional_t<std::is_same_v<From, double>, double, float>;
+  using Sum = double;  // squares of large floats overflow a float; a row is too short for the price to show
   const int lane = threadIdx.x % kWarp;
   const int64_t b = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   // Every block reads the position before the last one to finish moves it.
@@ -100,7 +99,7 @@ void enqueue(
   int64_t* ring = state.mutable_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "enqueue", [&] {
     using From = scalar_t;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, queue.scalar_type(), "enqueue", [&] {
+    SST_DISPATCH_QUEUE(queue.scalar_type(), [&] {
       using To = scalar_t;
       constexpr int wide = 16 / int(sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To));
       auto launch = [&](auto kernel) {
