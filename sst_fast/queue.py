@@ -41,6 +41,8 @@ class GalleryQueue(nn.Module):
         dim: number of features D > 0.
         dtype: of the features: float32 (default), float64, bfloat16, float16 or float8_e4m3fn.
         device: where the buffers live.
+        random: fill the slots with random unit vectors instead of zeros. They stay empty; only a loss with
+            ``mask_empty=False`` sees them, as negatives: what the authors' code starts from.
         backend: force an implementation, see :func:`sst_fast.backends`.
     """
 
@@ -55,6 +57,7 @@ class GalleryQueue(nn.Module):
         dtype: torch.dtype = torch.float32,
         *,
         device: torch.device | str | None = None,
+        random: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -64,7 +67,10 @@ class GalleryQueue(nn.Module):
         if dtype not in QUEUE_DTYPES:
             raise TypeError(f"dtype must be float64, float32, bfloat16, float16 or float8_e4m3fn, got {dtype}")
         self.backend = backend
-        self.register_buffer("features", torch.zeros(size, dim, dtype=dtype, device=device))
+        features = torch.zeros(size, dim, dtype=dtype, device=device)
+        if random:
+            features = reference.normalize(torch.randn(size, dim, device=device)).to(dtype)
+        self.register_buffer("features", features)
         self.register_buffer("identities", torch.full((size,), -1, dtype=torch.int64, device=device))
         self.register_buffer("state", torch.zeros(3, dtype=torch.int64, device=device))
 

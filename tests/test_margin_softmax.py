@@ -455,20 +455,27 @@ def test_opcheck_with_trainable_prototypes(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_compiles_without_graph_breaks(reduction, backend):
-    problem = make(12, 60, 16, start=55, identities=20, empty=0.3).to(torch.float32)
+@pytest.mark.parametrize("both", [False, True], ids=["window", "prototypes"])
+def test_compiles_without_graph_breaks(both, reduction, backend):
+    """The same numbers as eager, ignored targets, weights, masks and label smoothing included."""
+    torch.compiler.reset()
+    problem = make(12, 60, 16, start=None if both else 55, identities=20, empty=0.3).to(torch.float32)
+    target = problem.target.clone()
+    target[::5] = -100
+    weight = torch.linspace(0.1, 2, len(target))
 
-    def function(x):
+    def function(x, w):
         return margin_softmax(
-            x, problem.prototypes, problem.target, reduction=reduction, backend=backend, **problem.arguments()
+            x, w, target, reduction=reduction, weight=weight, label_smoothing=0.1, backend=backend, **problem.arguments()
         )
 
     results = []
     for f in (function, torch.compile(function, fullgraph=True)):
-        leaf = problem.embedding.clone().requires_grad_()
-        loss = f(leaf)
+        x, w = problem.embedding.clone().requires_grad_(), problem.prototypes.clone().requires_grad_(both)
+        loss = f(x, w)
         loss.sum().backward()
-        results.append((loss.detach(), leaf.grad))
+        results.append((loss.detach(), x.grad, w.grad) if both else (loss.detach(), x.grad))
+    assert (results[0][1][::5] == 0).all()
     for eager, compiled in zip(*results, strict=True):
         assert (eager - compiled).norm() <= 1e-5 * eager.norm()
 

@@ -62,6 +62,23 @@ def test_equals_the_plain_head_over_many_steps():
         assert torch.allclose(loss.queue.features, queue, atol=1e-6)
 
 
+def test_parity_with_a_fresh_random_queue():
+    """Without masks a fresh queue's random vectors are negatives, as in the authors' code."""
+    queue = GalleryQueue(32, 8, random=True)
+    assert len(queue) == 0
+    assert torch.allclose(queue.features.norm(dim=1), torch.ones(32))
+    features = [torch.randn(5, 8) for _ in range(4)]
+    loss = SemiSiameseLoss(queue, AMSoftmax(0.35), 30.0, mask_identity=False, mask_empty=False, keep="first")
+    w = [queue.features.clone() for _ in range(2)]
+    w[0][:5], w[1][:5] = F.normalize(features[3]), F.normalize(features[2])
+    expected = 0.0
+    for probe, prototypes in zip(features[:2], w, strict=True):
+        logits = 30 * F.normalize(probe) @ prototypes.T
+        logits[torch.arange(5), torch.arange(5)] -= 30 * 0.35
+        expected = expected + 0.5 * F.cross_entropy(logits, torch.arange(5))
+    assert torch.allclose(loss(*features, torch.arange(5)), expected)
+
+
 def test_identity_mask_removes_false_negatives():
     """An identity that is still in the queue must not be its own negative."""
     loss = criterion(keep="first")
