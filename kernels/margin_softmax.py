@@ -120,15 +120,16 @@ def _target_row(
 @triton.jit(do_not_specialize=COUNTS)
 def prepare_kernel(
     x, w, window, inverse_w, inverse_window, start, target, margin_rows, scale_rows,
-    unit, inverse_norm, cosine, scales, phi_rows,
+    unit, inverse_norm, cosine, exact_cosine, scales, phi_rows,
     N, K, D, B, rows_in_group, p0, p1, p2, p3, p4, p5, scale,
     KIND: tl.constexpr, P: tl.constexpr, SCALE_ROWS: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program a probe: unit row, norm, target cosine, what phi needs."""
+    """One program a probe: unit row, norm, target cosine, what phi needs. In float64: near +-1 an angular margin's slope
+    magnifies the target cosine's rounding."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    row = tl.load(x + i * D + d, mask=d < D, other=0.0).to(tl.float32)
+    row = tl.load(x + i * D + d, mask=d < D, other=0.0).to(tl.float64)
     largest = tl.max(tl.abs(row), 0)
     usable = tl.where(largest > 0, largest, 1.0)
     scaled = row / usable
@@ -140,8 +141,10 @@ def prepare_kernel(
     tl.store(inverse_norm + i, tl.where(tiny, 0.0, inverse / usable))
     y = tl.load(target + i)
     own = _target_row(w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d, WINDOW, NORMALIZE)
-    a = tl.sum(hat * own, 0)
+    exact = tl.sum(hat * own, 0)
+    a = exact.to(tl.float32)
     tl.store(cosine + i, a)
+    tl.store(exact_cosine + i, exact)
     p0, p1, p2, p3, p4, p5, scale = _parameters(
         margin_rows, i, N, p0, p1, p2, p3, p4, p5, scale, scale_rows, P, SCALE_ROWS
     )
@@ -294,7 +297,7 @@ def sweep_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     x, w, window, inverse_w, inverse_window, start, target, margin_rows, scale_rows,
-    inverse_norm, cosine, shift, total, logits, hard_sum, hard, live, hardest, slot, beats, moment,
+    inverse_norm, cosine, exact_cosine, shift, total, logits, hard_sum, hard, live, hardest, slot, beats, moment,
     loss_out, gradient_out, lse_out, hardest_out, slot_out, beats_out, live_out, slope_out, uniform_out,
     N, K, D, B, rows_in_group, S, label_smoothing, p0, p1, p2, p3, p4, p5, scale,
     KIND: tl.constexpr, P: tl.constexpr, SCALE_ROWS: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -328,7 +331,7 @@ def combine_kernel(
             part = split * N + i
             sum_z += tl.load(total + part) * tl.exp(tl.minimum(tl.load(shift + part) - highest, 0.0))
         hard_mean = all_hard / tl.maximum(hard_count, 1)
-        psi, slope = target_margin(a, hard_mean, p0, p1, p2, p3, p4, p5, KIND)
+        psi, slope = target_margin(tl.load(exact_cosine + i), hard_mean, p0, p1, p2, p3, p4, p5, KIND)
         if STRAIGHT:
             slope = a * 0.0 + 1.0
         t = scale * psi
@@ -351,6 +354,7 @@ def combine_kernel(
         tl.store(live_out + i, count.to(tl.int64))
         tl.store(slope_out + i, target_slope)
         tl.store(uniform_out + i, share)
+        target_slope, wrong = target_slope.to(tl.float32), wrong.to(tl.float32)
     else:
         target_slope = tl.load(slope_out + i)
         wrong = a * 0.0
@@ -459,6 +463,7 @@ class _Rows:
     unit: Tensor
     inverse_norm: Tensor
     cosine: Tensor
+    exact_cosine: Tensor
     scales: Tensor
     phi_rows: Tensor
     inverse_w: Tensor | None
@@ -477,14 +482,15 @@ def _prepare(
     floats = {"dtype": torch.float32, "device": embedding.device}
     rows = _Rows(
         torch.empty((n, block_d), dtype=_product_dtype(prototypes), device=embedding.device),
-        torch.empty(n, **floats), torch.empty(n, **floats), torch.empty(n, **floats), torch.empty((4, n), **floats),
+        torch.empty(n, **floats), torch.empty(n, **floats), torch.empty(n, dtype=torch.float64, device=embedding.device),
+        torch.empty(n, **floats), torch.empty((4, n), **floats),
         _inverse_norms(prototypes) if normalize else None,
         _inverse_norms(window) if normalize and window is not None else None,
         [*(parameters + [0.0] * 6)[:6], scale], block_d,
     )  # fmt: skip
     prepare_kernel[(n,)](
         embedding, prototypes, window, rows.inverse_w, rows.inverse_window, window_start, target, margin_rows, scale_rows,
-        rows.unit, rows.inverse_norm, rows.cosine, rows.scales, rows.phi_rows, n, len(prototypes), dim, b,
+        rows.unit, rows.inverse_norm, rows.cosine, rows.exact_cosine, rows.scales, rows.phi_rows, n, len(prototypes), dim, b,
         max(n // groups, 1), *rows.numbers,
         KIND=kind, P=0 if margin_rows is None else len(margin_rows), SCALE_ROWS=scale_rows is not None,
         WINDOW=window is not None, NORMALIZE=normalize, BLOCK_D=block_d,
@@ -554,7 +560,7 @@ def margin_softmax(
     def combine(with_loss: bool, with_moment: bool) -> None:
         combine_kernel[(n,)](
             embedding, prototypes, window, rows.inverse_w, rows.inverse_window, window_start, target, margin_rows,
-            scale_rows, rows.inverse_norm, rows.cosine, shift, total, logits, hard_sum, hard, alive, top, at, above, moment,
+            scale_rows, rows.inverse_norm, rows.cosine, rows.exact_cosine, shift, total, logits, hard_sum, hard, alive, top, at, above, moment,
             loss, gradient, lse, hardest, slot, beats, live, slope, uniform, n, k, dim, b, n // groups, parts,
             label_smoothing, *rows.numbers,
             KIND=kind, P=0 if margin_rows is None else len(margin_rows), SCALE_ROWS=scale_rows is not None,

@@ -53,6 +53,8 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: kernels.Blocks)
             signature[name] = "constexpr"
         elif name in FLOATS:
             signature[name] = "*fp32"
+        elif name == "exact_cosine":
+            signature[name] = "*fp64"
         elif name in NUMBERS:
             signature[name] = "fp32"
         elif name in (SPLIT_COUNTERS if kernel == "combine_kernel" else COUNTERS):

@@ -103,6 +103,14 @@ def test_extreme_cosines(margin, scale):
     assert torch.allclose(loss.double(), answer(problem, margin, scale)[0].loss, rtol=1e-5, atol=1e-5)
 
 
+def test_targets_near_one():
+    """Where an angular margin's slope magnifies the rounding of the target cosine."""
+    problem = make(12, 50, 24)
+    step = torch.logspace(-4, -1, 12, dtype=torch.float64)[:, None]
+    near = problem.prototypes[problem.target] + step * problem.embedding
+    check(replace(problem, embedding=near).to(torch.float32), margin=ArcSoftmax(0.5), scale=64.0)
+
+
 def test_half_precision():
     check(make(12, 90, 24).to(torch.float16), 2e-3, scale=16.0)
     check(make(12, 90, 24).to(torch.float32, torch.float16), 5e-3, scale=16.0)
