@@ -67,9 +67,10 @@ def run(config: DemoConfig) -> Path:
         if fold == 0:
             samples = choose_samples(images, labels, embeddings, config.seed)
     path = Path(config.out) / "report.html"
+    crops = {f"data.{name}": settings.pop("data")[name] for name in ("size", "channels")}
     for name in ("method", "out", "milestones"):
         settings.pop(name)
-    report.write(path, results, samples, settings | {"folds": config.folds}, NOTES)
+    report.write(path, results, samples, crops | settings | {"folds": config.folds}, NOTES)
     print(report.text_table(results))
     print(f"\n{time.monotonic() - begin:.0f} s; report: {path.resolve()}")
     return path

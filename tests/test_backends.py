@@ -85,7 +85,7 @@ print(len(queue), sst_fast.backends("cpu")["margin_softmax"].chosen, loss.isfini
 
 
 @pytest.mark.skipif(dispatch.compiled is None, reason="the extension was not built")
-@pytest.mark.parametrize("name", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_gives_right_answers(name):
     """The variants this processor would not choose, in a process of their own."""
     ran = run("-c\0from sst_fast import _C; print(_C.instruction_set())", SST_FAST_CPU=name)
