@@ -63,7 +63,9 @@ def plain(x: Tensor, w: Tensor, y: Tensor, margin: Margin, identity: Tensor, slo
     return F.cross_entropy(SCALE * cosines.scatter(1, y[:, None], margin.psi(target).to(cosines.dtype)), y)
 
 
-def measure(n: int, k: int, d: int, dtype: torch.dtype, margin: Margin, task: str, seconds: float, compiled: bool) -> Row:
+def measure(
+    n: int, k: int, d: int, dtype: torch.dtype, margin: Margin, task: str, seconds: float, compiled: bool
+) -> Row:
     """One row: 'gradient' for the probes, 'forward' alone, or 'prototypes': gradients for both."""
     generator = torch.Generator().manual_seed(0)
     both, wanted = task == "prototypes", task != "forward"
@@ -216,7 +218,11 @@ def main() -> None:
                         row = measure(n, k, 512, dtype, margin, task, options.seconds, compiled)
                         row.setdefault("compiled ms", "")
                         row.setdefault("compiled / ours", "")
-                        order = [*(key for key in row if not key.startswith("compiled")), "compiled ms", "compiled / ours"]
+                        order = [
+                            *(key for key in row if not key.startswith("compiled")),
+                            "compiled ms",
+                            "compiled / ours",
+                        ]
                         show(times, {key: row[key] for key in order})
     threads: list[Row] = []
     memory: list[Row] = []

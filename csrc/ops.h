@@ -13,9 +13,9 @@
 namespace sst_fast {
 
 // Calls f with scalar_t the dtype of a queue.
-#define SST_DISPATCH_QUEUE(TYPE, ...)                              \
-  AT_DISPATCH_SWITCH(                                              \
-      TYPE, "enqueue",                                             \
+#define SST_DISPATCH_QUEUE(TYPE, ...)                                             \
+  AT_DISPATCH_SWITCH(                                                             \
+      TYPE, "enqueue",                                                            \
       AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, __VA_ARGS__) \
           AT_DISPATCH_CASE(at::kFloat8_e4m3fn, __VA_ARGS__))
 

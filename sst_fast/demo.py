@@ -59,7 +59,8 @@ def run(config: DemoConfig) -> Path:
             done = train(settings_of_run, train_faces, test_faces, f"fold {fold + 1}/{config.folds} {method}")
             assert done.scores is not None
             results[method].append(report.Result(done.history, done.scores))
-            settings = settings or asdict(settings_of_run)
+            crops = {"size": settings_of_run.data.size, "channels": settings_of_run.data.channels}
+            settings = settings or crops | asdict(settings_of_run)
             if fold == 0:
                 images, labels = data.all_images(test_faces, settings_of_run.data.size, settings_of_run.data.channels)
                 device = next(done.network.parameters()).device
@@ -67,10 +68,9 @@ def run(config: DemoConfig) -> Path:
         if fold == 0:
             samples = choose_samples(images, labels, embeddings, config.seed)
     path = Path(config.out) / "report.html"
-    crops = {f"data.{name}": settings.pop("data")[name] for name in ("size", "channels")}
-    for name in ("method", "out", "milestones"):
+    for name in ("method", "out", "milestones", "data"):
         settings.pop(name)
-    report.write(path, results, samples, crops | settings | {"folds": config.folds}, NOTES)
+    report.write(path, results, samples, settings | {"folds": config.folds}, NOTES)
     print(report.text_table(results))
     print(f"\n{time.monotonic() - begin:.0f} s; report: {path.resolve()}")
     return path

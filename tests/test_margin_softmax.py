@@ -466,7 +466,14 @@ def test_compiles_without_graph_breaks(both, reduction, backend):
 
     def function(x, w):
         return margin_softmax(
-            x, w, target, reduction=reduction, weight=weight, label_smoothing=0.1, backend=backend, **problem.arguments()
+            x,
+            w,
+            target,
+            reduction=reduction,
+            weight=weight,
+            label_smoothing=0.1,
+            backend=backend,
+            **problem.arguments(),
         )
 
     results = []

@@ -114,7 +114,9 @@ def test_targets_near_one():
 def test_half_precision():
     check(make(12, 90, 24).to(torch.float16), 2e-3, scale=16.0)
     check(make(12, 90, 24).to(torch.float32, torch.float16), 5e-3, scale=16.0)
-    check(make(12, 90, 24, start=80).to(torch.float32, torch.float8_e4m3fn), 2e-2, scale=16.0, normalize_prototypes=True)
+    check(
+        make(12, 90, 24, start=80).to(torch.float32, torch.float8_e4m3fn), 2e-2, scale=16.0, normalize_prototypes=True
+    )
 
 
 def test_targets_that_are_no_slots_poison_their_own_rows():

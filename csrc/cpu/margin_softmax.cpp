@@ -20,8 +20,8 @@
 namespace sst_fast::cpu {
 namespace {
 
-// The widest instruction set that both the compiler and this processor know. SST_FAST_CPU=generic|avx2|avx512|avx512bf16
-// narrows the choice, for tests.
+// The widest instruction set that both the compiler and this processor know.
+// SST_FAST_CPU=generic|avx2|avx512|avx512bf16 narrows the choice, for tests.
 const Sweeps& sweeps() {
   static const Sweeps chosen = [] {
     const char* limit = std::getenv("SST_FAST_CPU");
@@ -31,7 +31,8 @@ const Sweeps& sweeps() {
     if (sweeps_avx2() && allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       best = *sweeps_avx2();
     if (sweeps_avx512() && (allowed("avx512") || allowed("avx512bf16")) && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
       best = *sweeps_avx512();
       if (pairs_avx512() && allowed("avx512bf16") && __builtin_cpu_supports("avx512bf16"))
         best.name = "avx512bf16", best.pairs = pairs_avx512();

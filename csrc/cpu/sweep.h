@@ -18,7 +18,8 @@ struct Probes {          // [rows] each, of one block
   const void* features;  // [rows, D], not normalised
   Storage storage;
   const double* inverse_norm;
-  const double* unit;  // a power of two that leaves the largest of the row's features in [1, 2) when they are divided by it
+  const double*
+      unit;  // a power of two that leaves the largest of the row's features in [1, 2) when they are divided by it
   const T* scale;
   const T* target_cosine;
   const T* phi;             // [rows, kPhiRow], from phi_row()

@@ -145,7 +145,8 @@ struct Element<Pair> {
   static constexpr Storage kStorage = Storage::bf16;
   SST_INLINE Right right(const Pair* p) { return load_mask<float>(reinterpret_cast<const int32_t*>(p)); }
   SST_INLINE Vector<float>::type multiply_add(Pair left, Right right, Vector<float>::type sum) {
-    return (Vector<float>::type)_mm512_dpbf16_ps((__m512)sum, (__m512bh)right, (__m512bh)(Right{} + int32_t(left.bits)));
+    return (Vector<float>::type)_mm512_dpbf16_ps(
+        (__m512)sum, (__m512bh)right, (__m512bh)(Right{} + int32_t(left.bits)));
   }
 };
 
@@ -382,8 +383,8 @@ static bool wants_exact(const Lanes<SumOf<E>>& lane, int64_t rows) {
   return large && Element<E>::kStorage == Storage::f32;
 }
 
-// Some features of probe i as products see them: normalised, or in pairs divided by a power of two, which is exact. Zero
-// beyond the last feature or probe.
+// Some features of probe i as products see them: normalised, or in pairs divided by a power of two, which is exact.
+// Zero beyond the last feature or probe.
 constexpr int kPiece = 256;  // features at a time
 
 template <typename E>
@@ -432,7 +433,7 @@ struct Tile {
   const E* w;  // [count, D]
   Ahead next;
   int64_t first, count;
-  SumOf<E> factor[kMaxTile];                       // 1 / norm where rows are to be normalised: cosines are scaled, not rows
+  SumOf<E> factor[kMaxTile];  // 1 / norm where rows are to be normalised: cosines are scaled, not rows
   int32_t id_low[kMaxTile], id_high[kMaxTile];  // halves of the identity
   bool empty[kMaxTile];                         // masked for every probe
 };
@@ -517,8 +518,8 @@ static const E* weights_along_probes(SumOf<E>* p, int64_t count) {
   }
 }
 
-// Product 1: cosines [slot][probe] of a tile and a panel; in pairs not yet divided by the probe's norm. `parts` [2, slot,
-// probe]: their rounding would show (kExact), so short sums are added up with compensation; null: plainly.
+// Product 1: cosines [slot][probe] of a tile and a panel; in pairs not yet divided by the probe's norm. `parts` [2,
+// slot, probe]: their rounding would show (kExact), so short sums are added up with compensation; null: plainly.
 template <typename E, int NV>
 static void tile_cosines(Tile<E>& tile, const E* x, int64_t D, SumOf<E>* cosines, SumOf<E>* parts) {
   typedef SumOf<E> T;
@@ -529,8 +530,8 @@ static void tile_cosines(Tile<E>& tile, const E* x, int64_t D, SumOf<E>* cosines
   for (int64_t k = 0; k < row; k += depth) {
     const bool first = k == 0;
     product<E, NV>(
-        tile.w + k, row, 1, tile.count, x + k * W, W, row - k < depth ? row - k : depth, parts && !first ? part : cosines,
-        W, !parts && !first, &tile.next);
+        tile.w + k, row, 1, tile.count, x + k * W, W, row - k < depth ? row - k : depth,
+        parts && !first ? part : cosines, W, !parts && !first, &tile.next);
     for (int64_t i = 0; parts && !first && i < size; i += lanes<T>) {
       const V old = load(cosines + i), more = load(part + i), sum = old + more, seen = sum - old;
       const V lost = (old - (sum - seen)) + (more - seen);
@@ -542,8 +543,8 @@ static void tile_cosines(Tile<E>& tile, const E* x, int64_t D, SumOf<E>* cosines
     store(cosines + i, load(cosines + i) + load(error + i));
 }
 
-// phi and its slope for one vector of cosines. Where phi has an exponential of its own, the error of that is multiplied by
-// the scale, so it is found in double.
+// phi and its slope for one vector of cosines. Where phi has an exponential of its own, the error of that is multiplied
+// by the scale, so it is found in double.
 template <typename T, typename Phi>
 SST_INLINE Value<typename Vector<T>::type> phi_of(const typename Vector<T>::type* rows, typename Vector<T>::type c) {
   typedef typename Vector<T>::type V;
@@ -553,8 +554,7 @@ SST_INLINE Value<typename Vector<T>::type> phi_of(const typename Vector<T>::type
     for (int q = 0; q < Phi::kRow; q++) row[q] = __builtin_convertvector(rows[q], W);
     const W wide = __builtin_convertvector(c, W);
     const W e = exponential_of_doubles(Phi::exponent(wide, row));
-    return {
-        __builtin_convertvector(Phi::value(wide, row, e), V), __builtin_convertvector(Phi::slope(wide, row, e), V)};
+    return {__builtin_convertvector(Phi::value(wide, row, e), V), __builtin_convertvector(Phi::slope(wide, row, e), V)};
   } else {
     return {Phi::value(c, rows, V{}), Phi::slope(c, rows, V{})};
   }
@@ -573,8 +573,8 @@ struct Sums {
   int64_t hard[Lanes<T>::kCount];
 };
 
-// Finishes the cosines of a tile and a panel, masked ones become -infinity. `first`: lanes and sums take note of what is
-// there, and `highest` [NV] becomes at least the largest logit of the tile.
+// Finishes the cosines of a tile and a panel, masked ones become -infinity. `first`: lanes and sums take note of what
+// is there, and `highest` [NV] becomes at least the largest logit of the tile.
 template <typename E, int NV, typename Phi, bool first>
 static void look(
     const Slots<SumOf<E>>& slots, const Tile<E>& tile, Lanes<SumOf<E>>& lane, int64_t i0, bool wants_logits,
@@ -814,7 +814,8 @@ static void pack(const Probes<SumOf<E>>& probes, int64_t D, void* packed) {
     for (int64_t d0 = 0; d0 < wide; d0 += kPiece) {
       for (int e = 0; e < each; e++) probe_features<E>(probes, D, i + e, d0, some[e]);
       for (int64_t d = d0; d < wide && d < d0 + kPiece; d++)
-        rows[(d / width * kBlock + i) / each * width + d % width] = as_element<E>(some[0][d - d0], some[each - 1][d - d0]);
+        rows[(d / width * kBlock + i) / each * width + d % width] =
+            as_element<E>(some[0][d - d0], some[each - 1][d - d0]);
     }
 }
 
