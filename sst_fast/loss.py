@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sst_fast import functional
-from sst_fast.margins import AMSoftmax, Margin, Parameter, Seen, Softmax
-from sst_fast.queue import GalleryQueue
+from sst_fast import distributed, functional, reference
+from sst_fast.margins import AdaCos, AMSoftmax, Margin, Parameter, Seen, Softmax
+from sst_fast.queue import GalleryQueue, Window
 
-Keep = Literal["coin", "first", "second"]
+Keep = Literal["coin", "first", "second", "mean", "both"]
 
 
 class RunningMargin(nn.Module):
@@ -31,8 +32,19 @@ class RunningMargin(nn.Module):
         return dataclasses.replace(self.margin, **{name: getattr(self, name).clone() for name in self.margin.running})
 
     @torch.no_grad()
-    def follow(self, embedding: Tensor, prototypes: Tensor, target: Tensor, **options: Any) -> None:
-        """Moves the running parameters on by a batch; arguments as of :func:`sst_fast.functional.margin_softmax`."""
+    def follow(
+        self,
+        embedding: Tensor,
+        prototypes: Tensor,
+        target: Tensor,
+        *,
+        average: distributed.Average = None,
+        **options: Any,
+    ) -> None:
+        """Moves the running parameters on by a batch; arguments as of :func:`sst_fast.functional.margin_softmax`.
+
+        ``average`` is applied to the new values: the mean over ranks, where each has seen another batch.
+        """
         if not self.margin.running:
             return
         looks = {name: options[name] for name in ("window", "normalize_prototypes") if name in options}
@@ -47,7 +59,7 @@ class RunningMargin(nn.Module):
 
         norm = functional.embedding_norm(embedding)
         for name, value in self.current().follow(Seen(norm, cosine, len(prototypes), log_negatives)).items():
-            getattr(self, name).copy_(value)
+            getattr(self, name).copy_(average(value) if average else value)
 
 
 class SemiSiameseLoss(nn.Module):
@@ -56,18 +68,32 @@ class SemiSiameseLoss(nn.Module):
     loss = 1/2 [ L(probe(x1), gallery(x2)) + L(probe(x2), gallery(x1)) ]  (Du et al., ECCV 2020), where L
     is :func:`sst_fast.functional.margin_softmax` with the other image's gallery feature in the batch's own slots.
 
+    Several processes (W ranks with a process group): by default every rank's gallery features and identities enter every
+    rank's queue, so that all hold the same one and each probe sees the whole batch. ``shard``: each rank's queue is a shard,
+    1/W of the whole; probes visit all shards. Loss and gradient are those of one queue with all the slots. Every rank must
+    bring the same B. The value is the mean over the rank's own probes; gradients averaged over ranks, as
+    DistributedDataParallel does, are those of the mean over all.
+
     Args:
-        queue: the gallery queue.
+        queue: the gallery queue; with ``shard`` this rank's part of it, with ``spare`` >= W B.
         margin: a margin of :mod:`sst_fast.margins`.
         scale: inverse temperature s > 0.
         label_smoothing, gradient: as in :func:`sst_fast.functional.margin_softmax`.
-        keep: whose gallery feature enters the queue: 'coin' (default: of both images alike, one toss per batch, as in
-            the authors' code), 'first' or 'second'.
+        keep: whose gallery feature enters the queue: 'coin' (default: of both images alike, one toss per batch on all
+            ranks, as in the authors' code), 'first', 'second', 'mean' (of the unit features) or 'both' (2B slots a step).
         mask_identity: slots that hold the probe's own identity are no negatives (default). False: as the authors' code.
         mask_empty: empty slots are no negatives (default).
+        gather: with several processes, fill the queue from all of them (default) or from this one alone.
+        shard: see above.
+        group: the process group; default: all processes.
         backend: force an implementation of the loss, see :func:`sst_fast.backends`.
 
-    After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the 2B probes.
+    After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the 2B probes; of one shard with
+    ``shard``.
+
+    Raises:
+        ValueError: ``shard`` with ``mask_empty=False``, label smoothing or a margin that needs the whole queue at once
+            (NPCFace) or follows it (AdaCos).
     """
 
     statistics: functional.Statistics | None
@@ -83,11 +109,19 @@ class SemiSiameseLoss(nn.Module):
         keep: Keep = "coin",
         mask_identity: bool = True,
         mask_empty: bool = True,
+        gather: bool = True,
+        shard: bool = False,
+        group: distributed.Group = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if keep not in ("coin", "first", "second"):
-            raise ValueError(f"keep must be 'coin', 'first' or 'second', got {keep!r}")
+        if keep not in get_args(Keep):
+            raise ValueError(f"keep must be one of {', '.join(map(repr, get_args(Keep)))}, got {keep!r}")
+        if shard and (not mask_empty or label_smoothing or margin.uses_hard_mean or isinstance(margin, AdaCos)):
+            raise ValueError(
+                "shard needs mask_empty=True, label_smoothing=0 and a margin that needs no sum over the whole queue, got "
+                f"mask_empty={mask_empty}, label_smoothing={label_smoothing}, margin={margin!r}"
+            )
         self.queue = queue
         self.margin = RunningMargin(margin)
         self.scale = scale
@@ -96,6 +130,9 @@ class SemiSiameseLoss(nn.Module):
         self.keep = keep
         self.mask_identity = mask_identity
         self.mask_empty = mask_empty
+        self.gather = gather
+        self.shard = shard
+        self.group = group
         self.backend = backend
         self.statistics = None
 
@@ -115,33 +152,73 @@ class SemiSiameseLoss(nn.Module):
         for name, value in (("probe_b", probe_b), ("gallery_a", gallery_a), ("gallery_b", gallery_b)):
             if value.shape != probe_a.shape:
                 raise ValueError(f"{name} must have shape {list(probe_a.shape)} like probe_a, got {list(value.shape)}")
-        window = self.queue.window(torch.stack([gallery_b, gallery_a]).detach(), identity)
-        embedding, target = torch.cat([probe_a, probe_b]), window.slots.repeat(2)
+        rank, world = distributed.ranks(self.group) if self.gather or self.shard else (0, 1)
+        count = len(identity)
+        own = slice(rank * count, (rank + 1) * count)
+        gallery = torch.stack([gallery_b, gallery_a], 1).detach()  # [B, H, D]: what probes a and b see
+        # Tossed on the device: the host neither waits nor decides. Rank 0's toss counts.
+        coin = torch.rand((), device=gallery.device) < 0.5 if self.keep == "coin" else gallery.new_zeros(()).bool()
+        if world > 1:
+            gallery = distributed.gather(gallery, self.group)
+            rows = distributed.gather(torch.cat([identity, coin[None].to(identity.dtype)]), self.group)
+            rows = rows.view(world, count + 1)
+            identity, coin = rows[:, :count].flatten(), rows[0, count] != 0
+        gallery = gallery.transpose(0, 1)
+        if self.shard:
+            loss = self._over_shards(torch.stack([probe_a, probe_b], 1), gallery, identity, own)
+        else:
+            window = self.queue.window(gallery, identity)
+            loss = self._loss(
+                torch.cat([probe_a, probe_b]), window.slots[own].repeat(2), identity[own].repeat(2), window,
+                self.queue.features[: self.queue.size], self.queue.identities[: self.queue.size], "mean",
+            )  # fmt: skip
+        if self.training:
+            mine = own if self.shard else slice(None)
+            kept, ids = self._kept(gallery[1, mine], gallery[0, mine], coin), identity[mine]
+            self.queue.enqueue(kept, ids.repeat(2) if self.keep == "both" else ids)
+        return loss
+
+    def _loss(
+        self, embedding: Tensor, target: Tensor, identity: Tensor, window: Window, features: Tensor,
+        slot_identity: Tensor, reduction: functional.Reduction,
+    ) -> Tensor:  # fmt: skip
         options: dict[str, Any] = {
             "window": window,
-            "identity": identity.repeat(2) if self.mask_identity else None,
-            "slot_identity": self.queue.identities,
+            "identity": identity if self.mask_identity else None,
+            "slot_identity": slot_identity,
             "mask_empty": self.mask_empty,
             "backend": self.backend,
         }
         if self.training:
-            self.margin.follow(embedding, self.queue.features, target, **options)
+            average = partial(distributed.mean, group=self.group) if self.gather and not self.shard else None
+            self.margin.follow(embedding, features, target, average=average, **options)
         loss: Tensor
         loss, self.statistics = functional.margin_softmax(
-            embedding, self.queue.features, target, margin=self.margin.current(), scale=self.scale,
+            embedding, features, target, margin=self.margin.current(), scale=self.scale, reduction=reduction,
             label_smoothing=self.label_smoothing, gradient=self.gradient, return_statistics=True, **options,
         )  # fmt: skip
-        if self.training:
-            self.queue.enqueue(self._kept(gallery_a.detach(), gallery_b.detach()), identity)
         return loss
 
-    def _kept(self, gallery_a: Tensor, gallery_b: Tensor) -> Tensor:
-        if self.keep == "coin":
-            # Tossed on the device: the host neither waits nor decides.
-            kept: Tensor = torch.where(torch.rand((), device=gallery_a.device) < 0.5, gallery_a, gallery_b)
-            return kept
-        one: Tensor = gallery_a if self.keep == "first" else gallery_b
-        return one
+    def _over_shards(self, probes: Tensor, gallery: Tensor, identity: Tensor, own: slice) -> Tensor:
+        """Probes [B, 2, D] of this rank, gallery [2, W B, D] and identity [W B] of all."""
+        window, held = self.queue.shard_window(gallery, identity, own)
+        everyone = distributed.gather_with_gradient(probes, self.group).transpose(0, 1).flatten(0, 1)
+        # Rows are the probes a of all ranks, then the probes b.
+        mine = self._loss(
+            everyone, window.slots.repeat(2), identity.repeat(2), window, self.queue.features, held, "none"
+        )
+        return distributed.combine_shards(mine, self.group).view(2, -1)[:, own].mean()
+
+    def _kept(self, gallery_a: Tensor, gallery_b: Tensor, coin: Tensor) -> Tensor:
+        if self.keep == "first":
+            return gallery_a
+        if self.keep == "second":
+            return gallery_b
+        if self.keep == "both":
+            return torch.cat([gallery_a, gallery_b])
+        if self.keep == "mean":
+            return reference.normalize(gallery_a.float()) + reference.normalize(gallery_b.float())
+        return torch.where(coin, gallery_a, gallery_b)
 
 
 class MarginSoftmaxHead(nn.Module):

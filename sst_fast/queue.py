@@ -41,13 +41,14 @@ class GalleryQueue(nn.Module):
         dim: number of features D > 0.
         dtype: of the features: float32 (default), float64, bfloat16, float16 or float8_e4m3fn.
         device: where the buffers live.
+        spare: rows beyond the slots, in which a sharded loss shows its batch (:class:`sst_fast.SemiSiameseLoss`).
         random: fill the slots with random unit vectors instead of zeros. They stay empty; only a loss with
             ``mask_empty=False`` sees them, as negatives: what the authors' code starts from.
         backend: force an implementation, see :func:`sst_fast.backends`.
     """
 
-    features: Tensor  # [K, D], unit rows; whatever an empty slot holds is masked
-    identities: Tensor  # int64 [K], -1 = empty
+    features: Tensor  # [K + spare, D], unit rows; whatever an empty slot holds is masked
+    identities: Tensor  # int64 [K + spare], -1 = empty
     state: Tensor  # int64 [3]: slot written next, number of filled slots, counter of the CUDA kernel
 
     def __init__(
@@ -57,6 +58,7 @@ class GalleryQueue(nn.Module):
         dtype: torch.dtype = torch.float32,
         *,
         device: torch.device | str | None = None,
+        spare: int = 0,
         random: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -64,20 +66,23 @@ class GalleryQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer > 0, got {value!r}")
+        if not isinstance(spare, int) or spare < 0:
+            raise ValueError(f"spare must be an integer >= 0, got {spare!r}")
         if dtype not in QUEUE_DTYPES:
             raise TypeError(f"dtype must be float64, float32, bfloat16, float16 or float8_e4m3fn, got {dtype}")
         self.backend = backend
-        features = torch.zeros(size, dim, dtype=dtype, device=device)
+        self.spare = spare
+        features = torch.zeros(size + spare, dim, dtype=dtype, device=device)
         if random:
-            features = reference.normalize(torch.randn(size, dim, device=device)).to(dtype)
+            features = reference.normalize(torch.randn(size + spare, dim, device=device)).to(dtype)
         self.register_buffer("features", features)
-        self.register_buffer("identities", torch.full((size,), -1, dtype=torch.int64, device=device))
+        self.register_buffer("identities", torch.full((size + spare,), -1, dtype=torch.int64, device=device))
         self.register_buffer("state", torch.zeros(3, dtype=torch.int64, device=device))
 
     @property
     def size(self) -> int:
         """Number of slots K."""
-        return self.features.shape[0]
+        return self.features.shape[0] - self.spare
 
     @property
     def dim(self) -> int:
@@ -104,7 +109,8 @@ class GalleryQueue(nn.Module):
         """
         self._check(features, identities)
         backend = choose("enqueue", self.features.device, self.backend)
-        ops.enqueue(features.detach(), identities, self.features, self.identities, self.state, backend)
+        ring, held = self.features[: self.size], self.identities[: self.size]
+        ops.enqueue(features.detach(), identities, ring, held, self.state, backend)
 
     def dequeue(self, count: int) -> Tensor:
         """Empties the ``count`` oldest slots, in place.
@@ -118,7 +124,7 @@ class GalleryQueue(nn.Module):
         if not 0 <= count <= self.size:
             raise ValueError(f"count must be in [0, {self.size}], got {count}")
         backend = choose("dequeue", self.features.device, self.backend)
-        gone: Tensor = ops.dequeue(count, self.identities, self.state, backend)
+        gone: Tensor = ops.dequeue(count, self.identities[: self.size], self.state, backend)
         return gone
 
     def clear(self) -> None:
@@ -135,6 +141,36 @@ class GalleryQueue(nn.Module):
             features: [H, B, D] (or [B, D] for H = 1): what each group of probes shall see there; normalised here.
             identities: int64 [B].
         """
+        unit = self._unit(features, identities)
+        start = self.state[0].clone()
+        return Window(unit, identities, start, reference.window_slots(start, len(identities), self.size))
+
+    def shard_window(self, features: Tensor, identities: Tensor, own: slice) -> tuple[Window, Tensor]:
+        """The same for a queue that is one shard of several: all ranks' features in the spare rows, as targets.
+
+        Args:
+            features: [H, W B, D] of all ranks; normalised here.
+            identities: int64 [W B].
+            own: which of them the next :meth:`enqueue` will write here; the others are another shard's negatives.
+
+        Returns:
+            The window, and the slots' identities [K + spare] without those that the batch will overwrite.
+
+        Raises:
+            ValueError: as :meth:`window`, and if ``spare`` is less than W B.
+        """
+        if len(identities) > self.spare:
+            raise ValueError(f"spare must be at least {len(identities)}, the batch of all ranks, got {self.spare}")
+        unit = self._unit(features, identities)
+        mine = torch.full_like(identities, -1)
+        mine[own] = identities[own]
+        held = self.identities.clone()
+        held.index_fill_(0, reference.window_slots(self.state[0], len(identities[own]), self.size), -1)
+        slots = torch.arange(self.size, self.size + len(identities), device=self.state.device)
+        return Window(unit, mine, slots[0].clone(), slots), held
+
+    def _unit(self, features: Tensor, identities: Tensor) -> Tensor:
+        """Checked features [H, B, D], normalised, in the queue's dtype."""
         grouped = features[None] if features.dim() == 2 else features
         if grouped.dim() != 3:
             raise ValueError(f"features must have shape [H, B, D] or [B, D], got {list(features.shape)}")
@@ -143,14 +179,12 @@ class GalleryQueue(nn.Module):
         self._check(grouped[0], identities)
         wide = torch.promote_types(grouped.dtype, torch.float32)
         unit = reference.normalize(grouped.detach().flatten(0, 1).to(wide)).view_as(grouped)
-        start = self.state[0].clone()
-        slots = reference.window_slots(start, len(identities), self.size)
-        return Window(unit.to(self.features.dtype), identities, start, slots)
+        return unit.to(self.features.dtype)
 
     def age(self) -> Tensor:
         """int64 [K]: how many features were written after each slot's; -1 for an empty slot."""
         slots = torch.arange(self.size, device=self.state.device)
-        return torch.where(self.identities >= 0, (self.state[0] - 1 - slots) % self.size, -1)
+        return torch.where(self.identities[: self.size] >= 0, (self.state[0] - 1 - slots) % self.size, -1)
 
     def contains(self, identities: Tensor) -> Tensor:
         """bool, same shape as ``identities`` (int64): which of them the queue holds. Does not leave the device."""

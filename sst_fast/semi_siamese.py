@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from sst_fast import distributed
 from sst_fast.loss import SemiSiameseLoss
+
+BatchNorm = Literal["own", "copy", "average"]
 
 
 class SemiSiamese(nn.Module):
@@ -20,32 +24,66 @@ class SemiSiamese(nn.Module):
         backbone: maps images [B, ...] to embeddings [B, D]; becomes ``probe``. ``gallery`` starts as a copy of it.
         criterion: the loss with its queue.
         momentum: m in [0, 1] of the moving average gallery <- m gallery + (1 - m) probe; 0.999 in the paper.
-        shuffle: permute the gallery batch before its forward pass and put it back after (shuffle-BN, as in MoCo).
+        warmup: updates over which m rises, for runs too short for m: update number t uses min(m, t / (t + warmup)); 0: none.
+        shuffle: permute the gallery batch, over all ranks, before its forward pass and put it back after (shuffle-BN, as in
+            MoCo). Without several processes a permutation changes nothing but the order.
+        batchnorm: of the gallery network. 'own' (default): its BatchNorm layers normalise by their own batch and keep their own
+            running statistics, as in the authors' code. 'copy', 'average': they normalise by running statistics, the
+            probe's, copied or averaged as the parameters are.
+        galleries: number of gallery networks, which take turns batch by batch; the one whose turn it was is updated. More
+            than one is the idea of MASST (arXiv 2105.04113, of which only the abstract was followed).
 
-    The gallery network runs without gradient, in evaluation mode except for its BatchNorm layers, which normalise by
-    their own batch and keep their own running statistics, as in the authors' code. For inference use ``probe`` alone.
+    The gallery networks run without gradient, in evaluation mode (but see ``batchnorm``). For inference use ``probe``
+    alone. The number of updates is part of the state dict. Under DistributedDataParallel wrap the whole model and call
+    ``update_gallery`` on ``ddp.module``; queue and gallery networks are left out of its broadcasts.
     """
 
     def __init__(
-        self, backbone: nn.Module, criterion: SemiSiameseLoss, momentum: float = 0.999, *, shuffle: bool = True
+        self,
+        backbone: nn.Module,
+        criterion: SemiSiameseLoss,
+        momentum: float = 0.999,
+        *,
+        warmup: int = 0,
+        shuffle: bool = True,
+        batchnorm: BatchNorm = "own",
+        galleries: int = 1,
     ) -> None:
         super().__init__()
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
+        for name, value, least in (("warmup", warmup, 0), ("galleries", galleries, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        if batchnorm not in get_args(BatchNorm):
+            raise ValueError(f"batchnorm must be one of {', '.join(map(repr, get_args(BatchNorm)))}, got {batchnorm!r}")
         self.momentum = momentum
+        self.warmup = warmup
         self.shuffle = shuffle
+        self.batchnorm = batchnorm
+        self.updates = 0
         self.probe = backbone
-        self.gallery = copy.deepcopy(backbone).requires_grad_(False)
+        copies = [copy.deepcopy(backbone).requires_grad_(False) for _ in range(galleries)]
+        self.galleries = nn.ModuleList(copies)
         self.criterion = criterion
+        kept = [name for name, _ in self.named_buffers() if not name.startswith("probe.")]
+        self._ddp_params_and_buffers_to_ignore = kept + [
+            name for name, _ in self.named_parameters() if name.startswith("galleries.")
+        ]
         self.train(self.training)
 
+    @property
+    def gallery(self) -> nn.Module:
+        """The gallery network whose turn it is."""
+        return self.galleries[self.updates % len(self.galleries)]
+
     def train(self, mode: bool = True) -> SemiSiamese:
-        """As ``nn.Module.train``; of the gallery network only BatchNorm layers ever train."""
+        """As ``nn.Module.train``; of the gallery networks only BatchNorm layers ever train, and only their 'own' ones."""
         super().train(mode)
-        self.gallery.eval()
-        for module in self.gallery.modules():
+        self.galleries.eval()
+        for module in self.galleries.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(mode)
+                module.train(mode and self.batchnorm == "own")
         return self
 
     def forward(self, image_a: Tensor, image_b: Tensor, identity: Tensor) -> Tensor:
@@ -68,15 +106,40 @@ class SemiSiamese(nn.Module):
 
     @torch.no_grad()
     def update_gallery(self) -> None:
-        """gallery <- m gallery + (1 - m) probe, parameters only (Du et al., ECCV 2020); call after the optimizer step."""
+        """gallery <- m gallery + (1 - m) probe (Du et al., ECCV 2020); call after the optimizer step."""
+        m = self.momentum
+        if self.warmup:
+            m = min(m, (self.updates + 1) / (self.updates + 1 + self.warmup))
+        for module in self.gallery.modules():
+            if hasattr(module, "reshard"):  # FSDP2 leaves what has no backward pass gathered
+                module.reshard()
         gallery: list[Tensor] = list(self.gallery.parameters())
         probe: list[Tensor] = list(self.probe.parameters())
-        torch._foreach_lerp_(gallery, probe, 1.0 - self.momentum)
+        torch._foreach_lerp_(gallery, probe, 1.0 - m)
+        if self.batchnorm != "own":
+            for mine, theirs in zip(self.gallery.buffers(), self.probe.buffers(), strict=True):
+                if self.batchnorm == "average" and mine.is_floating_point():
+                    mine.lerp_(theirs, 1.0 - m)
+                else:
+                    mine.copy_(theirs)
+        self.updates += 1
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The number of updates."""
+        return {"updates": self.updates}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores :meth:`get_extra_state`."""
+        self.updates = int(state["updates"])
 
     def _gallery_forward(self, image: Tensor) -> Tensor:
         if not (self.shuffle and self.training):
             out: Tensor = self.gallery(image)
             return out
-        order = torch.randperm(len(image), device=image.device)
-        shuffled: Tensor = self.gallery(image[order])
-        return shuffled[torch.argsort(order)]
+        group = self.criterion.group
+        rank, _ = distributed.ranks(group)
+        everyone = distributed.gather(image, group)
+        order = distributed.from_first(torch.randperm(len(everyone), device=image.device), group)
+        own = slice(rank * len(image), (rank + 1) * len(image))
+        shuffled = distributed.gather(self.gallery(everyone[order[own]]), group)
+        return shuffled[torch.argsort(order)[own]]

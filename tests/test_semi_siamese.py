@@ -121,6 +121,102 @@ def test_moving_average():
         assert not gallery.requires_grad
 
 
+def test_momentum_warms_up_and_is_saved():
+    model = SemiSiamese(nn.Linear(1, 1, bias=False), criterion(dim=1), momentum=0.6, warmup=2)
+    with torch.no_grad():
+        model.probe.weight.fill_(1.0)
+        model.gallery.weight.fill_(0.0)
+    value = 0.0
+    for momentum in (1 / 3, 2 / 4, 3 / 5, 0.6):
+        value = momentum * value + (1 - momentum)
+        model.update_gallery()
+        assert model.gallery.weight.item() == pytest.approx(value)
+    other = SemiSiamese(nn.Linear(1, 1, bias=False), criterion(dim=1), momentum=0.6, warmup=2)
+    other.load_state_dict(model.state_dict())
+    assert other.updates == 4
+
+
+@pytest.mark.parametrize("policy", ["copy", "average"])
+def test_gallery_batchnorm_follows_the_probe(policy):
+    model = SemiSiamese(backbone(), criterion(), momentum=0.75, batchnorm=policy)
+    assert not any(m.training for m in model.gallery.modules())
+    before = [b.clone() for b in model.gallery.buffers()]
+    model(torch.randn(6, 12), torch.randn(6, 12), torch.arange(6))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.gallery.buffers(), strict=True))
+    model.update_gallery()
+    for old, mine, theirs in zip(before, model.gallery.buffers(), model.probe.buffers(), strict=True):
+        counted = not mine.is_floating_point() or policy == "copy"
+        assert torch.allclose(mine, theirs if counted else old.lerp(theirs, 0.25))
+
+
+def test_gallery_networks_take_turns():
+    model = SemiSiamese(backbone(), criterion(), momentum=0.0, galleries=3)
+    first = [g[1].weight.clone() for g in model.galleries]
+    for step in range(3):
+        assert model.gallery is model.galleries[step]
+        with torch.no_grad():
+            model.probe[1].weight.add_(1.0)
+        model.update_gallery()
+    for turn, (old, network) in enumerate(zip(first, model.galleries, strict=True)):
+        assert torch.allclose(network[1].weight, old + turn + 1)
+
+
+@pytest.mark.parametrize("keep", ["second", "mean", "both"])
+def test_what_is_kept(keep):
+    loss = criterion(keep=keep)
+    ga, gb = F.normalize(torch.randn(4, 8)), 5 * torch.randn(4, 8)
+    loss(torch.randn(4, 8), torch.randn(4, 8), ga, gb, torch.arange(4))
+    unit = F.normalize(gb)
+    expected = {"second": unit, "mean": F.normalize(ga + unit), "both": torch.cat([ga, unit])}[keep]
+    assert torch.allclose(loss.queue.features[: len(expected)], expected, atol=1e-6)
+    assert len(loss.queue) == len(expected)
+    assert loss.queue.identities[: len(expected)].tolist() == [0, 1, 2, 3] * (len(expected) // 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_works_under_autocast_with_accumulated_gradients(dtype):
+    """Two half batches under autocast and a gradient scaler, in channels_last: finite, and near the whole in float32."""
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 8)).to(memory_format=torch.channels_last)
+    model = SemiSiamese(conv, criterion(), shuffle=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    images = [torch.randn(8, 3, 6, 6).to(memory_format=torch.channels_last) for _ in range(2)]
+    model.criterion.eval()  # the queue as it is
+    model.criterion.queue.enqueue(torch.randn(20, 8), torch.arange(100, 120))
+    for part in (slice(0, 4), slice(4, 8)):
+        with torch.autocast("cpu", dtype):
+            loss = model(images[0][part], images[1][part], torch.arange(8)[part])
+        scaler.scale(loss / 2).backward()
+    found = [p.grad / 64 for p in model.probe.parameters()]
+    model.zero_grad()
+    expected = sum(model(images[0][p], images[1][p], torch.arange(8)[p]) / 2 for p in (slice(0, 4), slice(4, 8)))
+    expected.backward()
+    for a, b in zip(found, (p.grad for p in model.probe.parameters()), strict=True):
+        assert (a - b).norm() <= 0.1 * b.norm()
+
+
+@pytest.mark.slow
+def test_a_whole_step_compiles():
+    """The step under torch.compile ends where the eager one does."""
+    torch.manual_seed(0)
+    models = [SemiSiamese(backbone(), criterion(keep="first"), 0.9, shuffle=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    torch.compiler.reset()
+    for images in [(torch.randn(5, 12), torch.randn(5, 12)) for _ in range(3)]:
+        losses = []
+        for model, run in ((models[0], models[0]), (models[1], torch.compile(models[1]))):
+            optimizer = torch.optim.SGD(model.probe.parameters(), 0.1)
+            loss = run(*images, torch.arange(5))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_gallery()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert not isinstance(a, torch.Tensor) or torch.allclose(a, b, atol=1e-4)
+
+
 def test_gallery_batchnorm_trains_and_nothing_else_does():
     model = SemiSiamese(nn.Sequential(backbone(), nn.Dropout(0.5)), criterion())
     assert [m.training for m in model.gallery.modules() if isinstance(m, nn.BatchNorm1d)] == [True]
@@ -170,6 +266,8 @@ def test_state_dict_round_trip():
     [
         (lambda: SemiSiamese(backbone(), criterion(), momentum=1.5), r"momentum must be in \[0, 1\], got 1.5"),
         (lambda: criterion(keep="last"), "keep must be"),
+        (lambda: SemiSiamese(backbone(), criterion(), galleries=0), "galleries must be an integer >= 1, got 0"),
+        (lambda: SemiSiamese(backbone(), criterion(), batchnorm="no"), "batchnorm must be one of"),
         (
             lambda: SemiSiamese(backbone(), criterion())(torch.ones(4, 12), torch.ones(3, 12), torch.arange(4)),
             "image_b must have shape",

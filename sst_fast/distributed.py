@@ -1,0 +1,123 @@
+"""Several processes: what Semi-Siamese Training exchanges between ranks, and how losses over queue shards are combined.
+
+W ranks, each with its own batch of B identities; every rank must bring the same B (as DistributedSampler with
+``drop_last`` does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = Any  # torch.distributed.ProcessGroup, which builds of PyTorch without distributed lack
+Average = Callable[[Tensor], Tensor] | None
+
+
+def ranks(group: Group = None) -> tuple[int, int]:
+    """(rank, number of ranks W); (0, 1) where no process group runs."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def gather(x: Tensor, group: Group = None) -> Tensor:
+    """Tensors [B, ...] of all ranks as [W B, ...], in order of rank, without gradient. Any dtype."""
+    _, world = ranks(group)
+    if world == 1:
+        return x.detach()
+    # As bytes: not every backend knows every dtype.
+    mine = x.detach().contiguous()
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=group)
+    return torch.cat(parts)
+
+
+def from_first(x: Tensor, group: Group = None) -> Tensor:
+    """Rank 0's tensor, on every rank."""
+    if ranks(group)[1] > 1:
+        dist.broadcast(x, 0 if group is None else dist.get_global_rank(group, 0), group=group)
+    return x
+
+
+def _sum(x: Tensor, group: Group) -> Tensor:
+    if ranks(group)[1] == 1:
+        return x
+    total = x.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def mean(x: Tensor, group: Group = None) -> Tensor:
+    """Mean over ranks, without gradient."""
+    return _sum(x.detach(), group) / ranks(group)[1]
+
+
+class _Gather(torch.autograd.Function):
+    """:func:`gather` whose gradient goes back to the rank a row came from, summed over the ranks that used it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rank, world = ranks(ctx.group)
+        return _sum(grad, ctx.group).chunk(world)[rank], None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: Group) -> Tensor:
+        parts = gather(mine[None], group)
+        # u = log(e^loss - 1), the negatives' log-sum-exp less the target logit.
+        excess = torch.where(parts > 0, parts + (-torch.expm1(-parts)).log(), -torch.inf)
+        loss = torch.logaddexp(torch.zeros_like(mine), torch.logsumexp(excess, 0))
+        ctx.save_for_backward((mine - loss).exp())
+        ctx.group = group
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (share,) = ctx.saved_tensors
+        return _sum(grad, ctx.group) * share, None
+
+
+def gather_with_gradient(x: Tensor, group: Group = None) -> Tensor:
+    """:func:`gather` with gradient: of the *sum* over ranks of what each rank computes from it."""
+    gathered: Tensor = _Gather.apply(x, group)
+    return gathered
+
+
+def combine_shards(mine: Tensor, group: Group = None) -> Tensor:
+    """Losses [N] over the whole queue from each rank's losses over its shard, the same on every rank.
+
+    With t the target logit and z the negatives' logits, a shard's loss is log(1 + sum over the shard of exp(z - t)), so
+
+        loss = log(1 + sum over shards of (exp(loss_r) - 1)),   d loss / d loss_r = exp(loss_r - loss):
+
+    a shard's own gradient needs no more than this factor to become its part of the whole one. The gradient is that of the
+    *sum* over ranks of what each computes from the losses: let each rank use its own rows.
+    """
+    loss: Tensor = _Combine.apply(mine, group)
+    return loss
+
+
+def assert_same(tensors: dict[str, Tensor], group: Group = None) -> None:
+    """Waits for all ranks and the device.
+
+    Raises:
+        RuntimeError: a tensor is not the same on every rank, bit for bit; names it and the ranks that differ from rank 0.
+    """
+    for name, tensor in tensors.items():
+        content = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest = torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)
+        rows = gather(digest.to(tensor.device)[None], group)
+        other = (rows != rows[0]).any(1).nonzero().flatten().tolist()
+        if other:
+            raise RuntimeError(f"{name} differs between processes: rank {', '.join(map(str, other))} from rank 0")
