@@ -1,7 +1,7 @@
 """The fused loss in Triton: prepare rows, sweep the queue in splits, combine. No atomics, no N x K tensor.
 
 Sizes: N probes, K slots, D features, B slots in the batch window, S splits of the queue. All arithmetic is float32; products
-take the prototypes' dtype (float32: PyTorch's matmul precision decides between tf32 and ieee; float8: bfloat16, which holds it exactly).
+take the prototypes' dtype (float32: PyTorch's matmul precision decides between tf32 and ieee; float8: float16, which holds it exactly).
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ class Blocks:
 # (kernel, architecture, bytes per element of the prototypes) -> (rows, slots, warps, stages) for D up to 64, 128, 256, 512 and
 # 1024; None: nothing fits. The accumulator stays in registers: tests/compile_triton.py holds every entry to 'no spills'. The largest
 # tiles that meet that; which of them is fastest has not been measured.
-# Made for Triton 3.6 to 3.9; older ones spill in some.
+# Made for Triton 3.8 and 3.9; older ones spill in some.
 _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, int, int] | None, ...]] = {
     ("sweep", 80, 2): ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 1), (16, 32, 8, 2)),
     ("sweep", 80, 4): ((64, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 2), (32, 16, 8, 1), None),
+    ("sweep", 90, 1): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 2)),
     ("sweep", 90, 2): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
     ("sweep", 90, 4): ((64, 32, 8, 2), (64, 16, 8, 2), (32, 64, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1)),
+    ("sweep", 100, 1): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
     ("sweep", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (16, 32, 8, 2)),
     ("sweep", 100, 4): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1)),
+    ("sweep", 120, 1): ((64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
     ("sweep", 120, 2): ((64, 32, 8, 2), (64, 16, 8, 1), (32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
     ("sweep", 120, 4): ((64, 32, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 2), None),
-    ("prototypes", 80, 2): ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 80, 4): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1), None),
-    ("prototypes", 90, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2)),
-    ("prototypes", 90, 4): ((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
-    ("prototypes", 100, 2): ((64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 100, 4): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
-    ("prototypes", 120, 2): ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
-    ("prototypes", 120, 4): ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), None),
+    ("prototypes", 80, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 80, 4): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 16, 8, 1), None),
+    ("prototypes", 90, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 90, 4): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
+    ("prototypes", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 100, 4): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
+    ("prototypes", 120, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 120, 4): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
 }  # fmt: skip
 _DIMS = (64, 128, 256, 512, 1024)
 
@@ -68,13 +71,13 @@ def fits(prototypes: Tensor, gradient: bool) -> bool:
     if prototypes.dtype == torch.float8_e4m3fn and capability < 90:  # no conversion there
         return False
     kernels = ("sweep", "prototypes") if gradient else ("sweep",)
-    size = _product_dtype(prototypes).itemsize
+    size = prototypes.element_size()
     return all(blocks_for(kernel, prototypes.shape[1], size, capability) is not None for kernel in kernels)
 
 
 def _product_dtype(prototypes: Tensor) -> torch.dtype:
-    """What products are made of; every float8 is a bfloat16."""
-    return torch.bfloat16 if prototypes.dtype == torch.float8_e4m3fn else prototypes.dtype
+    """What products are made of; every float8_e4m3fn is a float16."""
+    return torch.float16 if prototypes.dtype == torch.float8_e4m3fn else prototypes.dtype
 
 
 @triton.jit
@@ -104,13 +107,14 @@ def _target_row(
 ):  # fmt: skip
     """The target prototype of probe i; NaN where the target is no slot."""
     known = (y >= 0) & (y < K)
-    row = tl.load(w + y * D + d, mask=(d < D) & known, other=0.0).to(tl.float32)
+    slot = tl.where(known, y, 0)
+    row = tl.load(w + slot * D + d, mask=d < D, other=0.0).to(tl.float32)
     factor = 1.0
     if NORMALIZE:
-        factor = tl.load(inverse_w + y, mask=known, other=0.0)
+        factor = tl.load(inverse_w + slot)
     if WINDOW:
-        inside = (y - tl.load(start) + K) % K
-        if known & (inside < B):
+        inside = (slot - tl.load(start) + K) % K
+        if inside < B:
             own = (i // rows_in_group) * B + inside
             row = tl.load(window + own * D + d, mask=d < D, other=0.0).to(tl.float32)
             if NORMALIZE:
@@ -454,7 +458,7 @@ def _precision(dtype: torch.dtype) -> str:
 def _machine(device: torch.device) -> tuple[int, int]:
     """Architecture, as the table knows it, and number of multiprocessors; of an ordinary GPU where the interpreter runs."""
     if device.type != "cuda":
-        return 80, 4
+        return 90, 4
     properties = torch.cuda.get_device_properties(device)
     return {9: 90, 10: 100, 12: 120}.get(properties.major, 80), properties.multi_processor_count
 
@@ -534,7 +538,7 @@ def margin_softmax(
         embedding, prototypes, target, window, window_start, margin_rows, scale_rows, kind, parameters, scale, normalize
     )
     capability, processors = _machine(device)
-    cut = blocks_for("sweep", rows.block_d, rows.unit.element_size(), capability)
+    cut = blocks_for("sweep", rows.block_d, prototypes.element_size(), capability)
     assert cut is not None, "callers ask fits() first"
     blocks_in_group = triton.cdiv(n // groups, cut.rows)
     tiles = triton.cdiv(k, cut.slots)

@@ -111,8 +111,9 @@ class SemiSiamese(nn.Module):
         if self.warmup:
             m = min(m, (self.updates + 1) / (self.updates + 1 + self.warmup))
         for module in self.gallery.modules():
-            if hasattr(module, "reshard"):  # FSDP2 leaves what has no backward pass gathered
-                module.reshard()
+            reshard: Any = getattr(module, "reshard", None)  # FSDP2 leaves what has no backward pass gathered
+            if reshard is not None:
+                reshard()
         gallery: list[Tensor] = list(self.gallery.parameters())
         probe: list[Tensor] = list(self.probe.parameters())
         torch._foreach_lerp_(gallery, probe, 1.0 - m)

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 TENSOR = {80: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UTCQMMA|UTCOMMA|HMMA", 120: "HMMA"}
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 2}  # bytes of what products are made of
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
 DIMS = (64, 128, 256, 512, 1024)
 FLOATS = {"cosine", "scales", "phi_rows", "lse", "uniform", "shift_out", "sum_out", "logits_out", "hard_sum_out", "hardest_out",
           "moment_out", "inverse_w", "inverse_window", "factor", "target_slope"}  # fmt: skip
@@ -30,6 +30,7 @@ NUMBERS = {"label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
 COUNTERS = {"hard_out", "live_out", "slot_out", "beats_out"}
 SPLIT_COUNTERS = {"hard", "live", "slot", "beats"}  # what combine_kernel reads; it writes int64
 LONGS = {"start", "target", "identity", "slot_identity", "window_identity"}
+SPILL_FREE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # what the table of tile sizes was made for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -64,7 +65,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: kernels.Blocks)
         elif name in ("w", "window"):
             signature[name] = f"*{dtype}"
         elif name in ("unit", "x", "gradient_out", "gradient"):
-            signature[name] = "*bf16" if dtype == "fp8e4nv" else f"*{dtype}"
+            signature[name] = "*fp16" if dtype == "fp8e4nv" else f"*{dtype}"
         else:
             signature[name] = "i32"
         if signature[name].startswith("*") or name in ("N", "D"):
@@ -105,7 +106,7 @@ def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int) -> tuple[str,
     spills = len(re.findall(r"\b(LDL|STL)\b", code))
     tensor = len(re.findall(rf"\b({TENSOR[sm]})\b", code))
     # The other kernels run once per probe; what they keep in local memory is the range reduction of sine and cosine.
-    if spills and kernel in ("sweep_kernel", "prototypes_kernel"):
+    if SPILL_FREE and spills and kernel in ("sweep_kernel", "prototypes_kernel"):
         wrong.append(f"{spills} spill instructions")
     if not tensor and kernel in ("sweep_kernel", "prototypes_kernel"):
         wrong.append("no tensor-core instruction")
