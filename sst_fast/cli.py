@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("sst-fast: the command line needs the extra: pip install 'sst-fast[train]'", file=sys.stderr)
         return 1
     from sst_fast.demo import DemoConfig
-    from sst_fast.training import Config
+    from sst_fast.training import Config, Stopped
 
     argv = list(sys.argv[1:] if arguments is None else arguments)
     # A TOML file is read as TOML; YAML (and JSON) otherwise.
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen.pop("config", None)
             kind = Config if settings.command == "train" else DemoConfig
             run(commands.choices[settings.command].instantiate(chosen), kind)
+    except Stopped as stopped:
+        print(f"sst-fast {settings.command}: {stopped}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (ValueError, OSError, ImportError) as error:
         print(f"sst-fast {settings.command}: {error}", file=sys.stderr)
         return 1

@@ -1,11 +1,13 @@
-"""Training: one loop for Semi-Siamese and for conventional training (learned class weights), resumable at any epoch."""
+"""Training: one loop for Semi-Siamese and for conventional training (learned class weights), resumable at any step."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -57,7 +59,7 @@ class Config:
         milestones: shares of all epochs after which the learning rate falls tenfold.
         out: folder for checkpoint, logs and metrics; an interrupted run there is resumed.
         device: 'cpu', 'cuda' or 'auto'.
-        checkpoint_every: epochs between checkpoints.
+        checkpoint_every: epochs between checkpoints. SIGTERM writes one at once, in the middle of an epoch, and stops.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -111,6 +113,22 @@ class Conventional(nn.Module):
         """There is none."""
 
 
+METRICS = ("loss", "target_cosine", "hardest_cosine")
+
+
+@dataclass
+class Position:
+    """How far a run has come: the epochs done, a row of metrics each, and so many steps of the next with their sums."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    step: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * len(METRICS))
+
+
+class Stopped(Exception):
+    """SIGTERM came; everything up to the last step is in the checkpoint."""
+
+
 @dataclass
 class Run:
     """A finished run: the probe network and one row of metrics per epoch."""
@@ -138,6 +156,7 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
 
     Raises:
         ValueError: the configuration is impossible, or the checkpoint belongs to another one.
+        Stopped: SIGTERM came; the same call goes on from there.
     """
     check(config, train_faces)
     out = Path(config.out)
@@ -166,23 +185,31 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
         train_faces.subset(list(range(min(50, len(pairs))))), config.data.size, config.data.channels
     )
     checkpoint = out / "checkpoint.pt"
-    history = load(checkpoint, config, model, optimizer, schedule) if checkpoint.exists() else []
+    at = load(checkpoint, config, model, optimizer, schedule) if checkpoint.exists() else Position()
+    history = at.history
 
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=len(history))
     steps = len(list(data.batches(len(pairs), config.batch, config.seed, 0)))
-    with Progress(label or config.method, config.epochs * steps, len(history) * steps) as progress:
+    done = len(history) * steps + at.step
+    with Progress(label or config.method, config.epochs * steps, done) as progress, Termination() as termination:
         for epoch in range(len(history), config.epochs):
-            row = epoch_of_training(config, epoch, pairs, model, optimizer, device, progress)
+            if not epoch_of_training(config, at, pairs, model, optimizer, device, progress, termination):
+                save(checkpoint, config, model, optimizer, schedule, at)
+                raise Stopped(
+                    f"stopped in epoch {epoch + 1}, step {at.step}; the same command goes on from {checkpoint}"
+                )
+            row = dict(zip(METRICS, (value / at.step for value in at.sums), strict=True))
             row["effective_rank"] = effective_rank(backbones.embed(model.probe, watched[0].to(device)))
             row["lr"] = float(schedule.get_last_lr()[0])
             schedule.step()
             history.append(row)
+            at = Position(history)
             for name, value in row.items():
                 writer.add_scalar(name, value, epoch)
             if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs:
-                save(checkpoint, config, model, optimizer, schedule, history)
+                save(checkpoint, config, model, optimizer, schedule, at)
     writer.close()
     if history:
         with replacing(out / "metrics.csv") as path, path.open("w", newline="") as file:
@@ -214,14 +241,13 @@ def lr_factor(config: Config, epoch: int) -> float:
 
 
 def epoch_of_training(
-    config: Config, epoch: int, pairs: data.Pairs, model: SemiSiamese | Conventional,
-    optimizer: torch.optim.Optimizer, device: torch.device, progress: Progress,
-) -> dict[str, float]:  # fmt: skip
-    """One pass over the identities; means of what was seen, found without waiting for the device at every step."""
-    pairs.epoch = epoch
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    count = 0
-    for batch in data.batches(len(pairs), config.batch, config.seed, epoch):
+    config: Config, at: Position, pairs: data.Pairs, model: SemiSiamese | Conventional,
+    optimizer: torch.optim.Optimizer, device: torch.device, progress: Progress, termination: Termination,
+) -> bool:  # fmt: skip
+    """The rest of an epoch, moving ``at`` on; whether it came to its end. Sums are kept on the device: no step waits."""
+    pairs.epoch = len(at.history)
+    sums = torch.tensor(at.sums, dtype=torch.float64, device=device)
+    for batch in list(data.batches(len(pairs), config.batch, config.seed, pairs.epoch))[at.step :]:
         images_a, images_b, identities = zip(*(pairs[i] for i in batch), strict=True)
         a, b = torch.stack(images_a).to(device), torch.stack(images_b).to(device)
         identity = torch.tensor(identities, device=device)
@@ -234,10 +260,32 @@ def epoch_of_training(
         assert isinstance(seen, functional.Statistics)
         hardest = seen.hardest_cosine.clamp_min(-1)  # no negative at all in the very first steps
         sums += torch.stack([loss.detach().double(), seen.target_cosine.double().mean(), hardest.double().mean()])
-        count += 1
+        at.step += 1
         progress.step(2 * len(batch), loss)
-    mean = (sums / count).tolist()
-    return dict(zip(("loss", "target_cosine", "hardest_cosine"), mean, strict=True))
+        if termination.asked:
+            break
+    at.sums = sums.tolist()
+    return not termination.asked
+
+
+class Termination:
+    """Notes SIGTERM instead of dying from it, while the block runs (in the main thread; elsewhere nothing is noted)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def __enter__(self) -> Termination:
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, *_: object) -> None:
+        self.asked = True
 
 
 class Progress:
@@ -283,7 +331,7 @@ class Progress:
 
 def save(
     path: Path, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR, history: list[dict[str, float]],
+    schedule: torch.optim.lr_scheduler.LambdaLR, at: Position,
 ) -> None:  # fmt: skip
     """Everything that a run needs to go on exactly where it was, replacing the file in one step."""
     state = {
@@ -291,7 +339,7 @@ def save(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": {"last_epoch": schedule.last_epoch},
-        "history": history,
+        "position": asdict(at),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -302,8 +350,8 @@ def save(
 def load(
     path: Path, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
-) -> list[dict[str, float]]:  # fmt: skip
-    """Restores :func:`save`'s state and returns the history; ValueError if it belongs to another configuration."""
+) -> Position:  # fmt: skip
+    """Restores :func:`save`'s state and returns the position; ValueError if it belongs to another configuration."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     theirs, ours = json.loads(state["config"]), json.loads(json.dumps(asdict(config)))
     for name in sorted(set(theirs) | set(ours)):
@@ -320,8 +368,7 @@ def load(
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-    history: list[dict[str, float]] = state["history"]
-    return history
+    return Position(**state["position"])
 
 
 class replacing:

@@ -67,7 +67,13 @@ def evaluate(embeddings: Tensor, labels: Tensor, fars: tuple[float, ...] = (0.1,
 
 
 def effective_rank(embeddings: Tensor) -> float:
-    """exp(entropy of the singular values of the centred embeddings [M, D], as shares of their sum)."""
+    """exp(entropy of the singular values of the centred embeddings [M, D], as shares of their sum).
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    if not bool(torch.isfinite(embeddings).all()):
+        raise ValueError("embeddings are not finite: the network has diverged; lower lr or enlarge batch")
     values = torch.linalg.svdvals((embeddings - embeddings.mean(0)).double())
     shares = values / values.sum().clamp_min(1e-12)
     shares = shares[shares > 0]

@@ -1,7 +1,12 @@
 """From a folder of images to a report: data, backbones, verification, resuming, command line."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -61,6 +66,49 @@ def test_interrupted_training_resumes_exactly(faces, tmp_path, method):
     assert len(resumed.history) == 4
     assert resumed.history == expected.history
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(expected), strict=True))
+
+
+@pytest.mark.slow
+def test_killed_training_ends_bit_identical(faces, tmp_path):
+    """A real process, killed (-9) and terminated (SIGTERM, which saves in the middle of an epoch) at random moments."""
+
+    def start(out):
+        settings = {"data.root": faces, "data.size": 32, "data.channels": 1, "dim": 16, "width": 0.125, "queue_size": 7,
+                    "momentum": 0.9, "epochs": 60, "batch": 3, "device": "cpu", "out": out}  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "sst_fast.cli",
+            "train",
+            *(f"--{name}={value}" for name, value in settings.items()),
+        ]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def steps_done(out):
+        path = out / "checkpoint.pt"
+        return len(torch.load(path, weights_only=True)["position"]["history"]) if path.exists() else 0
+
+    whole = start(tmp_path / "whole")
+    rng, out, codes = random.Random(0), tmp_path / "broken", []
+    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        before, process = steps_done(out), start(out)
+        while process.poll() is None and steps_done(out) == before:
+            time.sleep(0.05)
+        time.sleep(rng.random())
+        process.send_signal(how)
+        codes.append(process.wait())
+        assert codes[-1] in (0, -signal.SIGKILL, 128 + signal.SIGTERM), process.stderr.read()
+        if codes[-1] == 128 + signal.SIGTERM:
+            assert "the same command goes on" in process.stderr.read()
+    assert any(codes)
+    assert start(out).wait() == 0
+    assert whole.wait() == 0
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "broken")]
+    for name, value in states[0]["model"].items():
+        assert name == "_extra_state" or torch.equal(value, states[1]["model"][name]), name
+    assert states[0]["model"]["_extra_state"] == states[1]["model"]["_extra_state"]
+    assert states[0]["position"] == states[1]["position"]
+    assert (tmp_path / "whole/metrics.csv").read_text() == (out / "metrics.csv").read_text()
 
 
 def test_checkpoint_of_another_configuration_is_refused(faces, tmp_path):
@@ -185,3 +233,8 @@ def test_perfect_and_random_embeddings():
     chance = verification.evaluate(noise, labels)
     assert chance.accuracy < 0.6
     assert chance.tar[0.1] < 0.2
+
+
+def test_a_diverged_network_is_named():
+    with pytest.raises(ValueError, match="embeddings are not finite: the network has diverged"):
+        verification.effective_rank(torch.full((4, 3), float("nan")))
