@@ -182,7 +182,7 @@ def margin_softmax(
 
     rest = (target.where(valid, 0), identity, slot_identity, features, window_identity, start)
     chosen = choose("margin_softmax", device, backend)
-    wide = ops.wide_dtype(embedding, prototypes)
+    wide = reference.wide_dtype(embedding, prototypes)
     grad = torch.is_grad_enabled()
     trains_prototypes = grad and prototypes.requires_grad
     if chosen == "triton":
@@ -242,7 +242,7 @@ def target_cosine(
             group = torch.arange(len(target), device=target.device) // max(len(target) // groups, 1)
             own = window.features[group, inside.clamp_max(b - 1)].to(rows.dtype)
             rows = torch.where((inside < b)[:, None], own, rows)
-        wide = ops.wide_dtype(embedding, prototypes)
+        wide = reference.wide_dtype(embedding, prototypes)
         rows = reference.normalize(rows.to(wide)) if normalize_prototypes else rows.to(wide)
         cosine: Tensor = (reference.normalize(embedding.to(wide)) * rows).sum(1)
         return cosine

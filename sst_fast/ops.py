@@ -37,16 +37,11 @@ def margin_softmax(
 def _(embedding: Any, prototypes: Any, *rest: Any) -> Any:
     need_gradient = rest[-2]
     n = embedding.shape[0]
-    wide = wide_dtype(embedding, prototypes)
+    wide = reference.wide_dtype(embedding, prototypes)
     value, count = (embedding.new_empty((n,), dtype=dtype) for dtype in (wide, torch.int64))
     gradient = embedding.new_empty((n if need_gradient else 0, embedding.shape[1]))
     like = (value, gradient, value, value, value, count, count, count, value)
     return tuple(torch.empty_like(x) for x in like)
-
-
-def wide_dtype(embedding: Tensor, prototypes: Tensor) -> torch.dtype:
-    """In which losses are returned: float32, or float64 if an input is."""
-    return torch.float64 if torch.float64 in (embedding.dtype, prototypes.dtype) else torch.float32
 
 
 @torch.library.custom_op("sst_fast::margin_softmax_backward", mutates_args=())

@@ -27,6 +27,11 @@ class MarginSoftmax(NamedTuple):
     beats_target: Tensor
 
 
+def wide_dtype(embedding: Tensor, prototypes: Tensor) -> torch.dtype:
+    """In which losses are returned: float32, or float64 if an input is."""
+    return torch.float64 if torch.float64 in (embedding.dtype, prototypes.dtype) else torch.float32
+
+
 def normalize(x: Tensor) -> Tensor:
     """Rows of ``x`` [N, D] divided by their norm; rows shorter than 1e-12 become zero. No overflow at any finite x."""
     largest = x.detach().abs().amax(1, keepdim=True)
@@ -58,7 +63,7 @@ def margin_softmax(
     straight_through: bool = False,
 ) -> MarginSoftmax:
     """Differentiable in ``embedding`` and ``prototypes``; materialises the logits. Arguments as in the operator."""
-    wide = torch.float64 if torch.float64 in (embedding.dtype, prototypes.dtype) else torch.float32
+    wide = wide_dtype(embedding, prototypes)
     if not torch.compiler.is_compiling() and not bool(((target >= 0) & (target < len(prototypes))).all()):
         bad = int(((target < 0) | (target >= len(prototypes))).nonzero()[0])
         raise IndexError(

@@ -112,6 +112,13 @@ const Sweep<T>& sweep_for(const Problem& p) {
   }
 }
 
+template <typename T>
+double inverse_norm(const Sweep<T>& sweep, const void* features, Storage storage, int64_t D, int64_t row) {
+  double norm;
+  sweep.norms(features, storage, D, row, row + 1, &norm);
+  return normaliser(norm);
+}
+
 Problem make_problem(
     const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
     const OptionalTensor& slot_identity, const OptionalTensor& window, const OptionalTensor& window_identity,
@@ -231,9 +238,8 @@ struct Groups {  // of probes that see different windows
     else
       read_row(p.slots.features, p.slots.storage, y, D, to);
     if (!p.normalize) return;
-    double norm;
-    sweeps().f64.norms(to, Storage::f64, D, 0, 1, &norm);
-    for (int64_t d = 0; d < D; d++) to[d] *= normaliser(norm);
+    const double inverse = inverse_norm(sweeps().f64, to, Storage::f64, D, 0);
+    for (int64_t d = 0; d < D; d++) to[d] *= inverse;
   }
 };
 
@@ -249,9 +255,7 @@ Rows<T> prepare(const Problem& p, const Groups& groups) {
       read_row(p.embedding.const_data_ptr(), storage, i, D, x.data());
       groups.target_row(p, i, w.data());
       rows.unit[i] = unit_of(x.data(), D);
-      double norm;
-      sweep.norms(p.embedding.const_data_ptr(), storage, D, i, i + 1, &norm);
-      const double inverse = normaliser(norm);
+      const double inverse = inverse_norm(sweep, p.embedding.const_data_ptr(), storage, D, i);
       const double dot = sum_over(D, [&](int64_t d) { return x[d] * inverse * w[d]; });
       const auto row = phi_row<double>(p.margin_of(i), dot);
       rows.inverse_norm[i] = inverse;
@@ -282,13 +286,9 @@ struct Prepared {
 
   static std::vector<T> inverse_norms(const void* features, int64_t count, const Problem& p) {
     std::vector<T> norms(count);
-    const int64_t D = p.slots.D;
+    const auto& sweep = sweep_for<T>(p);
     at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; j++) {
-        double norm;
-        sweep_for<T>(p).norms(features, p.slots.storage, D, j, j + 1, &norm);
-        norms[j] = T(normaliser(norm));
-      }
+      for (int64_t j = begin; j < end; j++) norms[j] = T(inverse_norm(sweep, features, p.slots.storage, p.slots.D, j));
     });
     return norms;
   }
