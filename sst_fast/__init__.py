@@ -22,6 +22,7 @@ from sst_fast.margins import (
     SphereFace,
 )  # fmt: skip
 from sst_fast.queue import GalleryQueue, Window
+from sst_fast.samplers import IdentitySampler
 from sst_fast.semi_siamese import SemiSiamese
 
 try:
@@ -39,6 +40,7 @@ __all__ = [
     "CombinedMargin",
     "CurricularFace",
     "GalleryQueue",
+    "IdentitySampler",
     "MVSoftmax",
     "MagFace",
     "Margin",

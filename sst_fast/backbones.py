@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -103,10 +105,10 @@ def build(name: str, dim: int, input_size: int, width: float = 1.0, channels: in
 
 
 @torch.no_grad()
-def embed(network: nn.Module, images: Tensor, batch: int = 256) -> Tensor:
-    """Unit embeddings [M, D] of images [M, ...] by ``network`` in evaluation mode."""
-    training = network.training
+def embed(network: nn.Module, images: Iterable[Tensor]) -> Tensor:
+    """Unit embeddings [M, D], float32, of batches of images [b, ...], by ``network`` in evaluation mode, on its device."""
+    training, device = network.training, next(network.parameters()).device
     network.eval()
-    parts = [nn.functional.normalize(network(chunk).float()) for chunk in images.split(batch)]
+    parts = [nn.functional.normalize(network(batch.to(device)).float()) for batch in images]
     network.train(training)
     return torch.cat(parts)

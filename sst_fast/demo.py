@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from sst_fast import backbones, data, report
-from sst_fast.training import Config, DataConfig, Method, train
+from sst_fast.config import Config, DataConfig, Method
+from sst_fast.training import train
 
 
 @dataclass
@@ -63,8 +64,7 @@ def run(config: DemoConfig) -> Path:
             settings = settings or crops | asdict(settings_of_run)
             if fold == 0:
                 images, labels = data.all_images(test_faces, settings_of_run.data.size, settings_of_run.data.channels)
-                device = next(done.network.parameters()).device
-                embeddings[method] = backbones.embed(done.network, images.to(device)).cpu()
+                embeddings[method] = backbones.embed(done.network, images.split(256)).cpu()
         if fold == 0:
             samples = choose_samples(images, labels, embeddings, config.seed)
     path = Path(config.out) / "report.html"

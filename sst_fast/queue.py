@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -131,6 +132,41 @@ class GalleryQueue(nn.Module):
         """Empties every slot and starts at slot 0 again."""
         self.identities.fill_(-1)
         self.state.zero_()
+
+    def load_newest(self, *states: Mapping[str, Tensor], rank: int = 0, world: int = 1) -> tuple[int, int]:
+        """Empties the queue and takes over the newest features of other queues, whatever their size and dtype.
+
+        Args:
+            states: state dicts of the queues: one, or all shards of one.
+            rank, world: this queue is shard number ``rank`` of ``world``, and takes its share.
+
+        Returns:
+            How many features were kept, and how many there were, in all shards.
+
+        Raises:
+            ValueError: the features have another size.
+        """
+        rows = []  # (age, shard, row)
+        for shard, state in enumerate(states):
+            if state["features"].shape[1] != self.dim:
+                raise ValueError(f"states must hold features of size {self.dim}, got {state['features'].shape[1]}")
+            begin, ids = int(state["state"][0]), state["identities"]
+            # From the oldest: what follows the position, then what precedes it; spare rows and empty slots have no identity.
+            order = torch.cat([torch.arange(begin, len(ids)), torch.arange(begin)])
+            order = order[ids.cpu()[order] >= 0].flip(0)
+            rows.append(torch.stack([torch.arange(len(order)), torch.full_like(order, shard), order], 1))
+        newest = torch.cat(rows)
+        newest = newest[(newest[:, 0] * len(states) + newest[:, 1]).argsort()]
+        mine = newest[rank::world][: self.size].flip(0)
+        self.clear()
+        for shard, state in enumerate(states):
+            here = (mine[:, 1] == shard).nonzero().flatten().to(self.state.device)
+            there = mine[mine[:, 1] == shard, 2]
+            taken = state["features"][there.to(state["features"].device)]
+            self.features[here] = taken.to(self.features.device).to(self.features.dtype)
+            self.identities[here] = state["identities"][there.to(state["identities"].device)].to(self.state.device)
+        self.state[0], self.state[1] = len(mine) % self.size, len(mine)
+        return min(len(newest), self.size * world), len(newest)
 
     def window(self, features: Tensor, identities: Tensor) -> Window:
         """The slots that the next :meth:`enqueue` of B rows will take, as the loss needs them.

@@ -21,7 +21,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import sst_fast
-from sst_fast.training import Method, replacing
+from sst_fast import data
+from sst_fast.checkpoint import replacing
+from sst_fast.config import Method
 from sst_fast.verification import Scores
 
 COLOURS: dict[str, str] = {"sst": "#0b6e4f", "conventional": "#c8553d"}
@@ -182,7 +184,7 @@ def _picture(draw: Callable[[list[Axes]], None], rows: int, columns: int, size: 
 def _image(image: Tensor) -> str:
     from PIL import Image
 
-    pixels = (image * 128 + 127.5).clamp(0, 255).byte().cpu().numpy()
+    pixels = (image * data.STD + data.MEAN).clamp(0, 255).byte().cpu().numpy()
     picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")

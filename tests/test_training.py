@@ -1,12 +1,7 @@
 """From a folder of images to a report: data, backbones, verification, resuming, command line."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,107 +11,7 @@ from PIL import Image
 
 from sst_fast import backbones, data, training, verification
 from sst_fast.cli import main
-from sst_fast.training import Config, DataConfig
-
-
-@pytest.fixture
-def faces(tmp_path):
-    """Six people with three images each: a fixed noise pattern a person, and a little more an image."""
-    rng = np.random.default_rng(0)
-    root = tmp_path / "faces"
-    for person in range(6):
-        (root / f"p{person}").mkdir(parents=True)
-        base = rng.integers(40, 200, (8, 8))
-        for i in range(3):
-            pixels = np.kron(base, np.ones((4, 4))) + rng.normal(0, 10, (32, 32))
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"p{person}" / f"{i}.png")
-    return root
-
-
-def config(root, out, **changes) -> Config:
-    base = Config(
-        data=DataConfig(str(root), 32, 1, test_share=1 / 3), dim=16, width=0.125, queue_size=7, momentum=0.9,
-        epochs=4, batch=3, lr=0.05, out=str(out), device="cpu",
-    )  # fmt: skip
-    return replace(base, **changes)
-
-
-def weights(run):
-    return [v for v in run.network.state_dict().values()]
-
-
-@pytest.mark.parametrize("method", ["sst", "conventional"])
-def test_interrupted_training_resumes_exactly(faces, tmp_path, method):
-    whole = config(faces, tmp_path / "whole", method=method)
-    expected = training.train(whole, *training.split(whole))
-    broken = config(faces, tmp_path / "broken", method=method)
-    original, calls = training.epoch_of_training, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "epoch_of_training", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            training.train(broken, *training.split(broken))
-    resumed = training.train(broken, *training.split(broken))
-    assert len(resumed.history) == 4
-    assert resumed.history == expected.history
-    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(expected), strict=True))
-
-
-@pytest.mark.slow
-def test_killed_training_ends_bit_identical(faces, tmp_path):
-    """A real process, killed (-9) and terminated (SIGTERM, which saves in the middle of an epoch) at random moments."""
-
-    def start(out):
-        settings = {"data.root": faces, "data.size": 32, "data.channels": 1, "dim": 16, "width": 0.125, "queue_size": 7,
-                    "momentum": 0.9, "epochs": 60, "batch": 3, "device": "cpu", "out": out}  # fmt: skip
-        command = [
-            sys.executable,
-            "-m",
-            "sst_fast.cli",
-            "train",
-            *(f"--{name}={value}" for name, value in settings.items()),
-        ]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-    def steps_done(out):
-        path = out / "checkpoint.pt"
-        return len(torch.load(path, weights_only=True)["position"]["history"]) if path.exists() else 0
-
-    whole = start(tmp_path / "whole")
-    rng, out, codes = random.Random(0), tmp_path / "broken", []
-    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
-        before, process = steps_done(out), start(out)
-        while process.poll() is None and steps_done(out) == before:
-            time.sleep(0.05)
-        time.sleep(rng.random())
-        process.send_signal(how)
-        codes.append(process.wait())
-        assert codes[-1] in (0, -signal.SIGKILL, 128 + signal.SIGTERM), process.stderr.read()
-        if codes[-1] == 128 + signal.SIGTERM:
-            assert "the same command goes on" in process.stderr.read()
-    assert any(codes)
-    assert start(out).wait() == 0
-    assert whole.wait() == 0
-    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "broken")]
-    for name, value in states[0]["model"].items():
-        assert name == "_extra_state" or torch.equal(value, states[1]["model"][name]), name
-    assert states[0]["model"]["_extra_state"] == states[1]["model"]["_extra_state"]
-    assert states[0]["position"] == states[1]["position"]
-    assert (tmp_path / "whole/metrics.csv").read_text() == (out / "metrics.csv").read_text()
-
-
-def test_checkpoint_of_another_configuration_is_refused(faces, tmp_path):
-    first = config(faces, tmp_path / "run", epochs=1)
-    training.train(first, *training.split(first))
-    other = replace(first, lr=0.5)
-    with pytest.raises(ValueError, match=r"written with lr=0.05, now it is 0.5"):
-        training.train(other, *training.split(other))
+from tests.runs import config
 
 
 @pytest.mark.parametrize(
@@ -132,6 +27,75 @@ def test_impossible_configurations_are_named(faces, tmp_path, changes, message):
     bad = config(faces, tmp_path / "run", **changes)
     with pytest.raises(ValueError, match=message):
         training.train(bad, *training.split(bad))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bfloat16", "channels_last": True},
+        {"precision": "float16", "accumulate": 2},
+        {"sampler": "spaced", "keep": "mean", "batchnorm": "copy", "queue_dtype": "bfloat16"},
+        {"sampler": "left_out", "galleries": 2, "momentum_warmup": 3, "schedule": "cosine"},
+        {"method": "conventional", "precision": "bfloat16", "margin": "arc", "scale": 16.0},
+    ],
+)
+def test_settings_train_and_resume_exactly(faces, tmp_path, changes):
+    whole = config(faces, tmp_path / "whole", **changes)
+    done = training.train(whole, *training.split(whole))
+    assert all(np.isfinite(list(row.values())).all() for row in done.history)
+    broken = replace(whole, out=str(tmp_path / "broken"))
+    with pytest.MonkeyPatch.context() as patch:
+        asked = iter(["", "", "stop"])
+        patch.setattr(training.Requests, "agreed", lambda self: next(asked, ""))
+        with pytest.raises(training.Stopped):
+            training.train(broken, *training.split(broken))
+        assert training.train(broken, *training.split(broken)).history == done.history
+
+
+def test_accumulated_batches_are_one_large_batch(faces, tmp_path):
+    """With learned class weights and no augmentation of batch statistics, halves of a batch give its gradient."""
+    pairs = data.Pairs(data.folder(faces), 32, 1, seed=0)
+    batch = [torch.stack(x) for x in zip(*([*pairs[i][:2], torch.tensor(i)] for i in range(4)), strict=True)]
+    settings = config(faces, tmp_path, method="conventional")
+    gradients = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        model = training.start(settings, 12, torch.device("cpu")).model.eval()
+        for part in zip(*(x.chunk(parts) for x in batch), strict=True):
+            (model(*part) / parts).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
+
+
+def test_two_identities_are_enough(faces, tmp_path):
+    tiny = data.folder(faces).subset([0, 1])
+    for scheme in ("shuffle", "spaced", "left_out"):
+        run = config(faces, tmp_path / scheme, batch=2, queue_size=50, sampler=scheme, lr=0.001)
+        assert len(training.train(run, tiny, None).history) == 4
+
+
+def test_list_file(faces, tmp_path):
+    file = tmp_path / "faces" / "list.txt"
+    file.write_text("p0/0.png 7\np0/1.png 7\n\np3/2.png 9\n")
+    found = data.faces(file)
+    assert found.names == ["7", "9"]
+    assert [[p.name for p in paths] for paths in found.paths] == [["0.png", "1.png"], ["2.png"]]
+    file.write_text("p0/0.png\n")
+    with pytest.raises(ValueError, match=r"line 1: expected 'relative/path label', got 'p0/0.png'"):
+        data.faces(file)
+
+
+def test_lightning_example_trains_and_resumes(tmp_path):
+    pytest.importorskip("lightning")
+    from examples import lightning_sst
+
+    module = lightning_sst.main(["--epochs", "2", "--out", str(tmp_path)])
+    assert len(module.model.criterion.queue) == 20
+    assert module.model.updates == 8
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    again = lightning_sst.main(["--epochs", "3", "--out", str(tmp_path), "--resume", str(checkpoint)])
+    assert again.model.updates == 12
+    assert again.sampler.epoch == 2
 
 
 def test_unreadable_image_is_named(faces, tmp_path, capsys):
