@@ -25,16 +25,28 @@ def ranks(group: Group = None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
+def begin_gather(x: Tensor, group: Group = None) -> Callable[[], Tensor]:
+    """Begins :func:`gather`; what it returns waits for the end and gives the result. Compute in between overlaps with it."""
+    _, world = ranks(group)
+    mine = x.detach().contiguous()
+    if world == 1:
+        return lambda: mine
+    # As bytes: not every backend knows every dtype.
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    work: Any = dist.all_gather(
+        [part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=group, async_op=True
+    )
+
+    def end() -> Tensor:
+        work.wait()
+        return torch.cat(parts)
+
+    return end
+
+
 def gather(x: Tensor, group: Group = None) -> Tensor:
     """Tensors [B, ...] of all ranks as [W B, ...], in order of rank, without gradient. Any dtype."""
-    _, world = ranks(group)
-    if world == 1:
-        return x.detach()
-    # As bytes: not every backend knows every dtype.
-    mine = x.detach().contiguous()
-    parts = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=group)
-    return torch.cat(parts)
+    return begin_gather(x, group)()
 
 
 def from_first(x: Tensor, group: Group = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -98,9 +99,11 @@ class SemiSiamese(nn.Module):
         """
         if image_a.shape != image_b.shape:
             raise ValueError(f"image_b must have shape {list(image_a.shape)} like image_a, got {list(image_b.shape)}")
+        # Images travel between ranks while the probe network runs, features of a while the gallery network sees b.
+        gallery = [self._begin_gallery(image_a), self._begin_gallery(image_b)]
         probe_a, probe_b = self.probe(image_a), self.probe(image_b)
-        with torch.no_grad():
-            gallery_a, gallery_b = self._gallery_forward(image_a), self._gallery_forward(image_b)
+        ends = [begun() for begun in gallery]
+        gallery_a, gallery_b = (end() for end in ends)
         loss: Tensor = self.criterion(probe_a, probe_b, gallery_a, gallery_b, identity)
         return loss
 
@@ -133,14 +136,26 @@ class SemiSiamese(nn.Module):
         """Restores :meth:`get_extra_state`."""
         self.updates = int(state["updates"])
 
-    def _gallery_forward(self, image: Tensor) -> Tensor:
+    def _begin_gallery(self, image: Tensor) -> Callable[[], Callable[[], Tensor]]:
+        """Shuffle, gallery network, unshuffle in three parts: begin the first; do the second; end the third."""
         if not (self.shuffle and self.training):
-            out: Tensor = self.gallery(image)
-            return out
+
+            def direct() -> Callable[[], Tensor]:
+                with torch.no_grad():
+                    features: Tensor = self.gallery(image)
+                return lambda: features
+
+            return direct
         group = self.criterion.group
-        rank, _ = distributed.ranks(group)
-        everyone = distributed.gather(image, group)
-        order = distributed.from_first(torch.randperm(len(everyone), device=image.device), group)
+        rank, world = distributed.ranks(group)
+        images = distributed.begin_gather(image, group)
+        order = torch.randperm(world * len(image), device=image.device)
+        order = distributed.from_first(order, group)
         own = slice(rank * len(image), (rank + 1) * len(image))
-        shuffled = distributed.gather(self.gallery(everyone[order[own]]), group)
-        return shuffled[torch.argsort(order)[own]]
+
+        def through() -> Callable[[], Tensor]:
+            with torch.no_grad():
+                shuffled = distributed.begin_gather(self.gallery(images()[order[own]]), group)
+            return lambda: shuffled()[torch.argsort(order)[own]]
+
+        return through

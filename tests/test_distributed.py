@@ -138,7 +138,7 @@ def check_shuffling(rank, world):
     images = next(batches(world))[0][0]
     torch.manual_seed(5 + rank)  # rank 0 decides
     with torch.no_grad():
-        found = model._gallery_forward(images[rows_of(rank)])
+        found = model._begin_gallery(images[rows_of(rank)])()()
         order = torch.randperm(world * B, generator=torch.Generator().manual_seed(5))
         shuffled = torch.cat([backbone(part) for part in images[order].chunk(world)])
         close(found, shuffled[order.argsort()][rows_of(rank)])
