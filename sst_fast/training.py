@@ -250,10 +250,17 @@ def processes(device: str) -> Iterator[torch.device]:
             wanted = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(wanted)
         dist.init_process_group("cpu:gloo,cuda:nccl" if wanted.startswith("cuda") else "gloo")
+    together = False
     try:
         yield torch.device(wanted)
+        together = True
+    except Stopped:
+        together = True
+        raise
     finally:
         if joins:
+            if together:  # none leaves while another still hears from it
+                dist.barrier()
             dist.destroy_process_group()
 
 

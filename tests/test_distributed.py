@@ -167,6 +167,7 @@ def worker(rank, world, store, checks):
         {"coin": check_coin, "gathered": check_gathered, "sharded": check_sharded, "training": check_training, "shuffling": check_shuffling,
          "fsdp": check_fsdp}[name](rank, world, *arguments)  # fmt: skip
     check_differences_are_named(rank)
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,0 +1,84 @@
+"""Options and fixtures of the benchmarks; what a run says about the machine."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+import pytest
+import torch
+
+import sst_fast
+from bench import timing
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sst-fast")
+    group.addoption("--size", choices=("smoke", "default", "full"), default="default", help="how much is measured")
+    group.addoption("--seconds", type=float, default=3.0, help="for each problem, all its contenders together")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--no-memory", action="store_true", help="leave peak memory out")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = getattr(metafunc.module, "cases", None)
+    if cases is not None and "case" in metafunc.fixturenames:
+        config = metafunc.config
+        found = cases(config.getoption("--size"), torch.device(config.getoption("--device")))
+        metafunc.parametrize("case", found, ids=str)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:
+    device = torch.device(config.getoption("--device"))
+    machine_info.clear()
+    machine_info |= about(device) | {"bytes per second": timing.bandwidth(device)}
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, object]) -> None:
+    for name in ("project", "branch"):
+        commit_info.pop(name, None)
+
+
+def about(device: torch.device) -> dict[str, object]:
+    """Device, versions and date: what a result is worth nothing without."""
+    compiled = sst_fast.dispatch.compiled
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "kind": device.type,
+        "threads": torch.get_num_threads(),
+        "instruction set": compiled.instruction_set() if compiled else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "sst-fast": sst_fast.__version__,
+        "date": str(date.today()),
+    }
+
+
+def processor() -> str:
+    """Its name, if the system tells."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    name = re.search(r"model name\s*:\s*(.+)", text)
+    return name[1] if name else platform.machine()
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def replay(benchmark: object) -> Callable[..., None]:
+    """Hands durations measured elsewhere, and what else is known, to pytest-benchmark."""
+
+    def record(durations: Sequence[float], group: str, **info: object) -> None:
+        timing.REPLAY.load(durations)
+        benchmark.group = group  # type: ignore[attr-defined]
+        benchmark.extra_info.update(info)  # type: ignore[attr-defined]
+        benchmark.pedantic(lambda: None, rounds=len(durations))  # type: ignore[attr-defined]
+
+    return record

@@ -1,0 +1,373 @@
+"""Tables, plots and comparisons from what ``pytest bench --benchmark-json=FILE`` wrote.
+
+python -m bench.report run.json                        # Markdown to the terminal
+python -m bench.report run.json --out docs/benchmarks  # report.md and plots (SVG and PNG)
+python -m bench.report run.json --compare older.json   # what became slower beyond the noise; status 1 if anything did
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+BARE = "bare products"
+OURS = "ours"
+# One colour per contender, in every plot.
+COLOURS = [
+    "#0b6e4f",
+    "#c8553d",
+    "#3d5a80",
+    "#e09f3e",
+    "#7b2d8b",
+    "#8d99ae",
+    "#5f0f40",
+    "#577590",
+    "#90be6d",
+    "#b5838d",
+    "#264653",
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender's result: seconds of each round and what it computed."""
+
+    suite: str
+    group: str
+    provider: str
+    problem: dict[str, Any]
+    data: tuple[float, ...]
+    extra_mib: float | None
+    error: float | None
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.data)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, seconds."""
+        if len(self.data) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.data, n=4)
+        return (high - low) / 2
+
+    @property
+    def is_ours(self) -> bool:
+        """The fused loss, not its reference."""
+        return self.provider.startswith(OURS) and "reference" not in self.provider
+
+
+@dataclass(frozen=True)
+class Run:
+    """One JSON file."""
+
+    machine: dict[str, Any]
+    rows: list[Row]
+
+    @staticmethod
+    def read(path: Path) -> Run:
+        """ValueError if the file is not what ``pytest bench --benchmark-json`` writes."""
+        content = json.loads(path.read_text())
+        try:
+            rows = [
+                Row(
+                    b["extra_info"]["suite"], b["group"], b["extra_info"]["provider"], b["extra_info"]["problem"],
+                    tuple(b["stats"]["data"]), b["extra_info"].get("extra_mib"), b["extra_info"].get("error"),
+                )
+                for b in content["benchmarks"]
+            ]  # fmt: skip
+            return Run(content["machine_info"], rows)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the JSON of these benchmarks: {error!r} is missing") from error
+
+    def groups(self, suite: str) -> dict[str, list[Row]]:
+        """Rows of a suite by problem, in order."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.suite == suite:
+                found.setdefault(row.group, []).append(row)
+        return found
+
+
+def about(run: Run) -> str:
+    """Device, versions, date."""
+    m = run.machine
+    cuda = f", CUDA {m['cuda']}" if m.get("cuda") else f", {m['threads']} threads, {m['instruction set']}"
+    rate = f"copies {m['bytes per second'] / 1e9:.1f} GB/s"
+    return (
+        f"{m['device']}{cuda}; torch {m['torch']}, Python {m['python']}, sst-fast {m['sst-fast']}, {m['date']}; {rate}"
+    )
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(rows: list[Row], limit: str) -> list[str]:
+    """Markdown: time with spread, ratio to the limit, ratio to ours, memory, error."""
+    bound = next((row.median for row in rows if row.provider == limit), None)
+    mine = min((row.median for row in rows if row.is_ours), default=None)
+    lines = [
+        f"| | ms (± half the quartiles) | / {limit} | / ours | extra MiB | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row.median):
+        cells = [
+            row.provider,
+            f"{milliseconds(row.median)} ± {milliseconds(row.spread)}",
+            f"{row.median / bound:.2f}" if bound else "",
+            f"{row.median / mine:.2f}" if mine else "",
+            "" if row.extra_mib is None else f"{row.extra_mib:.1f}",
+            "" if row.error is None else f"{row.error:.0e}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def step_table(rows: list[Row]) -> list[str]:
+    """Parts of a step, and what is neither networks nor loss kernel: in pairs of the same round, so that drift cancels."""
+    by = {row.provider: row for row in rows}
+    whole = by["whole step"].median
+    lines = ["| part | ms | share of the step |", "|---|---|---|"]
+    lines += [f"| {r.provider} | {milliseconds(r.median)} | {100 * r.median / whole:.1f} % |" for r in rows]
+    parts = zip(by["whole step"].data, by["networks"].data, by["loss kernel"].data, strict=True)
+    rest = statistics.median(w - n - k for w, n, k in parts)
+    lines.append(f"| neither networks nor loss kernel | {milliseconds(rest)} | {100 * rest / whole:.1f} % |")
+    return lines
+
+
+def markdown(run: Run) -> str:
+    """The whole report."""
+    lines = ["# Results", "", f"{about(run)}.", ""]
+    titles = {"loss": (BARE, "Loss"), "queue": ("copy of the bytes", "Queue and gallery update")}
+    for suite, (limit, title) in titles.items():
+        groups = run.groups(suite)
+        lines += [f"## {title}", ""] if groups else []
+        for group, rows in groups.items():
+            lines += [f"### {group}", "", *table(rows, limit), ""]
+    groups = run.groups("step")
+    lines += ["## Training step", ""] if groups else []
+    for group, rows in groups.items():
+        lines += [f"### {group}", "", *step_table(rows), ""]
+    for _, rows in run.groups("scaling").items():
+        lines += ["## Several processes", "", "| processes | queue | ms | identities/s |", "|---|---|---|---|"]
+        for row in rows:
+            world, batch = row.problem["world"], row.problem["batch"]
+            lines.append(
+                f"| {world} | {row.provider} | {milliseconds(row.median)} | {world * batch / row.median:.0f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def compare(new: Run, old: Run) -> tuple[list[str], bool]:
+    """Rows of both runs, and whether anything became slower beyond the noise.
+
+    A change counts if it is over 5 % and over three times the spread of both medians together. The bare products of the same
+    problem say how fast the machine was: the ratio to them is what is compared, where there is one.
+    """
+
+    def relative(run: Run) -> dict[tuple[str, str], tuple[float, float]]:
+        found = {}
+        for suite, limit in (("loss", BARE), ("queue", "copy of the bytes"), ("step", "networks"), ("scaling", "")):
+            for group, rows in run.groups(suite).items():
+                bound = next((row for row in rows if row.provider == limit), None)
+                for row in rows:
+                    key = f"{group} w{row.problem['world']}" if suite == "scaling" else group
+                    noise = row.spread / row.median / len(row.data) ** 0.5
+                    if bound is None:
+                        found[key, row.provider] = row.median, noise
+                    elif row is not bound:
+                        found[key, row.provider] = (
+                            row.median / bound.median, noise + bound.spread / bound.median / len(bound.data) ** 0.5
+                        )  # fmt: skip
+        return found
+
+    before, after = relative(old), relative(new)
+    lines = [
+        f"new: {about(new)}",
+        f"old: {about(old)}",
+        "",
+        "| problem | contender | new / old | |",
+        "|---|---|---|---|",
+    ]
+    regressed = False
+    for key in after.keys() & before.keys():
+        ratio = after[key][0] / before[key][0]
+        noise = max(0.05, 3 * (after[key][1] + before[key][1]))
+        if abs(ratio - 1) <= noise:
+            continue
+        slower = ratio > 1 and key[1].startswith(OURS)
+        regressed |= slower
+        verdict = "REGRESSION" if slower else "slower" if ratio > 1 else "faster"
+        lines.append(f"| {key[0]} | {key[1]} | {ratio:.2f} | {verdict} |")
+    lines[5:] = sorted(lines[5:])
+    return lines, regressed
+
+
+# --- plots ---------------------------------------------------------------------------------------------------------------
+
+
+def plots(run: Run) -> dict[str, Figure]:
+    """By name; those for which the run has at least two points."""
+    colours: dict[str, str] = {}
+    for row in run.rows:
+        if row.suite == "loss" and row.provider != BARE:
+            colours.setdefault(row.provider, COLOURS[len(colours) % len(COLOURS)])
+    made = {
+        "time_over_k": _over(run, "k", lambda r: 1e3 * r.median, "milliseconds", "queue slots K", colours),
+        "time_over_n": _over(run, "n", lambda r: 1e3 * r.median, "milliseconds", "probes N", colours),
+        "memory_over_k": _over(run, "k", lambda r: r.extra_mib, "extra MiB at the peak", "queue slots K", colours),
+        "roofline": _roofline(run, colours),
+    }
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def _series(rows: Iterable[Row], axis: str) -> dict[tuple[str, ...], list[Row]]:
+    """Rows that differ in ``axis`` alone, by what they have in common."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        rest = tuple(f"{k}={v}" for k, v in sorted(row.problem.items()) if k != axis)
+        found.setdefault(rest, []).append(row)
+    return found
+
+
+def _over(
+    run: Run, axis: str, value: Callable[[Row], float | None], ylabel: str, xlabel: str, colours: dict[str, str]
+) -> Figure | None:
+    """One panel per dtype, of Semi-Siamese Training's loss with gradient: the line with most points."""
+    loss = [r for r in run.rows if r.suite == "loss" and r.problem["sst"] and r.problem["task"] == "gradient"]
+    panels = []
+    for dtype in ("float32", "bfloat16"):
+        series = _series((r for r in loss if r.problem["dtype"] == dtype and not r.problem["threads"]), axis)
+        longest = max(series.values(), key=lambda rows: len({r.problem[axis] for r in rows}), default=[])
+        if len({r.problem[axis] for r in longest}) > 1:
+            panels.append((dtype, longest))
+    if not panels:
+        return None
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for axes, (dtype, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for provider in dict.fromkeys(r.provider for r in rows):
+            points = sorted(
+                (r.problem[axis], value(r)) for r in rows if r.provider == provider and value(r) is not None
+            )
+            if points:
+                limit = provider == BARE
+                axes.plot(
+                    *zip(*points, strict=True), label=provider, linewidth=1.2 if limit else 1.8, marker="" if limit else "o",
+                    markersize=3.5, linestyle="--" if limit else "-", color="black" if limit else colours[provider],
+                    zorder=3 if provider.startswith(OURS) else 2,
+                )  # fmt: skip
+        _log(axes, sorted({r.problem[axis] for r in rows}))
+        fixed = rows[0].problem
+        given = ", ".join(f"{name.upper()} = {fixed[name]:,}" for name in ("n", "k", "d") if name != axis)
+        axes.set_title(f"{dtype}, {fixed['margin']}, {given}", loc="left", fontsize=9)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+    _legend(figure)
+    return figure
+
+
+def _roofline(run: Run, colours: dict[str, str]) -> Figure | None:
+    """Operations that the task needs per second over operations per byte that must move; roofs: the fastest bare products of
+    the run and the copy's bandwidth."""
+    rows = [r for r in run.rows if r.suite == "loss" and r.problem["sst"] and not r.problem["threads"]]
+    if not rows:
+        return None
+    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    sides = {"float32": 4, "bfloat16": 2}
+    for axes, (dtype, size) in zip(figure.subplots(1, 2), sides.items(), strict=True):
+        points: dict[str, list[tuple[float, float]]] = {}
+        for r in (r for r in rows if r.problem["dtype"] == dtype):
+            n, k, d = (r.problem[name] for name in ("n", "k", "d"))
+            products = {"forward": 1, "gradient": 2, "prototypes": 4}[r.problem["task"]]
+            work, moved = 2 * products * n * k * d, size * d * (n + k) * max(1, products // 2)
+            points.setdefault(r.provider, []).append((work / moved, work / r.median / 1e9))
+        if not points:
+            continue
+        roof = max((rate for _, rate in points.get(BARE, [(0, 1.0)])))
+        slope = run.machine["bytes per second"] / 1e9
+        span = [min(x for p in points.values() for x, _ in p) / 2, max(x for p in points.values() for x, _ in p) * 2]
+        knee = min(max(roof / slope, span[0]), span[1])
+        axes.plot(
+            [span[0], knee, span[1]],
+            [slope * span[0], slope * knee, roof],
+            color="black",
+            linewidth=1,
+            linestyle="--",
+            label="roofs",
+        )
+        for provider, found in points.items():
+            if provider != BARE:
+                axes.scatter(
+                    *zip(*found, strict=True), s=16, color=colours[provider], label=provider, alpha=0.85, linewidths=0
+                )
+        axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="useful GFLOP/s")
+        axes.set_title(dtype, loc="left", fontsize=9)
+        _quiet(axes)
+    _legend(figure)
+    return figure
+
+
+def _log(axes: Axes, ticks: list[int]) -> None:
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{int(x):,}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    _quiet(axes)
+
+
+def _quiet(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=8)
+
+
+def _legend(figure: Figure) -> None:
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, help="folder for report.md and the plots")
+    parser.add_argument("--compare", type=Path, help="an earlier run")
+    options = parser.parse_args(arguments)
+    run = Run.read(options.run)
+    if options.compare:
+        lines, regressed = compare(run, Run.read(options.compare))
+        print("\n".join(lines))
+        return int(regressed)
+    text = markdown(run)
+    if options.out is None:
+        print(text)
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "report.md").write_text(text)
+    for name, figure in plots(run).items():
+        for suffix in ("svg", "png"):
+            figure.savefig(options.out / f"{name}.{suffix}", dpi=130)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

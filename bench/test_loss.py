@@ -1,0 +1,135 @@
+"""The loss: every provider that can compute a problem, taking turns with the bare products that limit it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import problems, providers, timing
+from bench.problems import Problem
+from bench.timing import REPLAY
+
+pytestmark = pytest.mark.benchmark(timer=REPLAY, disable_gc=False)
+BARE = "bare products"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A provider's turn at a problem."""
+
+    problem: Problem
+    provider: str
+
+    def __str__(self) -> str:
+        return f"{self.problem}-{self.provider}"
+
+
+def chosen(size: str, device: torch.device) -> list[Problem]:
+    """Around one centre, one axis at a time, in both dtypes."""
+    if size == "smoke":
+        centre = Problem(8, 64, 32)
+        plain = replace(centre, sst=False)
+        return [
+            centre, replace(centre, dtype="bfloat16", margin="arc"), replace(plain, margin="softmax"),
+            replace(plain, task="prototypes"), replace(plain, task="forward"),
+        ]  # fmt: skip
+    gpu = device.type == "cuda"
+    centre = Problem(1024 if gpu else 256, 16384)
+    axes: dict[str, list[Any]] = {
+        "n": [2, 32, 256, 1024], "k": [1024, 16384, 131072], "d": [128, 512, 1024],
+        "margin": ["am", "arc", "softmax"], "task": ["forward", "gradient", "prototypes"],
+    }  # fmt: skip
+    if size == "full" or gpu:
+        axes["n"] += [4096]
+        axes["k"] += [1048576]
+    if not gpu:
+        most = torch.get_num_threads()
+        axes["threads"] = [t for t in (2**i for i in range(10)) if t < most]
+    found: dict[Problem, None] = {}
+    for dtype in ("float32", "bfloat16"):
+        for sst in (True, False):
+            middle = replace(centre, dtype=dtype, sst=sst)
+            for name, values in axes.items():
+                if sst or name in ("margin", "task"):
+                    found |= dict.fromkeys(replace(middle, **{name: value}) for value in values)
+        # The plain softmax, which most libraries can compute, also over n.
+        middle = replace(centre, dtype=dtype, sst=False, margin="softmax")
+        found |= dict.fromkeys(replace(middle, n=n) for n in axes["n"][2:])
+        found |= dict.fromkeys(replace(middle, task=task) for task in axes["task"])
+        found |= dict.fromkeys(replace(centre, dtype=dtype, n=1024, task=task) for task in axes["task"])
+    return list(found)
+
+
+def cases(size: str, device: torch.device) -> list[Case]:
+    """Each problem with each provider; those that cannot compute it are left out where the reason is the problem itself."""
+    names = [BARE, *(provider.name for provider in providers.PROVIDERS)]
+    return [Case(problem, name) for problem in chosen(size, device) for name in names]
+
+
+@dataclass
+class Result:
+    """What a problem's contenders took, why others did not take part, and what was wrong with whose result."""
+
+    times: dict[str, list[float]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=1)
+def measure(problem: Problem, device: torch.device, seconds: float, memory: bool) -> Result:
+    """Compares results, then times all that are right."""
+    result = Result()
+    able = []
+    for provider in providers.PROVIDERS:
+        reason = provider.why_not(problem, device)
+        if reason:
+            result.absent[provider.name] = reason
+        else:
+            able.append(provider)
+    threads = torch.get_num_threads()
+    if problem.threads:
+        torch.set_num_threads(problem.threads)
+    try:
+        few = problems.small(problem)
+        inputs = problems.make(few, device)
+        wanted = problems.expected(few, inputs)
+        for provider in list(able):
+            try:
+                result.error[provider.name] = problems.compare(few, provider.make(few, inputs)(), wanted)
+            except AssertionError as error:
+                result.wrong[provider.name] = str(error)
+                able.remove(provider)
+        inputs = problems.make(problem, device)
+        several = [inputs] + [
+            problems.make(problem, device, seed) for seed in range(1, timing.copies([inputs.x_low, inputs.w_low]))
+        ]
+        calls: dict[str, list[Any]] = {BARE: [providers.bare(problem, each) for each in several]}
+        calls |= {provider.name: [provider.make(problem, each) for each in several] for provider in able}
+        result.times = timing.race(calls, device, seconds)
+        if memory:
+            result.memory = timing.peak_memory(problem, [provider.name for provider in able], device)
+    finally:
+        torch.set_num_threads(threads)
+    return result
+
+
+def test_loss(replay, device, case, pytestconfig):
+    size = pytestconfig.getoption("--size")
+    memory = size != "smoke" and not pytestconfig.getoption("--no-memory")
+    seconds = 0.0 if size == "smoke" else pytestconfig.getoption("--seconds")
+    result = measure(case.problem, device, seconds, memory)
+    if case.provider in result.absent:
+        pytest.skip(result.absent[case.provider])
+    if case.provider in result.wrong:
+        pytest.fail(f"{case.provider}: {result.wrong[case.provider]}")
+    replay(
+        result.times[case.provider], str(case.problem), suite="loss", provider=case.provider,
+        problem=vars(case.problem), extra_mib=result.memory.get(case.provider),
+        error=result.error.get(case.provider),
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""A whole training step, and what it is made of: the networks, the loss kernel, and what the method adds to them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import sst_fast
+from bench import timing
+from bench.timing import REPLAY
+from sst_fast import backbones
+from sst_fast.functional import margin_softmax
+
+pytestmark = pytest.mark.benchmark(timer=REPLAY, disable_gc=False)
+PARTS = ("whole step", "networks", "loss kernel", "enqueue", "gallery update")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A part of the step of one backbone at B identities, queue of K."""
+
+    backbone: str
+    batch: int
+    size: int
+    queue: int
+    part: str
+
+    def __str__(self) -> str:
+        return f"{self.backbone}-b{self.batch}-k{self.queue}-{self.part}"
+
+
+def cases(size: str, device: torch.device) -> list[Case]:
+    """MobileFaceNet as in the paper; ResNet-50 where timm is installed."""
+    if size == "smoke":
+        found = [("mobilefacenet", 2, 32, 64)]
+    elif device.type == "cuda":
+        found = [(b, 128, 112, 16384) for b in ("mobilefacenet", "timm:resnet50")]
+    else:
+        found = [("mobilefacenet", 32, 112, 16384), ("timm:resnet50", 8, 112, 16384)]
+    return [Case(*each, part) for each in found for part in PARTS]
+
+
+@functools.lru_cache(maxsize=1)
+def measure(
+    backbone: str, batch: int, size: int, queue: int, device: torch.device, seconds: float
+) -> dict[str, list[float]]:
+    dim = 512
+    slots = sst_fast.GalleryQueue(queue, dim)
+    slots.enqueue(torch.randn(queue, dim), torch.arange(queue))
+    criterion = sst_fast.SemiSiameseLoss(slots)
+    model = sst_fast.SemiSiamese(backbones.build(backbone, dim, size), criterion).to(device).train()
+    optimizer = torch.optim.SGD(model.probe.parameters(), 1e-4, momentum=0.9, weight_decay=5e-4)
+    a, b = (torch.randn(batch, 3, size, size, device=device) for _ in range(2))
+    identity = torch.arange(queue, queue + batch, device=device)
+
+    def networks_alone() -> None:
+        """Both networks' forward passes, the probe network's backward pass, the optimizer."""
+        probes = [model.probe(a), model.probe(b)]
+        with torch.no_grad():
+            model.gallery(a), model.gallery(b)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(probes, [torch.ones_like(p) / p.numel() for p in probes])
+        optimizer.step()
+
+    def whole() -> None:
+        loss = model(a, b, identity)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        model.update_gallery()
+
+    embedding = torch.randn(2 * batch, dim, device=device, requires_grad=True)
+    features = torch.randn(2, batch, dim, device=device)
+    window = slots.window(features, identity)
+
+    def loss_kernel() -> None:
+        margin_softmax(
+            embedding, slots.features, window.slots.repeat(2), window=window, identity=identity.repeat(2),
+            slot_identity=slots.identities, scale=30.0,
+        ).backward()  # fmt: skip
+        embedding.grad = None
+
+    parts: dict[str, Callable[[], object]] = {
+        "whole step": whole, "networks": networks_alone, "loss kernel": loss_kernel,
+        "enqueue": functools.partial(slots.enqueue, features[0], identity), "gallery update": model.update_gallery,
+    }  # fmt: skip
+    return timing.race({name: [call] for name, call in parts.items()}, device, 5 * seconds, 3 if seconds == 0 else 7)
+
+
+def test_step(replay, device, case, pytestconfig):
+    if case.backbone.startswith("timm:"):
+        pytest.importorskip("timm", exc_type=ImportError)
+    seconds = 0.0 if pytestconfig.getoption("--size") == "smoke" else pytestconfig.getoption("--seconds")
+    times = measure(case.backbone, case.batch, case.size, case.queue, device, seconds)
+    replay(
+        times[case.part], f"step-{case.backbone}-b{case.batch}", suite="step", provider=case.part,
+        problem={"backbone": case.backbone, "batch": case.batch, "k": case.queue},
+    )  # fmt: skip

@@ -1,0 +1,159 @@
+"""How time and memory are taken. See docs/benchmarks.md for the reasons."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+
+
+def race(
+    contenders: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, least: int = 5
+) -> dict[str, list[float]]:
+    """Seconds of every call; contenders take turns, each round in another order, for about so long.
+
+    Each contender is a list of calls on different copies of the inputs, used in rotation, so that on a GPU nothing is found in
+    the cache. On CUDA the time is that between two events in the stream, elsewhere the clock's. The first two rounds warm up.
+    """
+    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    cuda = device.type == "cuda"
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        begin, number = time.perf_counter(), 0
+        while number < least + 2 or time.perf_counter() - begin < seconds:
+            turn = number % len(names)
+            measured = []
+            for name in names[turn:] + names[:turn]:
+                call = contenders[name][number % len(contenders[name])]
+                if cuda:
+                    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                    events[0].record()
+                    call()
+                    events[1].record()
+                    measured.append((name, events))
+                else:
+                    start = time.perf_counter()
+                    call()
+                    times[name].append(time.perf_counter() - start)
+            if cuda:
+                torch.cuda.synchronize()
+                for name, (first, last) in measured:
+                    times[name].append(first.elapsed_time(last) / 1e3)
+            number += 1
+            if number == 2:
+                begin = time.perf_counter()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: values[2:] for name, values in times.items()}
+
+
+def copies(tensors: Sequence[torch.Tensor]) -> int:
+    """So many copies of the inputs exceed twice the GPU's second-level cache; 1 on the CPU."""
+    if tensors[0].device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(tensors[0].device).L2_cache_size
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    return max(1, -(-2 * cache // size))
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy of 256 MiB, read and written, best of ten."""
+    a = torch.empty(2**26, device=device)
+    b = torch.empty_like(a)
+    a.zero_(), b.zero_()
+    best = min(race({"copy": [lambda: b.copy_(a)]}, device, 0.0, 10)["copy"])
+    return 2 * a.numel() * a.element_size() / best
+
+
+class Replay:
+    """A clock for pytest-benchmark that replays durations: they were measured before, all contenders taking turns, which
+    its own loop over one function cannot do."""
+
+    def __init__(self) -> None:
+        self.now, self.started = 0.0, False
+        self.durations: list[float] = []
+
+    def load(self, durations: Sequence[float]) -> None:
+        """What the next calls will be."""
+        self.durations, self.started = list(reversed(durations)), False
+
+    def __call__(self) -> float:
+        if self.started:
+            self.now += self.durations.pop()
+        self.started = not self.started
+        return self.now
+
+
+REPLAY = Replay()
+
+
+def peak_memory(problem: Any, names: list[str], device: torch.device) -> dict[str, float]:
+    """MiB that each provider needs at its peak beyond what is there before it runs, its gradients included.
+
+    CUDA: by the allocator's statistics. CPU: peak resident size in one fresh process, reset before each provider, with a C
+    allocator that gives everything back at once.
+    """
+    if device.type == "cuda":
+        return _peaks(problem, names, device)
+    quiet = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.timing", json.dumps([asdict(problem), names])],
+        capture_output=True, text=True, env=os.environ | quiet,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"memory of {problem}: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _peaks(problem: Any, names: list[str], device: torch.device) -> dict[str, float]:
+    from bench import problems, providers
+
+    inputs = problems.make(problem, device)
+    warm = problems.make(problems.small(problem, 16), device)
+    peaks = {}
+    for provider in providers.PROVIDERS:
+        if provider.name not in names:
+            continue
+        provider.make(problems.small(problem, 16), warm)()  # what libraries set up once
+        run = provider.make(problem, inputs)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            torch.cuda.synchronize()
+            peaks[provider.name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        else:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+            before = _high_water()
+            run()
+            peaks[provider.name] = (_high_water() - before) / 1024
+    return peaks
+
+
+def _high_water() -> int:
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith("VmHWM")).split()[1])
+
+
+if __name__ == "__main__":
+    from bench.problems import Problem
+
+    settings, chosen = json.loads(sys.argv[1])
+    print(json.dumps(_peaks(Problem(**settings), chosen, torch.device("cpu"))))
