@@ -174,6 +174,32 @@ def markdown(run: Run) -> str:
     return "\n".join(lines)
 
 
+def summary(run: Run) -> str:
+    """The short table of the README: Semi-Siamese Training's loss, ours beside limit, eager and compiled code."""
+    others = (BARE, "eager", "torch.compile")
+    lines = [
+        f"{about(run)}.",
+        "",
+        "| dtype, N, K | task | ours | " + " | ".join(others) + " |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rows in run.groups("loss").values():
+        p = rows[0].problem
+        mine = min((row.median for row in rows if row.is_ours), default=None)
+        if mine is None or not p["sst"] or p["margin"] != "am" or p["d"] != 512 or p["threads"] or p["n"] < 256:
+            continue
+        cells = []
+        for name in others:
+            found = next((row.median for row in rows if row.provider == name), None)
+            cells.append("" if found is None else f"{milliseconds(found)} ({found / mine:.2f})")
+        lines.append(
+            f"| {p['dtype']}, {p['n']:,}, {p['k']:,} | {p['task']} | **{milliseconds(mine)}** | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
 def compare(new: Run, old: Run) -> tuple[list[str], bool]:
     """Rows of both runs, and whether anything became slower beyond the noise.
 
@@ -350,6 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, help="folder for report.md and the plots")
+    parser.add_argument("--summary", action="store_true", help="the README's short table instead")
     parser.add_argument("--compare", type=Path, help="an earlier run")
     options = parser.parse_args(arguments)
     run = Run.read(options.run)
@@ -357,8 +384,8 @@ def main(arguments: list[str] | None = None) -> int:
         lines, regressed = compare(run, Run.read(options.compare))
         print("\n".join(lines))
         return int(regressed)
-    text = markdown(run)
-    if options.out is None:
+    text = summary(run) if options.summary else markdown(run)
+    if options.out is None or options.summary:
         print(text)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)

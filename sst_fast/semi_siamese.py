@@ -63,6 +63,7 @@ class SemiSiamese(nn.Module):
         self.shuffle = shuffle
         self.batchnorm = batchnorm
         self.updates = 0
+        self.turn = 0  # a number of its own: torch.compile guards on its value, which comes again
         self.probe = backbone
         copies = [copy.deepcopy(backbone).requires_grad_(False) for _ in range(galleries)]
         self.galleries = nn.ModuleList(copies)
@@ -76,7 +77,7 @@ class SemiSiamese(nn.Module):
     @property
     def gallery(self) -> nn.Module:
         """The gallery network whose turn it is."""
-        return self.galleries[self.updates % len(self.galleries)]
+        return self.galleries[self.turn]
 
     def train(self, mode: bool = True) -> SemiSiamese:
         """As ``nn.Module.train``; of the gallery networks only BatchNorm layers ever train, and only their 'own' ones."""
@@ -127,6 +128,7 @@ class SemiSiamese(nn.Module):
                 else:
                     mine.copy_(theirs)
         self.updates += 1
+        self.turn = self.updates % len(self.galleries)
 
     def get_extra_state(self) -> dict[str, int]:
         """The number of updates."""
@@ -135,6 +137,7 @@ class SemiSiamese(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Restores :meth:`get_extra_state`."""
         self.updates = int(state["updates"])
+        self.turn = self.updates % len(self.galleries)
 
     def _begin_gallery(self, image: Tensor) -> Callable[[], Callable[[], Tensor]]:
         """Shuffle, gallery network, unshuffle in three parts: begin the first; do the second; end the third."""

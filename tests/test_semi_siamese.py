@@ -196,6 +196,20 @@ def test_works_under_autocast_with_accumulated_gradients(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_compiled_model_is_compiled_once():
+    """No step's number finds its way into the guards; several gallery networks take a compilation each."""
+    torch.compiler.reset()
+    for galleries in (1, 2):
+        model = SemiSiamese(backbone(), criterion(), galleries=galleries)
+        run = torch.compile(model, fullgraph=True)
+        for step in range(12):
+            images, ids = torch.randn(2, 4, 12), torch.arange(4) + 4 * step
+            with torch._dynamo.config.patch(error_on_recompile=step >= 2 * galleries):
+                run(*images, ids).backward()
+            model.update_gallery()
+
+
 def test_a_whole_step_compiles():
     """The step under torch.compile ends where the eager one does."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from sst_fast import backbones, data, training, verification
 from sst_fast.cli import main
+from sst_fast.config import Config
 from tests.runs import config
 
 
@@ -202,3 +204,22 @@ def test_perfect_and_random_embeddings():
 def test_a_diverged_network_is_named():
     with pytest.raises(ValueError, match="embeddings are not finite: the network has diverged"):
         verification.effective_rank(torch.full((4, 3), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("file", "epochs", "steps"), [("first_release", 100, (48, 72, 90)), ("facex_zoo", 250, (150, 200, 230))]
+)
+def test_recipes_are_the_authors(file, epochs, steps):
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Config)
+    path = Path(__file__).parent.parent / "examples" / f"{file}.yaml"
+    values = parser.instantiate_classes(parser.parse_args(["--config", str(path)]))
+    recipe = Config(**{name: value for name, value in vars(values).items() if name != "config"})
+    assert recipe.epochs == epochs
+    recipe.check(72778)
+    for i, step in enumerate(steps):
+        assert recipe.lr_factor(step - 1) == pytest.approx(0.1**i)
+        assert recipe.lr_factor(step) == pytest.approx(0.1 ** (i + 1))

@@ -1,0 +1,197 @@
+"""What only a GPU can show: CUDA queue and compiled Triton kernels against the references, no waiting, graph capture."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import MARGINS, make
+
+from sst_fast import AMSoftmax, GalleryQueue, SemiSiamese, SemiSiameseLoss, Window
+from sst_fast.functional import margin_softmax
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@contextmanager
+def no_waiting():
+    """RuntimeError if anything waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(problem):
+    """The same problem on the device."""
+    moved = {name: value.cuda() for name, value in vars(problem).items() if isinstance(value, torch.Tensor)}
+    window = problem.window and Window(**{name: value.cuda() for name, value in vars(problem.window).items()})
+    return replace(problem, **moved, window=window)
+
+
+def loss_of(problem, backend, **options):
+    x = problem.embedding.detach().requires_grad_()
+    w = problem.prototypes.detach()
+    loss = margin_softmax(x, w, problem.target, reduction="none", backend=backend, **problem.arguments(), **options)
+    factors = torch.linspace(-1, 2, len(x), dtype=loss.dtype, device=loss.device)
+    return loss.detach(), torch.autograd.grad(loss @ factors, x)[0]
+
+
+def agree(problem, tolerance, **options):
+    """The kernel on the GPU with the float64 reference on the CPU."""
+    loss, gradient = (t.cpu().double() for t in loss_of(on_gpu(problem), "triton", **options))
+    expected, exact = loss_of(problem.to(torch.float64), "reference", **options)
+    assert (loss - expected).abs().max() <= tolerance * max(1, expected.abs().max().item())
+    assert (gradient - exact).norm() <= 3 * tolerance * max(exact.norm().item(), 0.05)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dim", [3, 64, 512])
+def test_queue_equals_the_reference_and_never_waits(dtype, dim):
+    queues = [GalleryQueue(50, dim, dtype, device="cuda", backend=backend) for backend in ("cuda", "reference")]
+    number = 0
+    for count in (7, 50, 13, 1, 49, 20):
+        batch, ids = torch.randn(count, dim, device="cuda"), torch.arange(number, number + count, device="cuda")
+        number += count
+        with no_waiting():
+            queues[0].enqueue(batch, ids)
+            queues[0].window(batch, ids)
+            queues[0].contains(ids)
+            queues[0].age()
+        queues[1].enqueue(batch, ids)
+        gone = [queue.dequeue(5) for queue in queues]
+        assert torch.equal(*gone)
+        assert torch.equal(*(queue.identities for queue in queues))
+        assert torch.equal(*(queue.state[:2] for queue in queues))
+        a, b = (queue.features.float() for queue in queues)
+        assert (a - b).abs().max() <= torch.finfo(dtype).eps
+
+
+def test_queue_small_rows_of_every_batch_dtype():
+    for dtype in DTYPES:
+        queue = GalleryQueue(9, 40, device="cuda")
+        batch = torch.randn(4, 40, device="cuda").to(dtype)
+        queue.enqueue(batch, torch.arange(4, device="cuda"))
+        assert torch.allclose(queue.features[:4], F.normalize(batch.float()), atol=1e-6)
+
+
+def test_queue_moves_on_in_a_replayed_graph():
+    queue = GalleryQueue(10, 16, device="cuda")
+    batch, ids = torch.randn(4, 16, device="cuda"), torch.arange(4, device="cuda")
+    queue.enqueue(batch, ids)  # loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        queue.enqueue(batch, ids)
+    queue.clear()
+    for step in range(4):
+        ids.copy_(torch.arange(4 * step, 4 * step + 4, device="cuda"))
+        graph.replay()
+    assert queue.state[:2].tolist() == [6, 10]
+    assert queue.identities.tolist() == [10, 11, 12, 13, 14, 15, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+@pytest.mark.parametrize("dim", [64, 512])
+def test_every_margin(margin, dim):
+    torch.set_float32_matmul_precision("highest")
+    agree(make(33, 700, dim, start=600, identities=90, empty=0.1).to(torch.float32), 1e-5, margin=margin, scale=30.0)
+
+
+@pytest.mark.parametrize("dim", [48, 128, 256, 512, 1024])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 5000), (130, 77), (64, 4096)])
+def test_sizes_and_half_precision(n, k, dim):
+    torch.set_float32_matmul_precision("highest")
+    problem = make(n, k, dim, identities=2 * k)
+    agree(problem.to(torch.float32), 1e-5)
+    agree(problem.to(torch.bfloat16), 2e-2, scale=16.0)
+    agree(problem.to(torch.float16), 5e-3, scale=16.0)
+    agree(problem.to(torch.float32, torch.bfloat16), 2e-2, scale=16.0)
+    if torch.cuda.get_device_capability() >= (9, 0):
+        agree(problem.to(torch.float32, torch.float8_e4m3fn), 4e-2, scale=16.0, normalize_prototypes=True)
+
+
+@pytest.mark.parametrize("scale", [1.0, 64.0, 256.0])
+def test_scales(scale):
+    torch.set_float32_matmul_precision("highest")
+    agree(make(40, 3000, 512, start=2990).to(torch.float32), 2e-5, scale=scale)
+
+
+def test_loss_neither_waits_nor_varies_and_can_be_captured():
+    problem = on_gpu(make(64, 4096, 512, start=4000, identities=300).to(torch.bfloat16))
+    first = loss_of(problem, "triton")
+    with no_waiting():
+        again = loss_of(problem, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    x = problem.embedding.detach().requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            margin_softmax(x, problem.prototypes, problem.target, **problem.arguments()).backward()
+            x.grad = None
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = margin_softmax(x, problem.prototypes, problem.target, **problem.arguments())
+        loss.backward()
+    for seed in range(2):
+        other = make(64, 4096, 512, start=4000, identities=300, seed=seed).to(torch.bfloat16).embedding.cuda()
+        with torch.no_grad():
+            x.copy_(other)
+        graph.replay()
+        leaf = other.clone().requires_grad_()
+        expected = margin_softmax(leaf, problem.prototypes, problem.target, **problem.arguments())
+        expected.backward()
+        assert torch.equal(loss, expected)
+        assert torch.equal(x.grad, leaf.grad)
+
+
+def test_no_logits_are_kept():
+    x = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w = F.normalize(torch.randn(131072, 512, device="cuda")).bfloat16()
+    y = torch.arange(1024, device="cuda")
+    margin_softmax(x, w, y).backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    margin_softmax(x, w, y).backward()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20  # the logits alone would take 512 MiB in float32
+
+
+def test_trainable_prototypes():
+    torch.set_float32_matmul_precision("highest")
+    problem = make(50, 900, 128).to(torch.float32)
+    results = []
+    for p, backend in ((on_gpu(problem), "triton"), (problem.to(torch.float64), "reference")):
+        w = (1.5 * p.prototypes).requires_grad_()
+        margin_softmax(p.embedding, w, p.target, backend=backend, normalize_prototypes=True).backward()
+        results.append(w.grad.cpu().double())
+    assert (results[0] - results[1]).norm() <= 3e-5 * results[1].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_of_training_under_autocast(dtype, compiled):
+    torch.manual_seed(0)
+    criterion = SemiSiameseLoss(GalleryQueue(64, 32, torch.bfloat16), AMSoftmax(0.35))
+    model = SemiSiamese(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 32)), criterion, 0.9).cuda()
+    run = torch.compile(model, fullgraph=True) if compiled else model
+    optimizer = torch.optim.SGD(model.probe.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    losses = []
+    everyone = torch.randn(4, 8, 3, 4, 4, device="cuda")
+    for step in range(60):
+        ids, images = torch.arange(8, device="cuda") + 8 * (step % 4), everyone[step % 4]
+        with torch.autocast("cuda", dtype):
+            loss = run(images + torch.randn_like(images), images + torch.randn_like(images), ids)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.update_gallery()
+        losses.append(loss.item())
+    assert all(map(torch.isfinite, torch.tensor(losses)))
+    assert sum(losses[-8:]) < sum(losses[8:16])
