@@ -1,6 +1,26 @@
 #include <torch/extension.h>
+#include <torch/library.h>
 
 #include "ops.h"
+
+// The queue for C++ programs, through PyTorch's dispatcher: no Python needed, arguments as sst_fast/queue.py checks
+// them.
+TORCH_LIBRARY(sst_fast_native, m) {
+  m.def(
+      "enqueue(Tensor features, Tensor identities, Tensor(a!) queue, Tensor(b!) queue_identities, Tensor(c!) state) "
+      "-> ()");
+  m.def("dequeue(int count, Tensor(a!) queue_identities, Tensor(b!) state) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(sst_fast_native, CPU, m) {
+  m.impl("enqueue", &sst_fast::cpu::enqueue);
+  m.impl("dequeue", &sst_fast::cpu::dequeue);
+}
+#ifdef SST_FAST_CUDA
+TORCH_LIBRARY_IMPL(sst_fast_native, CUDA, m) {
+  m.impl("enqueue", &sst_fast::cuda::enqueue);
+  m.impl("dequeue", &sst_fast::cuda::dequeue);
+}
+#endif
 
 PYBIND11_MODULE(_C, m) {
   using namespace sst_fast;
@@ -9,8 +29,6 @@ PYBIND11_MODULE(_C, m) {
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   m.def("cpu_margin_softmax", &cpu::margin_softmax, free_gil);
   m.def("cpu_prototype_gradient", &cpu::prototype_gradient, free_gil);
-  m.def("cpu_enqueue", &cpu::enqueue, free_gil);
-  m.def("cpu_dequeue", &cpu::dequeue, free_gil);
   m.def("instruction_set", &cpu::instruction_set);
   // The formulas of margin.h alone, for tests: (psi, psi', phi, phi') at a target cosine a and another cosine c.
   m.def("margin", [](int64_t kind, const std::vector<double>& parameters, double a, double c, double hard_mean) {
@@ -25,8 +43,6 @@ PYBIND11_MODULE(_C, m) {
     return std::tuple(psi.value, psi.slope, phi.first, phi.second);
   });
 #ifdef SST_FAST_CUDA
-  m.def("cuda_enqueue", &cuda::enqueue, free_gil);
-  m.def("cuda_dequeue", &cuda::dequeue, free_gil);
   m.attr("cuda") = SST_FAST_CUDA;
 #else
   m.attr("cuda") = py::none();

@@ -116,3 +116,16 @@ def test_compiles_without_graph_breaks():
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(GalleryQueue(7, 4))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
+def test_native_operators_serve_cpp_programs():
+    """Registered in C++, found by schema through the dispatcher, as a C++ program finds them."""
+    features, ids = torch.randn(3, 4), torch.arange(3)
+    queue, held, state = torch.zeros(5, 4), torch.full((5,), -1), torch.zeros(3, dtype=torch.int64)
+    torch.ops.sst_fast_native.enqueue(features, ids, queue, held, state)
+    assert held.tolist() == [0, 1, 2, -1, -1]
+    assert torch.allclose(queue[:3], F.normalize(features))
+    assert torch.ops.sst_fast_native.dequeue(2, held, state).tolist() == [0, 1]
+    schema = str(torch.ops.sst_fast_native.enqueue.default._schema)
+    assert "Tensor(a!) queue, Tensor(b!) queue_identities, Tensor(c!) state" in schema
