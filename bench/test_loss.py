@@ -56,6 +56,7 @@ def chosen(size: str, device: torch.device) -> list[Problem]:
             for name, values in axes.items():
                 if sst or name in ("margin", "task"):
                     found |= dict.fromkeys(replace(middle, **{name: value}) for value in values)
+        found[replace(centre, dtype=dtype, sst=False, n=1)] = None
         # The plain softmax, which most libraries can compute, also over n.
         middle = replace(centre, dtype=dtype, sst=False, margin="softmax")
         found |= dict.fromkeys(replace(middle, n=n) for n in axes["n"][2:])

@@ -35,7 +35,8 @@ class GalleryQueue(nn.Module):
 
     Holds buffers only, all of them in the state dict, so that a run resumes exactly. A slot is empty (identity -1)
     until it is first written and again after it is dequeued. Position and fill live on the device: neither
-    :meth:`enqueue`, :meth:`dequeue` nor :meth:`window` waits for it.
+    :meth:`enqueue`, :meth:`dequeue` nor :meth:`window` waits for it. Slots are taken in rising order and round again, so from
+    the oldest to the newest they run from the position ``state[0]`` less the fill ``state[1]``, modulo K; :meth:`age` counts.
 
     Args:
         size: number of slots K > 0; 16,384 in the paper. Need not be a multiple of the batch.
