@@ -59,7 +59,7 @@ def chosen(size: str, device: torch.device) -> list[Problem]:
         found[replace(centre, dtype=dtype, sst=False, n=1)] = None
         # The plain softmax, which most libraries can compute, also over n.
         middle = replace(centre, dtype=dtype, sst=False, margin="softmax")
-        found |= dict.fromkeys(replace(middle, n=n) for n in axes["n"][2:])
+        found |= dict.fromkeys(replace(middle, n=n) for n in axes["n"][1:])
         found |= dict.fromkeys(replace(middle, task=task) for task in axes["task"])
         found |= dict.fromkeys(replace(centre, dtype=dtype, n=1024, task=task) for task in axes["task"])
     return list(found)
