@@ -175,7 +175,7 @@ def markdown(run: Run) -> str:
 
 
 def summary(run: Run) -> str:
-    """The short table of the README: Semi-Siamese Training's loss, ours beside limit, eager and compiled code."""
+    """The short table of the README: Semi-Siamese Training's loss, and the one with trainable prototypes."""
     others = (BARE, "eager", "torch.compile")
     lines = [
         f"{about(run)}.",
@@ -186,7 +186,8 @@ def summary(run: Run) -> str:
     for rows in run.groups("loss").values():
         p = rows[0].problem
         mine = min((row.median for row in rows if row.is_ours), default=None)
-        if mine is None or not p["sst"] or p["margin"] != "am" or p["d"] != 512 or p["threads"] or p["n"] < 256:
+        usual = p["margin"] == "am" and p["d"] == 512 and p["n"] >= 256 and not p["threads"]
+        if mine is None or not usual or p["sst"] == (p["task"] == "prototypes"):
             continue
         cells = []
         for name in others:
@@ -296,7 +297,7 @@ def _over(
                 axes.plot(
                     *zip(*points, strict=True), label=provider, linewidth=1.2 if limit else 1.8, marker="" if limit else "o",
                     markersize=3.5, linestyle="--" if limit else "-", color="black" if limit else colours[provider],
-                    zorder=3 if provider.startswith(OURS) else 2,
+                    zorder=4 if provider.startswith(OURS) else 3,
                 )  # fmt: skip
         _log(axes, sorted({r.problem[axis] for r in rows}))
         fixed = rows[0].problem
@@ -334,12 +335,17 @@ def _roofline(run: Run, colours: dict[str, str]) -> Figure | None:
             color="black",
             linewidth=1,
             linestyle="--",
-            label="roofs",
+            label="copies, fastest bare products",
         )
         for provider, found in points.items():
             if provider != BARE:
                 axes.scatter(
-                    *zip(*found, strict=True), s=16, color=colours[provider], label=provider, alpha=0.85, linewidths=0
+                    *zip(*found, strict=True),
+                    s=16,
+                    color=colours[provider],
+                    label=provider,
+                    linewidths=0,
+                    zorder=4 if provider.startswith(OURS) and "reference" not in provider else 3,
                 )
         axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="useful GFLOP/s")
         axes.set_title(dtype, loc="left", fontsize=9)

@@ -56,13 +56,14 @@ def chosen(size: str, device: torch.device) -> list[Problem]:
             for name, values in axes.items():
                 if sst or name in ("margin", "task"):
                     found |= dict.fromkeys(replace(middle, **{name: value}) for value in values)
+            found |= dict.fromkeys(replace(middle, n=1024, task=task) for task in axes["task"])
         found[replace(centre, dtype=dtype, sst=False, n=1)] = None
         # The plain softmax, which most libraries can compute, also over n.
         middle = replace(centre, dtype=dtype, sst=False, margin="softmax")
         found |= dict.fromkeys(replace(middle, n=n) for n in axes["n"][1:])
         found |= dict.fromkeys(replace(middle, task=task) for task in axes["task"])
-        found |= dict.fromkeys(replace(centre, dtype=dtype, n=1024, task=task) for task in axes["task"])
-    return list(found)
+    # The queue's features are nobody's parameters: prototypes are trained without one.
+    return [problem for problem in found if not (problem.sst and problem.task == "prototypes")]
 
 
 def compiles(problem: Problem, size: str) -> bool:

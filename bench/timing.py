@@ -18,9 +18,9 @@ Call = Callable[[], object]
 
 
 def race(
-    contenders: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, least: int = 5
+    contenders: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, least: int = 5, most: int = 200
 ) -> dict[str, list[float]]:
-    """Seconds of every call; contenders take turns, each round in another order, for about so long.
+    """Seconds of every call; contenders take turns, each round in another order, for about so long or ``most`` rounds.
 
     Each contender is a list of calls on different copies of the inputs, used in rotation, so that on a GPU nothing is found in
     the cache. On CUDA the time is that between two events in the stream, elsewhere the clock's. The first two rounds warm up.
@@ -32,7 +32,7 @@ def race(
     gc.disable()
     try:
         begin, number = time.perf_counter(), 0
-        while number < least + 2 or time.perf_counter() - begin < seconds:
+        while number < least + 2 or (number < most + 2 and time.perf_counter() - begin < seconds):
             turn = number % len(names)
             measured = []
             for name in names[turn:] + names[:turn]:

@@ -3,20 +3,20 @@
 
 #include "ops.h"
 
-// The queue for C++ programs, through PyTorch's dispatcher: no Python needed, arguments as sst_fast/queue.py checks
-// them.
-TORCH_LIBRARY(sst_fast_native, m) {
+// The queue's operators, for Python and, through PyTorch's dispatcher, for C++ programs. sst_fast/queue.py checks
+// arguments.
+TORCH_LIBRARY_FRAGMENT(sst_fast, m) {
   m.def(
       "enqueue(Tensor features, Tensor identities, Tensor(a!) queue, Tensor(b!) queue_identities, Tensor(c!) state) "
       "-> ()");
   m.def("dequeue(int count, Tensor(a!) queue_identities, Tensor(b!) state) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(sst_fast_native, CPU, m) {
+TORCH_LIBRARY_IMPL(sst_fast, CPU, m) {
   m.impl("enqueue", &sst_fast::cpu::enqueue);
   m.impl("dequeue", &sst_fast::cpu::dequeue);
 }
 #ifdef SST_FAST_CUDA
-TORCH_LIBRARY_IMPL(sst_fast_native, CUDA, m) {
+TORCH_LIBRARY_IMPL(sst_fast, CUDA, m) {
   m.impl("enqueue", &sst_fast::cuda::enqueue);
   m.impl("dequeue", &sst_fast::cuda::dequeue);
 }

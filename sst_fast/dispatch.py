@@ -122,6 +122,4 @@ def implementation(backend: str, operation: str) -> Any:
         from sst_fast.kernels import margin_softmax
 
         return getattr(margin_softmax, operation)
-    if operation in ("enqueue", "dequeue"):
-        return getattr(torch.ops.sst_fast_native, operation).default  # chooses by device itself
     return getattr(compiled, f"{backend}_{operation}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_fast import reference
-from sst_fast.dispatch import implementation
+from sst_fast.dispatch import compiled, implementation
 
 Maybe = Optional[Tensor]  # noqa: UP045
 Results = Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # noqa: UP006
@@ -117,32 +117,31 @@ margin_softmax_backward.register_autograd(_no_double_backward)
 prototype_gradient.register_autograd(_no_double_backward)
 
 
-@torch.library.custom_op("sst_fast::enqueue", mutates_args=("queue", "queue_identities", "state"))
+# The queue's operators are registered in csrc/bindings.cpp and choose by the tensors' device.
+if compiled is not None:
+
+    @torch.library.register_fake("sst_fast::enqueue")
+    def _(features: Any, identities: Any, queue: Any, queue_identities: Any, state: Any) -> None:
+        return None
+
+    @torch.library.register_fake("sst_fast::dequeue")
+    def _(count: Any, queue_identities: Any, state: Any) -> Any:
+        return queue_identities.new_empty((count,))
+
+
 def enqueue(
     features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor, backend: str
 ) -> None:
     """Normalises, casts and writes ``features`` [B, D] into the ring in place, and advances it."""
-    tensors = (features.detach(), identities, queue, queue_identities, state)
     if backend == "reference":
-        reference.enqueue(*tensors)
+        reference.enqueue(features, identities, queue, queue_identities, state)
     else:
-        implementation(backend, "enqueue")(*tensors)
+        torch.ops.sst_fast.enqueue(features, identities, queue, queue_identities, state)
 
 
-@torch.library.custom_op("sst_fast::dequeue", mutates_args=("queue_identities", "state"))
 def dequeue(count: int, queue_identities: Tensor, state: Tensor, backend: str) -> Tensor:
     """Empties the ``count`` oldest slots in place; their identities [count], -1 where there were fewer."""
     if backend == "reference":
         return reference.dequeue(count, queue_identities, state)
-    gone: Tensor = implementation(backend, "dequeue")(count, queue_identities, state)
+    gone: Tensor = torch.ops.sst_fast.dequeue(count, queue_identities, state)
     return gone
-
-
-@enqueue.register_fake
-def _(features: Any, identities: Any, queue: Any, queue_identities: Any, state: Any, backend: Any) -> None:
-    return None
-
-
-@dequeue.register_fake
-def _(count: Any, queue_identities: Any, state: Any, backend: Any) -> Any:
-    return queue_identities.new_empty((count,))

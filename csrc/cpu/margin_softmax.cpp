@@ -15,12 +15,11 @@
 #include "../margin.h"
 #include "../ops.h"
 #include "../ring.h"
+#include "storage.h"
 #include "sweep.h"
 
 namespace sst_fast::cpu {
-namespace {
 
-// The widest instruction set that both the compiler and this processor know.
 // SST_FAST_CPU=generic|avx2|avx512|avx512bf16 narrows the choice, for tests.
 const Sweeps& sweeps() {
   static const Sweeps chosen = [] {
@@ -43,22 +42,7 @@ const Sweeps& sweeps() {
   return chosen;
 }
 
-Storage storage_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble:
-      return Storage::f64;
-    case at::kFloat:
-      return Storage::f32;
-    case at::kBFloat16:
-      return Storage::bf16;
-    case at::kHalf:
-      return Storage::f16;
-    case at::kFloat8_e4m3fn:
-      return Storage::f8;
-    default:
-      TORCH_CHECK(false, "margin_softmax: dtype ", t.scalar_type(), " has no CPU kernel");
-  }
-}
+namespace {
 
 // A row of any storage as doubles.
 void read_row(const void* data, Storage storage, int64_t row, int64_t D, double* to) {

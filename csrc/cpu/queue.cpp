@@ -1,13 +1,14 @@
 // The gallery queue on the CPU: a ring written in place.
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
-#include <cmath>
+#include <algorithm>
+#include <vector>
 
 #include "../ops.h"
 #include "../ring.h"
+#include "storage.h"
 
 namespace sst_fast::cpu {
 
@@ -21,23 +22,15 @@ void enqueue(
   const int64_t start = ring[kPosition];
   TORCH_CHECK(start >= 0 && start < K, "enqueue: the queue's position is outside the queue");
 
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "enqueue", [&] {
-    using From = scalar_t;
-    const From* from = features.const_data_ptr<From>();
-    SST_DISPATCH_QUEUE(queue.scalar_type(), [&] {
-      using To = scalar_t;
-      To* to = queue.mutable_data_ptr<To>();
-      at::parallel_for(0, B, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; b++) {
-          const From* row = from + b * D;
-          double square = 0;
-          for (int64_t d = 0; d < D; d++) square += double(row[d]) * double(row[d]);
-          const double scale = normaliser(std::sqrt(square));
-          To* slot = to + ring_slot(start, b, K) * D;
-          for (int64_t d = 0; d < D; d++) slot[d] = To(double(row[d]) * scale);
-        }
-      });
-    });
+  const auto& rows = sweeps().f64;
+  const Storage from_storage = storage_of(features), to_storage = storage_of(queue);
+  at::parallel_for(0, B, std::max<int64_t>(1, 32768 / D), [&](int64_t begin, int64_t end) {
+    std::vector<double> scale(end - begin);
+    rows.norms(features.const_data_ptr(), from_storage, D, begin, end, scale.data());
+    for (double& norm : scale) norm = normaliser(norm);
+    rows.scaled_rows(
+        features.const_data_ptr(), from_storage, D, begin, end, scale.data(), queue.mutable_data_ptr(), to_storage,
+        start, K);
   });
   const int64_t* from = identities.const_data_ptr<int64_t>();
   int64_t* to = queue_identities.mutable_data_ptr<int64_t>();

@@ -70,6 +70,11 @@ template <typename T>
 struct Sweep {
   // Norms of rows [first, last) of features [.., D].
   void (*norms)(const void* features, Storage, int64_t D, int64_t first, int64_t last, double* to);
+  // Rows [first, last) of `from` [.., D], times scale[row - first], into `to` [K, D]: row i becomes row start + i
+  // modulo K.
+  void (*scaled_rows)(
+      const void* from, Storage, int64_t D, int64_t first, int64_t last, const double* scale, void* to, Storage,
+      int64_t start, int64_t K);
   // Bytes of scratch for one task of either kind.
   int64_t (*scratch)(int64_t D);
   // One block of probes over slots [first, last).
@@ -90,6 +95,9 @@ struct Sweeps {
   Sweep<double> f64;
   const Sweep<float>* pairs;  // probes in bfloat16, queue in bfloat16 or float8, D even; null: none
 };
+
+// The widest instruction set that both the compiler and this processor know.
+const Sweeps& sweeps();
 
 // One per instruction set, each in its own file; null where the compiler does not target that architecture.
 const Sweeps* sweeps_generic();

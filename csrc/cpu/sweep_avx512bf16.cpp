@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../margin.h"
+#include "../ring.h"
 #include "sweep.h"
 
 #if defined(__x86_64__) || defined(_M_X64)

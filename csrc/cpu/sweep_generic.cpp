@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../margin.h"
+#include "../ring.h"
 #include "sweep.h"
 
 #define SST_NAME "generic"

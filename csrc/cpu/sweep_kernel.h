@@ -295,6 +295,22 @@ SST_INLINE uint16_t to_half(float x) {
   return uint16_t(sign | ((bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13));
 }
 
+// e4m3 without infinities; 480 and more become NaN.
+SST_INLINE uint8_t to_float8(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 24 & 0x80;
+  bits &= 0x7fffffff;
+  float small;
+  __builtin_memcpy(&small, &bits, 4);
+  small += 16384.0f;  // leaves the rounded multiple of 2^-9 in the last bits
+  uint32_t tiny;
+  __builtin_memcpy(&tiny, &small, 4);
+  const uint32_t usual = (bits + 0x7ffff + (bits >> 20 & 1) - 0x3c000000) >> 20;
+  const uint32_t code = bits < 0x3c800000 ? tiny - 0x46800000 : usual;  // below 2^-6
+  return uint8_t(sign | (bits >= 0x43f00000 ? 0x7f : code));
+}
+
 // `count` numbers of any storage as the E that a product multiplies.
 template <typename E, Storage storage>
 static void convert(const void* from, E* to, int64_t count) {
@@ -961,8 +977,32 @@ static void norms(const void* features, Storage storage, int64_t D, int64_t firs
   with_storage(storage, norms_as);
 }
 
+// Row i of `from`, times scale[i - first], becomes row `start` + i, modulo K, of `to`.
+static void scaled_rows(
+    const void* from, Storage storage, int64_t D, int64_t first, int64_t last, const double* scale, void* to,
+    Storage to_storage, int64_t start, int64_t K) {
+  with_storage(storage, [&](auto from_constant) {
+    with_storage(to_storage, [&](auto to_constant) {
+      constexpr Storage reads = decltype(from_constant)::value, writes = decltype(to_constant)::value;
+      for (int64_t row = first; row < last; row++) {
+        const int64_t in = row * D, out = ring_slot(start, row, K) * D;
+        const double factor = scale[row - first];
+        for (int64_t d = 0; d < D; d++) {
+          const double value = element<double>(from, reads, in + d) * factor;
+          if constexpr (writes == Storage::f64) static_cast<double*>(to)[out + d] = value;
+          if constexpr (writes == Storage::f32) static_cast<float*>(to)[out + d] = float(value);
+          if constexpr (writes == Storage::bf16) static_cast<uint16_t*>(to)[out + d] = to_bfloat16(float(value));
+          if constexpr (writes == Storage::f16) static_cast<uint16_t*>(to)[out + d] = to_half(float(value));
+          if constexpr (writes == Storage::f8) static_cast<uint8_t*>(to)[out + d] = to_float8(float(value));
+        }
+      }
+    });
+  });
+}
+
 template <typename E>
-constexpr Sweep<SumOf<E>> entry = {norms, scratch_bytes<E>, run<E>, pack_bytes<E>, pack<E>, run_prototypes<E>};
+constexpr Sweep<SumOf<E>> entry = {norms,         scaled_rows, scratch_bytes<E>, run<E>,
+                                   pack_bytes<E>, pack<E>,     run_prototypes<E>};
 
 #ifdef SST_BF16
 static const Sweep<float> table = entry<Pair>;
