@@ -119,14 +119,8 @@ prototype_gradient.register_autograd(_no_double_backward)
 
 # The queue's operators are registered in csrc/bindings.cpp and choose by the tensors' device.
 if compiled is not None:
-
-    @torch.library.register_fake("sst_fast::enqueue")
-    def _(features: Any, identities: Any, queue: Any, queue_identities: Any, state: Any) -> None:
-        return None
-
-    @torch.library.register_fake("sst_fast::dequeue")
-    def _(count: Any, queue_identities: Any, state: Any) -> Any:
-        return queue_identities.new_empty((count,))
+    torch.library.register_fake("sst_fast::enqueue", lambda *tensors: None)
+    torch.library.register_fake("sst_fast::dequeue", lambda count, ids, state: ids.new_empty((count,)))
 
 
 def enqueue(
