@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Margin, Softmax
-from sst_fast.functional import margin_softmax
-from sst_fast.queue import Window
+from sst_fast.functional import Window, margin_softmax
 
 SCALE = 30.0
 MARGINS: dict[str, Margin] = {"softmax": Softmax(), "am": AMSoftmax(0.35), "arc": ArcSoftmax(0.5)}

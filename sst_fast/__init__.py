@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sst_fast import functional
 from sst_fast.dispatch import backends
+from sst_fast.functional import Window
 from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
 from sst_fast.margins import (
     AdaCos,
@@ -21,7 +22,7 @@ from sst_fast.margins import (
     Softmax,
     SphereFace,
 )  # fmt: skip
-from sst_fast.queue import GalleryQueue, Window
+from sst_fast.queue import GalleryQueue
 from sst_fast.samplers import IdentitySampler
 from sst_fast.semi_siamese import SemiSiamese
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -12,14 +13,28 @@ from sst_fast import ops, reference
 from sst_fast.dispatch import choose, implementation
 from sst_fast.margins import AMSoftmax, Margin, Parameter
 
-if TYPE_CHECKING:
-    from sst_fast.queue import Window
-
 Reduction = Literal["none", "mean", "sum"]
 GradientRule = Literal["exact", "straight_through"]
 
 EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUEUE_DTYPES = (*EMBEDDING_DTYPES, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The slots that a batch is about to take, and what each group of its probes sees there.
+
+    Attributes:
+        features: [H, B, D]: probes are split into H equal groups, group h sees ``features[h]`` in these slots.
+        identities: int64 [B].
+        start: int64, 0-d: first of the B slots; they wrap round the end of the queue.
+        slots: int64 [B]: their numbers, the targets of the batch's probes.
+    """
+
+    features: Tensor
+    identities: Tensor
+    start: Tensor
+    slots: Tensor
 
 
 class Statistics(NamedTuple):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sst_fast import distributed, functional, reference
+from sst_fast.functional import Window
 from sst_fast.margins import AdaCos, AMSoftmax, Margin, Parameter, Seen, Softmax
-from sst_fast.queue import GalleryQueue, Window
+from sst_fast.queue import GalleryQueue
 
 Keep = Literal["coin", "first", "second", "mean", "both"]
 

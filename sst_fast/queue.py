@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sst_fast import ops, reference
 from sst_fast.dispatch import choose
-from sst_fast.functional import EMBEDDING_DTYPES, QUEUE_DTYPES, check_embedding, check_tensor
-
-
-@dataclass(frozen=True)
-class Window:
-    """The slots that a batch is about to take, and what each group of its probes sees there.
-
-    Attributes:
-        features: [H, B, D]: probes are split into H equal groups, group h sees ``features[h]`` in these slots.
-        identities: int64 [B].
-        start: int64, 0-d: first of the B slots; they wrap round the end of the queue.
-        slots: int64 [B]: their numbers, the targets of the batch's probes.
-    """
-
-    features: Tensor
-    identities: Tensor
-    start: Tensor
-    slots: Tensor
+from sst_fast.functional import EMBEDDING_DTYPES, QUEUE_DTYPES, Window, check_embedding, check_tensor
 
 
 class GalleryQueue(nn.Module):
