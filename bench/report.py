@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+if TYPE_CHECKING:  # tables do not need it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BARE = "bare products"
 OURS = "ours"
@@ -286,6 +286,8 @@ def _over(
             panels.append((dtype, longest))
     if not panels:
         return None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     for axes, (dtype, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for provider in dict.fromkeys(r.provider for r in rows):
@@ -314,6 +316,8 @@ def _roofline(run: Run, colours: dict[str, str]) -> Figure | None:
     rows = [r for r in run.rows if r.suite == "loss" and r.problem["sst"] and not r.problem["threads"]]
     if not rows:
         return None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9.2, 3.8), layout="constrained")
     sides = {"float32": 4, "bfloat16": 2}
     for axes, (dtype, size) in zip(figure.subplots(1, 2), sides.items(), strict=True):
@@ -355,6 +359,8 @@ def _roofline(run: Run, colours: dict[str, str]) -> Figure | None:
 
 
 def _log(axes: Axes, ticks: list[int]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{int(x):,}"))

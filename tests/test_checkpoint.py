@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import config
 
 from sst_fast import GalleryQueue, training
-from tests.runs import config
 
 
 def start(faces, out, processes=1, epochs=60, **changes):

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from runs import config
 
 from sst_fast import backbones, data, probe, training
 from sst_fast.cli import main
-from tests.runs import config
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import config
 
 from sst_fast import backbones, data, training, verification
 from sst_fast.cli import main
 from sst_fast.config import Config
-from tests.runs import config
 
 
 @pytest.mark.parametrize(
