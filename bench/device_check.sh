@@ -50,6 +50,9 @@ else
     echo "== compute-sanitizer is not installed: not run" | tee -a "$log"
 fi
 step "benchmarks" "$PYTHON" -m pytest bench -q --device cuda --size "$SIZE" --seconds "$SECONDS_EACH" \
-    --benchmark-json "$base.json"
-if [ -f "$base.json" ]; then "$PYTHON" -m bench.report "$base.json" > "$base.md" || failed=1; fi
+    --benchmark-json "$base.full"
+if [ -f "$base.full" ]; then
+    "$PYTHON" -m bench.report "$base.full" --keep "$base.json" && rm "$base.full" || failed=1
+    "$PYTHON" -m bench.report "$base.json" > "$base.md" || failed=1
+fi
 exit $failed

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 import sst_fast
 from bench import timing
@@ -16,7 +17,18 @@ from sst_fast import backbones
 from sst_fast.functional import margin_softmax
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY, disable_gc=False)
-PARTS = ("whole step", "networks", "loss kernel", "enqueue", "gallery update")
+PARTS = ("whole step", "networks", "step around free networks", "loss kernel", "enqueue", "gallery update")
+
+
+class Free(nn.Module):
+    """A network that costs nothing: the first features of the image."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.scale = dim, nn.Parameter(torch.ones(()))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.flatten(1)[:, : self.dim] * self.scale
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,11 @@ def measure(
         optimizer.step()
         model.update_gallery()
 
+    free = sst_fast.SemiSiamese(Free(dim), criterion).to(device).train()
+
+    def around_free_networks() -> None:
+        free(a, b, identity).backward()
+
     embedding = torch.randn(2 * batch, dim, device=device, requires_grad=True)
     features = torch.randn(2, batch, dim, device=device)
     window = slots.window(features, identity)
@@ -85,7 +102,8 @@ def measure(
         embedding.grad = None
 
     parts: dict[str, Callable[[], object]] = {
-        "whole step": whole, "networks": networks_alone, "loss kernel": loss_kernel,
+        "whole step": whole, "networks": networks_alone, "step around free networks": around_free_networks,
+        "loss kernel": loss_kernel,
         "enqueue": functools.partial(slots.enqueue, features[0], identity), "gallery update": model.update_gallery,
     }  # fmt: skip
     return timing.race({name: [call] for name, call in parts.items()}, device, 5 * seconds, 3 if seconds == 0 else 7)
