@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import sst_fast
 from bench import problems, providers, report
 from bench.problems import Problem
 
@@ -75,6 +76,7 @@ def test_suite_and_report(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sst_fast.dispatch.compiled is None, reason="the extension is not built")
 def test_comparison_flags_what_became_slower(run, tmp_path, capsys):
     assert report.main([str(run), "--compare", str(run)]) == 0
     capsys.readouterr()
