@@ -72,6 +72,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def seconds(pytestconfig: pytest.Config) -> float:
+    """For each problem; none in the smoke form, where the least number of rounds is enough."""
+    return 0.0 if pytestconfig.getoption("--size") == "smoke" else float(pytestconfig.getoption("--seconds"))
+
+
+@pytest.fixture
 def replay(benchmark: object) -> Callable[..., None]:
     """Hands durations measured elsewhere, and what else is known, to pytest-benchmark."""
 

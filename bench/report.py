@@ -38,6 +38,11 @@ COLOURS = [
 ]
 
 
+def is_ours(provider: str) -> bool:
+    """The fused loss or the queue, not their references."""
+    return provider.startswith(OURS) and "reference" not in provider
+
+
 @dataclass(frozen=True)
 class Row:
     """A contender's result: seconds of each round and what it computed."""
@@ -66,7 +71,7 @@ class Row:
     @property
     def is_ours(self) -> bool:
         """The fused loss, not its reference."""
-        return self.provider.startswith(OURS) and "reference" not in self.provider
+        return is_ours(self.provider)
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ def compare(new: Run, old: Run) -> tuple[list[str], bool]:
         noise = max(0.05, 3 * (after[key][1] + before[key][1]))
         if abs(ratio - 1) <= noise:
             continue
-        slower = ratio > 1 and key[1].startswith(OURS) and "reference" not in key[1]
+        slower = ratio > 1 and is_ours(key[1])
         regressed |= slower
         verdict = "REGRESSION" if slower else "slower" if ratio > 1 else "faster"
         lines.append(f"| {key[0]} | {key[1]} | {ratio:.2f} | {verdict} |")
@@ -349,7 +354,7 @@ def _roofline(run: Run, colours: dict[str, str]) -> Figure | None:
                     color=colours[provider],
                     label=provider,
                     linewidths=0,
-                    zorder=4 if provider.startswith(OURS) and "reference" not in provider else 3,
+                    zorder=4 if is_ours(provider) else 3,
                 )
         axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="useful GFLOP/s")
         axes.set_title(dtype, loc="left", fontsize=9)

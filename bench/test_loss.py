@@ -134,10 +134,9 @@ def measure(problem: Problem, device: torch.device, size: str, seconds: float, m
     return result
 
 
-def test_loss(replay, device, case, pytestconfig):
+def test_loss(replay, device, case, seconds, pytestconfig):
     size = pytestconfig.getoption("--size")
     memory = size != "smoke" and not pytestconfig.getoption("--no-memory")
-    seconds = 0.0 if size == "smoke" else pytestconfig.getoption("--seconds")
     result = measure(case.problem, device, size, seconds, memory)
     if case.provider in result.absent:
         pytest.skip(result.absent[case.provider])

@@ -126,9 +126,8 @@ def update(batch: int, dtype: str, size: int, device: torch.device) -> dict[str,
     } | ({} if device.type == "cpu" else {"ours (cuda)": model.update_gallery})
 
 
-def test_queue(replay, device, case, pytestconfig):
-    seconds = 0.0 if pytestconfig.getoption("--size") == "smoke" else pytestconfig.getoption("--seconds") / 3
-    times = measure(case.operation, case.batch, case.dtype, case.size, device, seconds)
+def test_queue(replay, device, case, seconds):
+    times = measure(case.operation, case.batch, case.dtype, case.size, device, seconds / 3)
     if case.contender not in times:
         pytest.skip("not for this device or operation")
     replay(

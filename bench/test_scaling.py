@@ -85,8 +85,7 @@ def measure(case: Case, device: str, seconds: float, path: str) -> list[float]:
     return found
 
 
-def test_scaling(replay, device, case, pytestconfig, tmp_path):
-    seconds = 0.0 if pytestconfig.getoption("--size") == "smoke" else pytestconfig.getoption("--seconds")
+def test_scaling(replay, device, case, seconds, tmp_path):
     times = measure(case, device.type, seconds, str(tmp_path / "times.pt"))
     replay(
         times,

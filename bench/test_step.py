@@ -109,10 +109,9 @@ def measure(
     return timing.race({name: [call] for name, call in parts.items()}, device, 5 * seconds, 3 if seconds == 0 else 7)
 
 
-def test_step(replay, device, case, pytestconfig):
+def test_step(replay, device, case, seconds):
     if case.backbone.startswith("timm:"):
         pytest.importorskip("timm", exc_type=ImportError)
-    seconds = 0.0 if pytestconfig.getoption("--size") == "smoke" else pytestconfig.getoption("--seconds")
     times = measure(case.backbone, case.batch, case.size, case.queue, device, seconds)
     replay(
         times[case.part], f"step-{case.backbone}-b{case.batch}", suite="step", provider=case.part,
