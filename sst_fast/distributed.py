@@ -7,12 +7,18 @@ W ranks, each with its own batch of B identities; every rank must bring the same
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if dist.is_available():
+    # PyTorch imports it when it first compiles, and its default arguments hold on to a process group that runs by then: that group
+    # would outlive destroy_process_group(), its threads the interpreter.
+    importlib.import_module("torch.distributed.nn")
 
 Group = Any  # torch.distributed.ProcessGroup, which builds of PyTorch without distributed lack
 Average = Callable[[Tensor], Tensor] | None
