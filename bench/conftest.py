@@ -78,6 +78,12 @@ def seconds(pytestconfig: pytest.Config) -> float:
 
 
 @pytest.fixture
+def memory(pytestconfig: pytest.Config) -> bool:
+    """Whether peak memory is taken."""
+    return pytestconfig.getoption("--size") != "smoke" and not pytestconfig.getoption("--no-memory")
+
+
+@pytest.fixture
 def replay(benchmark: object) -> Callable[..., None]:
     """Hands durations measured elsewhere, and what else is known, to pytest-benchmark."""
 

@@ -122,12 +122,12 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def table(rows: list[Row], limit: str) -> list[str]:
-    """Markdown: time with spread, ratio to the limit, ratio to ours, memory, error."""
+def table(rows: list[Row], limit: str, whole: str = OURS) -> list[str]:
+    """Markdown: time with spread, ratio to the limit and to the fastest of ours (or to ``whole``), memory, error."""
     bound = next((row.median for row in rows if row.provider == limit), None)
-    mine = min((row.median for row in rows if row.is_ours), default=None)
+    mine = min((row.median for row in rows if row.provider == whole or (whole == OURS and row.is_ours)), default=None)
     lines = [
-        f"| | ms (± half the quartiles) | / {limit} | / ours | extra MiB | error |",
+        f"| | ms (± half the quartiles) | / {limit} | / {whole} | extra MiB | error |",
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: row.median):
@@ -143,39 +143,41 @@ def table(rows: list[Row], limit: str) -> list[str]:
     return lines
 
 
-def step_table(rows: list[Row]) -> list[str]:
-    """Parts of a step. What the method adds to networks and loss kernel is too little to be seen in the difference of the
-    whole, so it is what a step costs around networks that cost nothing, less the kernel, and the update of a real gallery."""
-    by = {row.provider: row for row in rows}
-    whole = by["whole step"].median
-    lines = ["| part | ms | share of the step |", "|---|---|---|"]
-    lines += [f"| {r.provider} | {milliseconds(r.median)} | {100 * r.median / whole:.1f} % |" for r in rows]
-    added = by["step around free networks"].median - by["loss kernel"].median + by["gallery update"].median
-    lines.append(f"| added by the method | {milliseconds(added)} | {100 * added / whole:.2f} % |")
-    return lines
+def added(rows: list[Row]) -> str:
+    """What the method adds to networks and loss kernel is too little to be seen in the difference of the whole, so it is what a
+    step costs around networks that cost nothing, less the kernel, and the update of a real gallery."""
+    of = {row.provider: row.median for row in rows}
+    seconds = of["step around free networks"] - of["loss kernel"] + of["gallery update"]
+    return (
+        f"Added by the method: {milliseconds(seconds)} ms, {100 * seconds / of['whole step']:.2f} % of the whole step."
+    )
+
+
+def rates(rows: list[Row]) -> str:
+    """Identities per second of all processes together."""
+    world, batch = rows[0].problem["world"], rows[0].problem["batch"]
+    parts = [f"{row.provider} {world * batch / row.median:,.0f}" for row in rows if row.is_ours]
+    return f"Identities/s: {', '.join(parts)}."
+
+
+# suite -> title, limit, what 'ours' is, a line under each table
+SUITES: dict[str, tuple[str, str, str, Callable[[list[Row]], str] | None]] = {
+    "loss": ("Loss", BARE, OURS, None),
+    "queue": ("Queue and gallery update", "copy of the bytes", OURS, None),
+    "step": ("Training step", "networks", "whole step", added),
+    "scaling": ("Several processes", BARE, OURS, rates),
+}
 
 
 def markdown(run: Run) -> str:
     """The whole report."""
     lines = ["# Results", "", f"{about(run)}.", ""]
-    titles = {"loss": (BARE, "Loss"), "queue": ("copy of the bytes", "Queue and gallery update")}
-    for suite, (limit, title) in titles.items():
+    for suite, (title, limit, whole, note) in SUITES.items():
         groups = run.groups(suite)
         lines += [f"## {title}", ""] if groups else []
         for group, rows in groups.items():
-            lines += [f"### {group}", "", *table(rows, limit), ""]
-    groups = run.groups("step")
-    lines += ["## Training step", ""] if groups else []
-    for group, rows in groups.items():
-        lines += [f"### {group}", "", *step_table(rows), ""]
-    for _, rows in run.groups("scaling").items():
-        lines += ["## Several processes", "", "| processes | queue | ms | identities/s |", "|---|---|---|---|"]
-        for row in rows:
-            world, batch = row.problem["world"], row.problem["batch"]
-            lines.append(
-                f"| {world} | {row.provider} | {milliseconds(row.median)} | {world * batch / row.median:.0f} |"
-            )
-        lines.append("")
+            lines += [f"### {group}", "", *table(rows, limit, whole), ""]
+            lines += [note(rows), ""] if note else []
     return "\n".join(lines)
 
 
@@ -215,16 +217,15 @@ def compare(new: Run, old: Run) -> tuple[list[str], bool]:
 
     def relative(run: Run) -> dict[tuple[str, str], tuple[float, float]]:
         found = {}
-        for suite, limit in (("loss", BARE), ("queue", "copy of the bytes"), ("step", "networks"), ("scaling", "")):
+        for suite, (_, limit, *_) in SUITES.items():
             for group, rows in run.groups(suite).items():
                 bound = next((row for row in rows if row.provider == limit), None)
                 for row in rows:
-                    key = f"{group} w{row.problem['world']}" if suite == "scaling" else group
                     noise = row.spread / row.median / len(row.data) ** 0.5
                     if bound is None:
-                        found[key, row.provider] = row.median, noise
+                        found[group, row.provider] = row.median, noise
                     elif row is not bound:
-                        found[key, row.provider] = (
+                        found[group, row.provider] = (
                             row.median / bound.median, noise + bound.spread / bound.median / len(bound.data) ** 0.5
                         )  # fmt: skip
         return found

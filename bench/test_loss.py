@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -128,16 +129,27 @@ def measure(problem: Problem, device: torch.device, size: str, seconds: float, m
         calls |= {provider.name: [provider.make(problem, each) for each in several] for provider in able}
         result.times = timing.race(calls, device, seconds)
         if memory:
-            result.memory = timing.peak_memory(problem, [provider.name for provider in able], device)
+            names = [provider.name for provider in able]
+            result.memory = timing.peak_memory("bench.test_loss:ready", [asdict(problem), names], device)
     finally:
         torch.set_num_threads(threads)
     return result
 
 
-def test_loss(replay, device, case, seconds, pytestconfig):
-    size = pytestconfig.getoption("--size")
-    memory = size != "smoke" and not pytestconfig.getoption("--no-memory")
-    result = measure(case.problem, device, size, seconds, memory)
+def ready(settings: dict[str, Any], names: list[str], device: torch.device) -> Iterator[tuple[str, timing.Call]]:
+    """Providers by name, with what they set up once done on a small problem; bare products too."""
+    problem = Problem(**settings)
+    inputs = problems.make(problem, device)
+    few = problems.small(problem, 16)
+    warm = problems.make(few, device)
+    makers = {BARE: providers.bare} | {p.name: p.make for p in providers.PROVIDERS if p.name in names}
+    for name, make in makers.items():
+        make(few, warm)()
+        yield name, make(problem, inputs)
+
+
+def test_loss(replay, device, case, seconds, memory, pytestconfig):
+    result = measure(case.problem, device, pytestconfig.getoption("--size"), seconds, memory)
     if case.provider in result.absent:
         pytest.skip(result.absent[case.provider])
     if case.provider in result.wrong:

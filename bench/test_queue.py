@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -45,12 +45,26 @@ def cases(size: str, device: torch.device) -> list[Case]:
     return [Case(operation, b, t, slots, c) for operation, b, t in found for c in CONTENDERS]
 
 
+Measured = tuple[dict[str, list[float]], dict[str, float]]  # seconds of every round; MiB
+
+
 @functools.lru_cache(maxsize=1)
 def measure(
-    operation: str, batch: int, dtype: str, size: int, device: torch.device, seconds: float
-) -> dict[str, list[float]]:
+    operation: str, batch: int, dtype: str, size: int, device: torch.device, seconds: float, memory: bool
+) -> Measured:
+    settings = operation, batch, dtype, size
+    times = timing.race({name: [call] for name, call in ready(*settings, device)}, device, seconds, 20)
+    return times, timing.peak_memory("bench.test_queue:ready", settings, device) if memory else {}
+
+
+def ready(
+    operation: str, batch: int, dtype: str, size: int, device: torch.device
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Contenders, each called once."""
     contenders = {"enqueue": enqueue, "dequeue": dequeue, "update": update}[operation](batch, dtype, size, device)
-    return timing.race({name: [call] for name, call in contenders.items()}, device, seconds, 20)
+    for name, call in contenders.items():
+        call()
+        yield name, call
 
 
 def enqueue(batch: int, dtype: str, size: int, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -126,11 +140,11 @@ def update(batch: int, dtype: str, size: int, device: torch.device) -> dict[str,
     } | ({} if device.type == "cpu" else {"ours (cuda)": model.update_gallery})
 
 
-def test_queue(replay, device, case, seconds):
-    times = measure(case.operation, case.batch, case.dtype, case.size, device, seconds / 3)
+def test_queue(replay, device, case, seconds, memory):
+    times, mib = measure(case.operation, case.batch, case.dtype, case.size, device, seconds / 3, memory)
     if case.contender not in times:
         pytest.skip("not for this device or operation")
     replay(
         times[case.contender], f"{case.operation}-b{case.batch}-{case.dtype}", suite="queue", provider=case.contender,
-        problem={"operation": case.operation, "batch": case.batch, "dtype": case.dtype},
+        problem={"operation": case.operation, "batch": case.batch, "dtype": case.dtype}, extra_mib=mib.get(case.contender),
     )  # fmt: skip

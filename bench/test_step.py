@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -58,8 +58,19 @@ def cases(size: str, device: torch.device) -> list[Case]:
 
 @functools.lru_cache(maxsize=1)
 def measure(
-    backbone: str, batch: int, size: int, queue: int, device: torch.device, seconds: float
-) -> dict[str, list[float]]:
+    backbone: str, batch: int, size: int, queue: int, device: torch.device, seconds: float, memory: bool
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every round; MiB."""
+    settings = backbone, batch, size, queue
+    calls = {name: [call] for name, call in ready(*settings, device)}
+    times = timing.race(calls, device, 5 * seconds, 3 if seconds == 0 else 7)
+    return times, timing.peak_memory("bench.test_step:ready", settings, device) if memory else {}
+
+
+def ready(
+    backbone: str, batch: int, size: int, queue: int, device: torch.device
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The step's parts, each called once."""
     dim = 512
     slots = sst_fast.GalleryQueue(queue, dim)
     slots.enqueue(torch.randn(queue, dim), torch.arange(queue))
@@ -106,14 +117,16 @@ def measure(
         "loss kernel": loss_kernel,
         "enqueue": functools.partial(slots.enqueue, features[0], identity), "gallery update": model.update_gallery,
     }  # fmt: skip
-    return timing.race({name: [call] for name, call in parts.items()}, device, 5 * seconds, 3 if seconds == 0 else 7)
+    for name, call in parts.items():
+        call()
+        yield name, call
 
 
-def test_step(replay, device, case, seconds):
+def test_step(replay, device, case, seconds, memory):
     if case.backbone.startswith("timm:"):
         pytest.importorskip("timm", exc_type=ImportError)
-    times = measure(case.backbone, case.batch, case.size, case.queue, device, seconds)
+    times, mib = measure(case.backbone, case.batch, case.size, case.queue, device, seconds, memory)
     replay(
         times[case.part], f"step-{case.backbone}-b{case.batch}", suite="step", provider=case.part,
-        problem={"backbone": case.backbone, "batch": case.batch, "k": case.queue},
+        problem={"backbone": case.backbone, "batch": case.batch, "k": case.queue}, extra_mib=mib.get(case.part),
     )  # fmt: skip

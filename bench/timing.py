@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -100,51 +100,52 @@ class Replay:
 REPLAY = Replay()
 
 
-def peak_memory(problem: Any, names: list[str], device: torch.device) -> dict[str, float]:
-    """MiB that each provider needs at its peak beyond what is there before it runs, its gradients included.
+# A C allocator that gives everything back at once, so that a peak is of what was asked for.
+QUIET = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
-    CUDA: by the allocator's statistics. CPU: peak resident size in one fresh process, reset before each provider, with a C
-    allocator that gives everything back at once.
+
+def peak_memory(source: str, arguments: Sequence[Any], device: torch.device) -> dict[str, float]:
+    """:func:`extra_memory` of every contender; on the CPU in one fresh process.
+
+    ``source``, 'module:function', yields (name, call) when given ``arguments``, which JSON can hold, and the device. What a call
+    sets up only the first time should be there by then.
     """
     if device.type == "cuda":
-        return _peaks(problem, names, device)
-    quiet = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+        return _peaks(source, arguments, device)
     done = subprocess.run(
-        [sys.executable, "-m", "bench.timing", json.dumps([asdict(problem), names])],
-        capture_output=True, text=True, env=os.environ | quiet,
+        [sys.executable, "-m", "bench.timing", json.dumps([source, arguments])],
+        capture_output=True, text=True, env=os.environ | QUIET,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"memory of {problem}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"memory of {source}, {arguments}: {done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _peaks(problem: Any, names: list[str], device: torch.device) -> dict[str, float]:
-    from bench import problems, providers
+def _peaks(source: str, arguments: Sequence[Any], device: torch.device) -> dict[str, float]:
+    module, function = source.split(":")
+    pairs = getattr(importlib.import_module(module), function)(*arguments, device)
+    return {name: extra_memory(call, device) for name, call in pairs}
 
-    inputs = problems.make(problem, device)
-    warm = problems.make(problems.small(problem, 16), device)
-    peaks = {}
-    for provider in providers.PROVIDERS:
-        if provider.name not in names:
-            continue
-        provider.make(problems.small(problem, 16), warm)()  # what libraries set up once
-        run = provider.make(problem, inputs)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            torch.cuda.synchronize()
-            peaks[provider.name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        else:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-            before = _high_water()
-            run()
-            peaks[provider.name] = (_high_water() - before) / 1024
-    return peaks
+
+def extra_memory(call: Call, device: torch.device) -> float:
+    """MiB at the peak of a call beyond what is there before it, its results included.
+
+    CUDA: by the allocator's statistics. CPU: peak resident size; the process was started with :data:`QUIET`.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    at_rest = _high_water()
+    call()
+    return (_high_water() - at_rest) / 1024
 
 
 def _high_water() -> int:
@@ -153,7 +154,4 @@ def _high_water() -> int:
 
 
 if __name__ == "__main__":
-    from bench.problems import Problem
-
-    settings, chosen = json.loads(sys.argv[1])
-    print(json.dumps(_peaks(Problem(**settings), chosen, torch.device("cpu"))))
+    print(json.dumps(_peaks(*json.loads(sys.argv[1]), torch.device("cpu"))))

@@ -66,7 +66,7 @@ def test_suite_and_report(run, tmp_path):
     assert report.main([str(run), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "## Training step" in text
-    assert "added by the method" in text
+    assert "Added by the method" in text
     assert (tmp_path / "roofline.svg").stat().st_size > 1000
     assert report.main([str(run), "--keep", str(tmp_path / "kept.json")]) == 0
     assert report.main([str(tmp_path / "kept.json"), "--summary"]) == 0
