@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent
 CPU = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
 CUDA = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
-ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
 CXX_FLAGS = [
     "-O3",
     "-g0",
@@ -88,7 +88,10 @@ def extension(cuda: bool) -> object:
         CPU + CUDA,
         include_dirs=include,
         depends=HEADERS,
-        define_macros=[("SST_FAST_CUDA", f'"{torch.version.cuda}"')],
+        define_macros=[
+            ("SST_FAST_CUDA", f'"{torch.version.cuda}"'),
+            ("SST_FAST_SM90A", str(int("9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]))),
+        ],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
 

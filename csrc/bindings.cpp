@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "ops.h"
+#include "tiles.h"
 
 // The queue's operators, for Python and, through PyTorch's dispatcher, for C++ programs. sst_fast/queue.py checks
 // arguments.
@@ -42,8 +43,20 @@ PYBIND11_MODULE(_C, m) {
     });
     return std::tuple(psi.value, psi.slope, phi.first, phi.second);
   });
+  // The index arithmetic of tiles.h, for tests.
+  m.def("tile", [](int number, int last, int start, int K, int B) {
+    const Tile tile(number, last, start, K, B);
+    std::vector<int> slots;
+    for (int j = 0; j < kSlots; j++) slots.push_back(tile.slot(j));
+    return std::tuple(tile.of_window, tile.first, slots);
+  });
+  m.def("swizzled", &swizzled);
+  m.def("rows_operand", &rows_operand);
+  m.def("columns_operand", &columns_operand);
 #ifdef SST_FAST_CUDA
+  m.def("cuda_sweep", &cuda::sweep, free_gil);
   m.attr("cuda") = SST_FAST_CUDA;
+  m.attr("sm90a") = bool(SST_FAST_SM90A);
 #else
   m.attr("cuda") = py::none();
 #endif

@@ -221,7 +221,7 @@ struct ArcNegPhi {
 
 // Calls f(phi) with the family of this margin.
 template <typename F>
-SST_HD auto with_phi(Kind kind, F f) {
+inline auto with_phi(Kind kind, F f) {
   switch (kind) {
     case Kind::mv:
     case Kind::curricular:

@@ -6,11 +6,13 @@ take the prototypes' dtype (float32: PyTorch's matmul precision decides between 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from sst_fast.kernels import hopper
 from sst_fast.kernels.margins import MV, NPC, phi, phi_row, target_margin
 from torch import Tensor
 
@@ -142,7 +144,7 @@ def prepare_kernel(
     tiny = norm * usable < 1e-12
     inverse = tl.where(tiny, 0.0, 1.0 / norm)
     hat = scaled * inverse
-    tl.store(unit + i * BLOCK_D + d, hat.to(unit.dtype.element_ty))
+    tl.store(unit + i * BLOCK_D + d, hat.to(tl.float32).to(unit.dtype.element_ty))
     tl.store(inverse_norm + i, tl.where(tiny, 0.0, inverse / usable))
     y = tl.load(target + i)
     own = _target_row(w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d, WINDOW, NORMALIZE)
@@ -513,9 +515,12 @@ def margin_softmax(
     embedding: Tensor, prototypes: Tensor, target: Tensor, identity: Tensor | None, slot_identity: Tensor | None,
     window: Tensor | None, window_identity: Tensor | None, window_start: Tensor | None, margin_rows: Tensor | None,
     scale_rows: Tensor | None, kind: int, parameters: list[float], scale: float, mask_empty: bool, normalize: bool,
-    label_smoothing: float, straight_through: bool, need_gradient: bool,
+    label_smoothing: float, straight_through: bool, need_gradient: bool, cuda_sweep: Callable[..., None] | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """The operator ``sst_fast::margin_softmax``: see csrc/ops.h for the nine results."""
+    """The operator ``sst_fast::margin_softmax``: see csrc/ops.h for the nine results.
+
+    ``cuda_sweep`` (``sst_fast::cuda::sweep`` of csrc/ops.h) takes the place of the sweep here, where ``hopper.fits``.
+    """
     embedding, prototypes, target = embedding.contiguous(), prototypes.contiguous(), target.contiguous()
     window = None if window is None else window.contiguous()
     margin_rows, scale_rows = _float32(margin_rows), _float32(scale_rows)
@@ -538,14 +543,19 @@ def margin_softmax(
         embedding, prototypes, target, window, window_start, margin_rows, scale_rows, kind, parameters, scale, normalize
     )
     capability, processors = _machine(device)
-    cut = blocks_for("sweep", rows.block_d, prototypes.element_size(), capability)
-    assert cut is not None, "callers ask fits() first"
-    blocks_in_group = triton.cdiv(n // groups, cut.rows)
-    tiles = triton.cdiv(k, cut.slots)
-    splits = max(1, min(tiles, 2 * processors // (groups * blocks_in_group)))
-    tiles_in_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, tiles_in_split)
-    parts = splits + (window is not None)
+    if cuda_sweep is None:
+        cut = blocks_for("sweep", rows.block_d, prototypes.element_size(), capability)
+        assert cut is not None, "callers ask fits() first"
+        blocks_in_group = triton.cdiv(n // groups, cut.rows)
+        tiles = triton.cdiv(k, cut.slots)
+        splits = max(1, min(tiles, 2 * processors // (groups * blocks_in_group)))
+        tiles_in_split = triton.cdiv(tiles, splits)
+        splits = triton.cdiv(tiles, tiles_in_split)
+        parts = splits + (window is not None)
+    else:
+        plan = hopper.plan(n // groups, groups, k, b, processors, prototypes.dtype)
+        parts = plan.splits
+        prototypes, window = hopper.aligned(prototypes), None if window is None else hopper.aligned(window)
     second = need_gradient and label_smoothing > 0
     shift, total, logits, hard_sum, top = (values(parts, n) for _ in range(5))
     hard, alive, at, above = (numbers(parts, n, dtype=torch.int32) for _ in range(4))
@@ -553,6 +563,14 @@ def margin_softmax(
     uniform = values(n)
 
     def sweep(again: bool) -> None:
+        if cuda_sweep is not None:
+            out = [shift, total, hard_sum, hard, alive, top, at, above]
+            cuda_sweep(
+                rows.unit, prototypes, window, window_start, target, identity, slot_identity, window_identity, rows.cosine,
+                rows.scales, rows.phi_rows, out, values(0) if moment is None else moment, plan.tiles_in_split, plan.cluster,
+                kind, mask_empty, straight_through,
+            )  # fmt: skip
+            return
         sweep_kernel[(groups * blocks_in_group, parts)](
             rows.unit, prototypes, window, rows.inverse_w, rows.inverse_window, window_start, target, identity,
             slot_identity, window_identity, rows.cosine, rows.scales, rows.phi_rows, lse, uniform, shift, total, logits,

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,7 @@ except ImportError as error:
 OPERATIONS = ("margin_softmax", "enqueue", "dequeue")
 NAMES = ("cuda", "triton", "cpu", "reference")  # in order of preference
 ENVIRONMENT = "SST_FAST_BACKEND"
+ON_REQUEST = "available on request: not yet run on a GPU"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _choice(operation: str, device: str, requested: str | None) -> Choice:
         return Choice(operation, device, states, chosen, why)
     if asked not in NAMES:
         raise ValueError(f"{source}: {asked!r} is no backend, expected one of {', '.join(NAMES)}")
-    if states[asked] != "available":
+    if states[asked] not in ("available", ON_REQUEST):
         raise ValueError(f"{source}: {operation} cannot run on {asked!r}: {states[asked]}")
     return Choice(operation, device, states, asked, f"forced by {source}")
 
@@ -96,15 +98,23 @@ def _state(name: str, operation: str, device: str) -> str:
         return "available"
     if name == "triton":
         return _triton_state(operation, device)
-    if name == "cuda" and operation == "margin_softmax":
-        return "not written yet"
     if device != name:
         return f"not for {device} tensors"
     if compiled is None:
         return _why_not_compiled
     if name == "cuda" and compiled.cuda is None:
         return "sst_fast._C was built without CUDA"
-    return "available"
+    return _hopper_state() if name == "cuda" and operation == "margin_softmax" else "available"
+
+
+def _hopper_state() -> str:
+    if not compiled.sm90a:  # type: ignore[union-attr]
+        return "sst_fast._C was built without sm_90a"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "for Hopper (sm_90) alone"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton for what surrounds its sweep"
+    return ON_REQUEST
 
 
 def _triton_state(operation: str, device: str) -> str:
@@ -122,4 +132,10 @@ def implementation(backend: str, operation: str) -> Any:
         from sst_fast.kernels import margin_softmax
 
         return getattr(margin_softmax, operation)
+    if backend == "cuda" and operation == "fits":
+        from sst_fast.kernels import hopper
+
+        return hopper.fits
+    if backend == "cuda":
+        return partial(implementation("triton", operation), cuda_sweep=compiled.cuda_sweep)  # type: ignore[union-attr]
     return getattr(compiled, f"{backend}_{operation}")

@@ -200,6 +200,10 @@ def margin_softmax(
     wide = reference.wide_dtype(embedding, prototypes)
     grad = torch.is_grad_enabled()
     trains_prototypes = grad and prototypes.requires_grad
+    if chosen == "cuda":
+        fits = implementation("cuda", "fits")
+        if wide == torch.float64 or not fits(prototypes, trains_prototypes, normalize_prototypes, label_smoothing):
+            chosen = "triton"
     if chosen == "triton":
         # More exact than the kernels are, or beyond what they hold in registers.
         fits = implementation("triton", "fits")

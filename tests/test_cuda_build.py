@@ -1,5 +1,6 @@
-"""The machine code of the CUDA queue, wherever the extension was built with CUDA; no GPU needed."""
+"""The machine code of the CUDA queue and of the Hopper sweep, wherever the extension was built with CUDA; no GPU needed."""
 
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -16,9 +17,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@functools.cache
 def dump(option):
     done = subprocess.run([CUOBJDUMP, option, compiled.__file__], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def functions(option, name):
+    parts = re.split(r"\s+Function : ", dump(option))[1:]
+    return [part for part in parts if re.match(name, part)]
 
 
 def test_no_kernel_spills():
@@ -35,10 +42,34 @@ def test_no_kernel_spills():
 
 
 def test_wide_kernels_move_sixteen_bytes_at_once():
-    parts = re.split(r"\s+Function : ", dump("-sass"))[1:]
+    parts = functions("-sass", r"\S*(enqueue|dequeue)_kernel")
     wide = [part for part in parts if re.match(r"\S*enqueue_kernel\S*Li(2|4|8|16)EE", part)]
     assert len(wide) == len(parts) * 20 // 41
     for part in wide:
         name = part.splitlines()[0]
         assert re.search(r"(LDG|STG)\.E\S*\.128", part), name
         assert not re.search(r"\b(LDL|STL)\b", part), name
+
+
+@pytest.mark.skipif(compiled is None or not getattr(compiled, "sm90a", False), reason="built without sm_90a")
+def test_the_hopper_sweep_uses_what_hopper_has():
+    kernels = functions("-sass", r"\S*sweep_kernel")
+    whole = {}
+    for part in kernels:
+        name = part.splitlines()[0]
+        if "HGMMA" not in part:  # another architecture: a trap
+            assert len(re.findall(r"/\*[0-9a-f]{4}\*/", part)) < 40, name
+            continue
+        whole[name] = part
+        assert not re.search(r"\b(LDL|STL)\b", part), f"{name} spills"
+        dim, moment = int(re.search(r"Li(\d+)E", name)[1]), "Lb1E" in name
+        # Products of 16 columns of cosines: D / 16; of 16 slots of the moment: 4, for each of the two tiles.
+        assert len(re.findall(r"\bHGMMA\.64x64x16", part)) >= dim // 16 + (8 if moment and dim == 128 else 0), name
+        if moment and dim > 128:
+            assert len(re.findall(rf"\bHGMMA\.64x{dim // 2}x16", part)) == 8, name
+        converts = "fp8" in name
+        assert "UTMALDG.3D" in part, name
+        assert ("UTMALDG.3D.MULTICAST" in part) != converts, name
+        assert "USETMAXREG" in part, name
+    # Three dimensions, three dtypes, four families of margins, with and without a gradient.
+    assert len(whole) == 3 * 3 * 4 * 2

@@ -1,0 +1,55 @@
+// The index arithmetic of the Hopper sweep (cuda/sweep_sm90.cu): which slots a tile holds, and where its numbers lie in
+// shared memory. Shared with the CPU, where tests/test_sweep_sm90.py checks it.
+#pragma once
+
+#include "margin.h"  // SST_HD
+
+namespace sst_fast {
+
+constexpr int kRows = 64, kSlots = 64;  // probes of a block, slots of a tile
+
+// A tile of slots: of the queue, or, after the queue's last one, of the batch window.
+struct Tile {
+  int first, end, start, K, B;
+  bool of_window;
+
+  // number: among the queue's tiles and then the window's; last: where the range of tiles ends that is being swept;
+  // start: the window's first slot. B is 0 where there is no window.
+  SST_HD Tile(int number, int last, int start, int K, int B) : start(start), K(K), B(B) {
+    const int of_queue = (K + kSlots - 1) / kSlots;
+    of_window = number >= of_queue;
+    first = (of_window ? number - of_queue : number) * kSlots;
+    end = number >= last ? 0 : of_window ? B : K;
+  }
+  // The slot in column j; -1 where there is none or the window has it.
+  SST_HD int slot(int j) const {
+    const int at = first + j;
+    if (at >= end) return -1;
+    if (of_window) return at + start < K ? at + start : at + start - K;
+    const int after = at - start;
+    return B == 0 || (after < 0 ? after + K : after) >= B ? at : -1;
+  }
+};
+
+// Tiles lie in panels of 64 columns of 16 bits: rows of 128 bytes one after the other, the eight 16-byte chunks of row
+// r permuted by chunk ^ (r % 8), which keeps rows and columns free of bank conflicts. A panel begins at a multiple of
+// 1,024 bytes.
+constexpr int kPanel = 64;
+
+SST_HD int swizzled(int row, int chunk) {  // in bytes, within a panel
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
+// The descriptor (PTX ISA, wgmma, matrix descriptor) of an operand in this layout whose sum runs along its columns:
+// `at` is the address in shared memory; eight rows on are 1,024 bytes on.
+SST_HD uint64_t rows_operand(uint32_t at) {
+  return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | (at & 0x3ffff) >> 4;
+}
+
+// The same memory read the other way: the sum runs over rows, eight of them 1,024 bytes on, and the next 64 columns are
+// `panel` bytes on.
+SST_HD uint64_t columns_operand(uint32_t at, uint32_t panel) {
+  return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(panel >> 4) << 16 | (at & 0x3ffff) >> 4;
+}
+
+}  // namespace sst_fast
