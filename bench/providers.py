@@ -49,13 +49,22 @@ def missing(package: str) -> str:
 # --- ours ---------------------------------------------------------------------------------------------------------------
 
 
+def hopper_fits(problem: Problem) -> bool:
+    """Whether ``backend="cuda"`` means another sweep than Triton's."""
+    return problem.dtype != "float32" and problem.task != "prototypes" and problem.d in (128, 256, 512)
+
+
 def ours(backend: str) -> Provider:
     """The fused loss by one backend."""
 
     def why_not(problem: Problem, device: torch.device) -> str:
         state = sst_fast.backends(device)["margin_softmax"].implementations.get(backend, "unknown")
-        if state != "available" or (backend == "triton" and device.type == "cpu"):
-            return state if state != "available" else "its interpreter is not for timing"
+        if not state.startswith("available"):
+            return state
+        if backend == "triton" and device.type == "cpu":
+            return "its interpreter is not for timing"
+        if backend == "cuda" and not hopper_fits(problem):
+            return "left to Triton"
         if backend == "reference" and problem.n * problem.k > 2**24:
             return "the reference is for small sizes"
         return ""
@@ -352,7 +361,7 @@ HEADS = only_plain(("am", "arc"))
 SOFTMAX = only_plain(("softmax",))
 
 PROVIDERS: list[Provider] = [
-    *(ours(backend) for backend in ("cpu", "triton", "reference")),
+    *(ours(backend) for backend in ("cpu", "cuda", "triton", "reference")),
     written_out("eager", compiled=False),
     written_out("torch.compile", compiled=True),
     Provider("torch linear_cross_entropy", torch_has("linear_cross_entropy"), linear_loss(torch_linear)),

@@ -122,6 +122,11 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def ratio(a: float, b: float | None) -> str:
+    """Two digits at least; nothing where there is nothing to divide by."""
+    return "" if not b else f"{a / b:.2f}" if a >= 0.1 * b else f"{a / b:.1g}"
+
+
 def table(rows: list[Row], limit: str, whole: str = OURS) -> list[str]:
     """Markdown: time with spread, ratio to the limit and to the fastest of ours (or to ``whole``), memory, error."""
     bound = next((row.median for row in rows if row.provider == limit), None)
@@ -134,8 +139,8 @@ def table(rows: list[Row], limit: str, whole: str = OURS) -> list[str]:
         cells = [
             row.provider,
             f"{milliseconds(row.median)} ± {milliseconds(row.spread)}",
-            f"{row.median / bound:.2f}" if bound else "",
-            f"{row.median / mine:.2f}" if mine else "",
+            ratio(row.median, bound),
+            ratio(row.median, mine),
             "" if row.extra_mib is None else f"{row.extra_mib:.1f}",
             "" if row.error is None else f"{row.error:.0e}",
         ]
@@ -264,7 +269,14 @@ def plots(run: Run) -> dict[str, Figure]:
     made = {
         "time_over_k": _over(run, "k", lambda r: 1e3 * r.median, "milliseconds", "queue slots K", colours),
         "time_over_n": _over(run, "n", lambda r: 1e3 * r.median, "milliseconds", "probes N", colours),
-        "memory_over_k": _over(run, "k", lambda r: r.extra_mib, "extra MiB at the peak", "queue slots K", colours),
+        "memory_over_k": _over(
+            run,
+            "k",
+            lambda r: None if r.provider == BARE else r.extra_mib,
+            "extra MiB at the peak",
+            "queue slots K",
+            colours,
+        ),
         "roofline": _roofline(run, colours),
     }
     return {name: figure for name, figure in made.items() if figure is not None}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from problems import MARGINS, make
 
-from sst_fast import AMSoftmax, GalleryQueue, SemiSiamese, SemiSiameseLoss, Window
+from sst_fast import AMSoftmax, GalleryQueue, SemiSiamese, SemiSiameseLoss, Window, backends
 from sst_fast.functional import margin_softmax
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -40,9 +40,9 @@ def loss_of(problem, backend, **options):
     return loss.detach(), torch.autograd.grad(loss @ factors, x)[0]
 
 
-def agree(problem, tolerance, **options):
+def agree(problem, tolerance, backend="triton", **options):
     """The kernel on the GPU with the float64 reference on the CPU."""
-    loss, gradient = (t.cpu().double() for t in loss_of(on_gpu(problem), "triton", **options))
+    loss, gradient = (t.cpu().double() for t in loss_of(on_gpu(problem), backend, **options))
     expected, exact = loss_of(problem.to(torch.float64), "reference", **options)
     assert (loss - expected).abs().max() <= tolerance * max(1, expected.abs().max().item())
     assert (gradient - exact).norm() <= 3 * tolerance * max(exact.norm().item(), 0.05)
@@ -119,11 +119,39 @@ def test_scales(scale):
     agree(make(40, 3000, 512, start=2990).to(torch.float32), 2e-5, scale=scale)
 
 
-def test_loss_neither_waits_nor_varies_and_can_be_captured():
+needs_hopper = pytest.mark.skipif(
+    not backends()["margin_softmax"].implementations["cuda"].startswith("available"), reason="needs a Hopper GPU"
+)
+
+
+@needs_hopper
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+def test_hopper_small(margin):
+    problem = make(33, 300, 128, start=290, identities=150, empty=0.1)
+    agree(problem.to(torch.bfloat16), 2e-2, "cuda", margin=margin, scale=16.0)
+    agree(problem.to(torch.float16), 5e-3, "cuda", margin=margin, scale=16.0)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dim", [128, 256, 512])
+@pytest.mark.parametrize(
+    ("n", "k", "start"), [(1, 1, None), (130, 77, None), (64, 4096, 4080), (256, 5000, 0), (512, 20000, 19900)]
+)
+def test_hopper_sizes(n, k, start, dim):
+    problem = make(n, k, dim, start=start, identities=2 * k)
+    agree(problem.to(torch.bfloat16), 2e-2, "cuda", scale=16.0)
+    agree(problem.to(torch.bfloat16), 6e-2, "cuda", scale=64.0)
+    agree(problem.to(torch.float16), 5e-3, "cuda", scale=16.0)
+    agree(problem.to(torch.float32, torch.float8_e4m3fn), 5e-3, "cuda", scale=16.0)
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_hopper)])
+def test_loss_neither_waits_nor_varies_and_can_be_captured(backend, monkeypatch):
+    monkeypatch.setenv("SST_FAST_BACKEND", f"margin_softmax={backend}")
     problem = on_gpu(make(64, 4096, 512, start=4000, identities=300).to(torch.bfloat16))
-    first = loss_of(problem, "triton")
+    first = loss_of(problem, backend)
     with no_waiting():
-        again = loss_of(problem, "triton")
+        again = loss_of(problem, backend)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     x = problem.embedding.detach().requires_grad_()
     stream = torch.cuda.Stream()
