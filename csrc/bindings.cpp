@@ -51,7 +51,9 @@ PYBIND11_MODULE(_C, m) {
     return std::tuple(tile.of_window, tile.first, slots);
   });
   m.def("swizzled", &swizzled);
+  m.def("narrow_swizzled", &narrow_swizzled);
   m.def("rows_operand", &rows_operand);
+  m.def("narrow_rows_operand", &narrow_rows_operand);
   m.def("columns_operand", &columns_operand);
 #ifdef SST_FAST_CUDA
   m.def("cuda_sweep", &cuda::sweep, free_gil);

@@ -31,23 +31,29 @@ struct Tile {
   }
 };
 
-// Tiles lie in panels of 64 columns of 16 bits: rows of 128 bytes one after the other, the eight 16-byte chunks of row
-// r permuted by chunk ^ (r % 8), which keeps rows and columns free of bank conflicts. A panel begins at a multiple of
-// 1,024 bytes.
-constexpr int kPanel = 64;
+// Tiles lie in panels: rows of 128 bytes (64 numbers of 16 bits, 128 of 8) one after the other, the eight 16-byte
+// chunks of row r permuted by chunk ^ (r % 8), which keeps rows and columns free of bank conflicts. A panel begins at a
+// multiple of 1,024 bytes. Panels of 64 bytes permute four chunks by chunk ^ (r / 2 % 4).
+constexpr int kPanelBytes = 128;
 
 SST_HD int swizzled(int row, int chunk) {  // in bytes, within a panel
   return row * 128 + ((chunk ^ (row & 7)) << 4);
 }
 
+SST_HD int narrow_swizzled(int row, int chunk) { return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4); }
+
 // The descriptor (PTX ISA, wgmma, matrix descriptor) of an operand in this layout whose sum runs along its columns:
-// `at` is the address in shared memory; eight rows on are 1,024 bytes on.
+// `at` is the address in shared memory; eight rows on are 1,024 bytes on, in a narrow panel 512.
 SST_HD uint64_t rows_operand(uint32_t at) {
   return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | (at & 0x3ffff) >> 4;
 }
 
+SST_HD uint64_t narrow_rows_operand(uint32_t at) {
+  return uint64_t(2) << 62 | uint64_t(512 >> 4) << 32 | uint64_t(1) << 16 | (at & 0x3ffff) >> 4;
+}
+
 // The same memory read the other way: the sum runs over rows, eight of them 1,024 bytes on, and the next 64 columns are
-// `panel` bytes on.
+// `panel` bytes on. For numbers of 16 bits alone.
 SST_HD uint64_t columns_operand(uint32_t at, uint32_t panel) {
   return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(panel >> 4) << 16 | (at & 0x3ffff) >> 4;
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 ROWS = SLOTS = 64  # of a block, of a tile: csrc/tiles.h
 DIMS = (128, 256, 512)
 DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+UNIT_OF_FLOAT8 = 64.0  # what unit rows are multiplied by before they are rounded to float8: csrc/cuda/sweep_sm90.h
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,26 @@ class Plan:
     cluster: int
 
 
-def plan(rows_in_group: int, groups: int, k: int, b: int, processors: int, dtype: torch.dtype) -> Plan:
-    """A block for each multiprocessor, if there is work enough: tiles are those of the queue and then the window's."""
+def plan(rows_in_group: int, groups: int, k: int, b: int, processors: int, converts: bool) -> Plan:
+    """A block for each multiprocessor, if there is work enough: tiles are those of the queue and then the window's.
+
+    ``converts``: the queue is read by threads, for themselves, not by the copy engine, for two blocks.
+    """
     blocks_in_group = -(-rows_in_group // ROWS)
     tiles = -(-k // SLOTS) + -(-b // SLOTS)
     splits = max(1, min(-(-tiles // 2), processors // (groups * blocks_in_group)))
     tiles_in_split = 2 * -(-tiles // (2 * splits))  # they are taken in pairs
-    shared = blocks_in_group % 2 == 0 and dtype != torch.float8_e4m3fn
-    return Plan(-(-tiles // tiles_in_split), tiles_in_split, 2 if shared else 1)
+    return Plan(-(-tiles // tiles_in_split), tiles_in_split, 1 if blocks_in_group % 2 or converts else 2)
 
 
-def fits(prototypes: Tensor, trains_prototypes: bool, normalize: bool, label_smoothing: float) -> bool:
+def fits(
+    prototypes: Tensor, trains_prototypes: bool, normalize: bool, label_smoothing: float, float8_products: bool
+) -> bool:
     """Whether this sweep can do it; Triton's does the rest."""
-    usual = not (trains_prototypes or normalize or label_smoothing)
-    return usual and prototypes.dtype in DTYPES and prototypes.shape[1] in DIMS
+    if trains_prototypes or normalize or label_smoothing:
+        return False
+    dtypes, dims = (DTYPES[2:], DIMS[1:]) if float8_products else (DTYPES, DIMS)
+    return prototypes.dtype in dtypes and prototypes.shape[1] in dims
 
 
 def aligned(rows: Tensor) -> Tensor:

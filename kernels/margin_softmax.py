@@ -516,10 +516,12 @@ def margin_softmax(
     window: Tensor | None, window_identity: Tensor | None, window_start: Tensor | None, margin_rows: Tensor | None,
     scale_rows: Tensor | None, kind: int, parameters: list[float], scale: float, mask_empty: bool, normalize: bool,
     label_smoothing: float, straight_through: bool, need_gradient: bool, cuda_sweep: Callable[..., None] | None = None,
+    float8_products: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """The operator ``sst_fast::margin_softmax``: see csrc/ops.h for the nine results.
 
-    ``cuda_sweep`` (``sst_fast::cuda::sweep`` of csrc/ops.h) takes the place of the sweep here, where ``hopper.fits``.
+    ``cuda_sweep`` (``sst_fast::cuda::sweep`` of csrc/ops.h) takes the place of the sweep here, where ``hopper.fits``; with
+    ``float8_products`` it rounds probes and weights to float8, as the queue is.
     """
     embedding, prototypes, target = embedding.contiguous(), prototypes.contiguous(), target.contiguous()
     window = None if window is None else window.contiguous()
@@ -553,8 +555,11 @@ def margin_softmax(
         splits = triton.cdiv(tiles, tiles_in_split)
         parts = splits + (window is not None)
     else:
-        plan = hopper.plan(n // groups, groups, k, b, processors, prototypes.dtype)
+        converts = prototypes.dtype == torch.float8_e4m3fn and not float8_products
+        plan = hopper.plan(n // groups, groups, k, b, processors, converts)
         parts = plan.splits
+        if float8_products:
+            rows.unit = (rows.unit.float() * hopper.UNIT_OF_FLOAT8).to(torch.float8_e4m3fn)
         prototypes, window = hopper.aligned(prototypes), None if window is None else hopper.aligned(window)
     second = need_gradient and label_smoothing > 0
     shift, total, logits, hard_sum, top = (values(parts, n) for _ in range(5))

@@ -25,7 +25,8 @@ except ImportError as error:
     warnings.warn(f"sst_fast: {_why_not_compiled}; plain PyTorch serves instead, slower", RuntimeWarning, stacklevel=3)
 
 OPERATIONS = ("margin_softmax", "enqueue", "dequeue")
-NAMES = ("cuda", "triton", "cpu", "reference")  # in order of preference
+# In order of preference. cuda_float8: the sweep of cuda, but with float8 products over a float8 queue, hence less exact.
+NAMES = ("cuda", "triton", "cpu", "reference", "cuda_float8")
 ENVIRONMENT = "SST_FAST_BACKEND"
 ON_REQUEST = "available on request: not yet run on a GPU"
 
@@ -98,6 +99,8 @@ def _state(name: str, operation: str, device: str) -> str:
         return "available"
     if name == "triton":
         return _triton_state(operation, device)
+    if name == "cuda_float8":
+        return _state("cuda", operation, device) if operation == "margin_softmax" else "not for the queue"
     if device != name:
         return f"not for {device} tensors"
     if compiled is None:
@@ -132,10 +135,12 @@ def implementation(backend: str, operation: str) -> Any:
         from sst_fast.kernels import margin_softmax
 
         return getattr(margin_softmax, operation)
-    if backend == "cuda" and operation == "fits":
+    if backend in ("cuda", "cuda_float8"):
         from sst_fast.kernels import hopper
 
-        return hopper.fits
-    if backend == "cuda":
-        return partial(implementation("triton", operation), cuda_sweep=compiled.cuda_sweep)  # type: ignore[union-attr]
+        options: dict[str, Any] = {"float8_products": backend == "cuda_float8"}
+        if operation == "fits":
+            return partial(hopper.fits, **options)
+        options["cuda_sweep"] = compiled.cuda_sweep  # type: ignore[union-attr]
+        return partial(implementation("triton", operation), **options)
     return getattr(compiled, f"{backend}_{operation}")

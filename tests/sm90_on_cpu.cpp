@@ -1,6 +1,6 @@
-// Runs the code of csrc/cuda/sweep_sm90.h on the CPU: every CUDA thread is a thread here, and what sm90.h takes from the GPU is
-// done as the PTX ISA describes it. Slow, and no proof of the instructions themselves; but masks, index arithmetic, barriers and sums
-// are the kernel's own. Built and called by tests/test_sweep_sm90.py.
+// Runs the code of csrc/cuda/sweep_sm90.h on the CPU: every CUDA thread is a thread here, and what sm90.h takes from
+// the GPU is done as the PTX ISA describes it. Slow, and no proof of the instructions themselves; but masks, index
+// arithmetic, barriers and sums are the kernel's own. Built and called by tests/test_sweep_sm90.py.
 #define SST_FAST_SM90_H
 #define __CUDA_ARCH_FEAT_SM90_ALL 1
 #include <cuda_bf16.h>
@@ -31,9 +31,9 @@
 
 using std::min;
 
-struct CUtensorMap {  // rows of D numbers of 16 bits; a box has 64 rows and `panels` times 64 columns
-  const uint16_t* data;
-  int64_t rows, D;
+struct CUtensorMap {  // rows of so many bytes; a box has 64 rows and `panels` times 128 bytes of each
+  const unsigned char* data;
+  int64_t rows, bytes;
   int panels;
 };
 
@@ -162,8 +162,10 @@ void more_registers() {}
 template <int count>
 void fewer_registers() {}
 
-// 128-byte mode: bits 4 to 6 of an address are exclusive-ored with bits 7 to 9.
-inline uint32_t permuted(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// 128-byte mode: bits 4 to 6 of an address are exclusive-ored with bits 7 to 9; 64-byte mode: 4 and 5 with 7 and 8.
+inline uint32_t permuted(uint32_t address, bool narrow = false) {
+  return address ^ (address >> 7 & (narrow ? 3 : 7)) << 4;
+}
 
 inline void load_tile(
     void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, int panel, uint16_t blocks) {
@@ -172,10 +174,10 @@ inline void load_tile(
     unsigned char* memory = (*me.cluster)[block]->memory.data();
     for (int p = 0; p < map.panels; p++)
       for (int r = 0; r < 64; r++)
-        for (int c = 0; c < 64; c++) {
-          const bool inside = row + r < map.rows && column + c < 64 && panel + p < map.D / 64;
-          const uint16_t value = inside ? map.data[(row + r) * map.D + (panel + p) * 64 + column + c] : 0;
-          std::memcpy(memory + permuted(shared_address(to) + p * 8192 + r * 128 + 2 * c), &value, 2);
+        for (int c = 0; c < 128; c++) {
+          const bool inside = row + r < map.rows && column == 0 && (panel + p) * 128 < map.bytes;
+          memory[permuted(shared_address(to) + p * 8192 + r * 128 + c)] =
+              inside ? map.data[(row + r) * map.bytes + (panel + p) * 128 + c] : 0;
         }
     of(elsewhere(barrier, block)).add(0, -int64_t(map.panels) * 8192);
   }
@@ -188,23 +190,25 @@ template <typename T>
 float read(uint64_t descriptor, bool columns, int outer, int k) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
+  const bool narrow = descriptor >> 62 == 2;
   const uint32_t at = columns ? start + outer / 64 * leading + outer % 64 * 2 + k / 8 * stride + k % 8 * 128
-                              : start + outer / 8 * stride + outer % 8 * 128 + 2 * k;
+                              : start + outer / 8 * stride + outer % 8 * (narrow ? 64 : 128) + sizeof(T) * k;
   T value;
-  std::memcpy(&value, me.block->memory.data() + permuted(at), 2);
+  std::memcpy(static_cast<void*>(&value), me.block->memory.data() + permuted(at, narrow), sizeof(T));
   return static_cast<float>(value);
 }
 
 template <typename T, bool kColumns, int count>
 void product(float (&o)[count], uint64_t left, uint64_t right, bool accumulate) {
+  constexpr int depth = 32 / sizeof(T);
   const int lane = me.thread.x % 32, row = me.thread.x % 128 / 32 * 16 + lane / 4;
-  float a[2][16];
+  float a[2][depth];
   for (int r = 0; r < 2; r++)
-    for (int k = 0; k < 16; k++) a[r][k] = read<T>(left, false, row + 8 * r, k);
+    for (int k = 0; k < depth; k++) a[r][k] = read<T>(left, false, row + 8 * r, k);
   for (int j = 0; j < count / 4; j++)
     for (int e = 0; e < 2; e++) {
       float sums[2] = {};
-      for (int k = 0; k < 16; k++) {
+      for (int k = 0; k < depth; k++) {
         const float b = read<T>(right, kColumns, 8 * j + 2 * (lane % 4) + e, k);
         for (int r = 0; r < 2; r++) sums[r] += a[r][k] * b;
       }
@@ -226,8 +230,7 @@ using namespace sst_fast::cuda;
 
 template <typename Queue, int D>
 void run(const CUtensorMap (&maps)[3], const Arguments& a, int blocks, int splits, int cluster, Kind kind) {
-  using Kernel =
-      void (*)(const CUtensorMap, const CUtensorMap, const CUtensorMap, const Arguments, const uint32_t);
+  using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const CUtensorMap, const Arguments, const uint32_t);
   const Kernel kernel = with_phi(kind, [&](auto phi) -> Kernel {
     using Phi = decltype(phi);
     return a.moment ? sweep_kernel<Queue, D, Phi, true> : sweep_kernel<Queue, D, Phi, false>;
@@ -235,7 +238,8 @@ void run(const CUtensorMap (&maps)[3], const Arguments& a, int blocks, int split
   for (int y = 0; y < splits; y++)
     for (int x = 0; x < blocks; x += cluster) {
       std::vector<std::unique_ptr<Block>> group;
-      for (int b = 0; b < cluster; b++) group.push_back(std::make_unique<Block>(sizeof(Shared<Element<Queue>, D>) + 1024));
+      for (int b = 0; b < cluster; b++)
+        group.push_back(std::make_unique<Block>(sizeof(Shared<Element<Queue>, D>) + 1024));
       std::barrier<> together(cluster * kBlockThreads);
       std::vector<std::thread> threads;
       for (int b = 0; b < cluster; b++)
@@ -250,21 +254,50 @@ void run(const CUtensorMap (&maps)[3], const Arguments& a, int blocks, int split
 
 }  // namespace
 
-// dtype: 0 bfloat16, 1 float16, 2 float8_e4m3fn. Pointers as in Arguments; null where there is none. Returns 0, or 1 where this is
-// not compiled.
+// dtype: 0 bfloat16, 1 float16, 2 float8_e4m3fn, 3 the same with products of float8. Pointers as in Arguments; null
+// where there is none. Returns 0, or 1 where this is not compiled.
 extern "C" int sweep(
     const void* unit, const void* prototypes, const void* window, const int64_t* window_start, const int64_t* target,
     const int64_t* identity, const int64_t* slot_identity, const int64_t* window_identity, const float* cosine,
     const float* scales, const float* phi_rows, float* shift, float* total, float* hard_sum, int* hard, int* live,
     float* hardest, int* slot, int* beats, float* moment, int N, int K, int B, int groups, int D, int dtype,
     int tiles_in_split, int cluster, int kind, int mask_empty, int straight) {
-  Arguments a{prototypes, window, window_start, target, identity, slot_identity, window_identity, cosine, scales, phi_rows, shift,
-              total, hard_sum, hard, live, hardest, slot, beats, moment, N, K, B, N / groups, (N / groups + 63) / 64,
-              (K + 63) / 64 + (B + 63) / 64, tiles_in_split, mask_empty != 0, straight != 0, Kind(kind) == Kind::npc};
+  Arguments a{
+      prototypes,
+      window,
+      window_start,
+      target,
+      identity,
+      slot_identity,
+      window_identity,
+      cosine,
+      scales,
+      phi_rows,
+      shift,
+      total,
+      hard_sum,
+      hard,
+      live,
+      hardest,
+      slot,
+      beats,
+      moment,
+      N,
+      K,
+      B,
+      N / groups,
+      (N / groups + 63) / 64,
+      (K + 63) / 64 + (B + 63) / 64,
+      tiles_in_split,
+      mask_empty != 0,
+      straight != 0,
+      Kind(kind) == Kind::npc};
+  const int64_t bytes = dtype == 3 ? D : 2 * D;
+  const auto map = [&](const void* data, int64_t rows, int parts) {
+    return CUtensorMap{static_cast<const unsigned char*>(data), rows, bytes, int(bytes / 128 / parts)};
+  };
   const CUtensorMap maps[] = {
-      {static_cast<const uint16_t*>(unit), N, D, D / 64},
-      {static_cast<const uint16_t*>(prototypes), K, D, D / 128},
-      {static_cast<const uint16_t*>(window ? window : prototypes), window ? groups * B : K, D, D / 128}};
+      map(unit, N, 1), map(prototypes, K, 2), window ? map(window, groups * B, 2) : map(prototypes, K, 2)};
   const int blocks = groups * a.blocks_in_group, splits = (a.tiles + tiles_in_split - 1) / tiles_in_split;
   const auto with = [&](auto queue, auto dim) {
     run<decltype(queue), decltype(dim)::value>(maps, a, blocks, splits, cluster, Kind(kind));
@@ -279,5 +312,7 @@ extern "C" int sweep(
   if (dtype == 1 && D == 128) return with(__half{}, d128);
   if (dtype == 2 && D == 128) return with(__nv_fp8_e4m3{}, d128);
   if (dtype == 2 && D == 512) return with(__nv_fp8_e4m3{}, d512);
+  if (dtype == 3 && D == 256) return with(Float8Products{}, d256);
+  if (dtype == 3 && D == 512) return with(Float8Products{}, d512);
   return 1;
 }

@@ -57,19 +57,23 @@ def test_the_hopper_sweep_uses_what_hopper_has():
     whole = {}
     for part in kernels:
         name = part.splitlines()[0]
-        if "HGMMA" not in part:  # another architecture: a trap
+        if not re.search("[HQ]GMMA", part):  # another architecture: a trap
             assert len(re.findall(r"/\*[0-9a-f]{4}\*/", part)) < 40, name
             continue
         whole[name] = part
         assert not re.search(r"\b(LDL|STL)\b", part), f"{name} spills"
-        dim, moment = int(re.search(r"Li(\d+)E", name)[1]), "Lb1E" in name
-        # Products of 16 columns of cosines: D / 16; of 16 slots of the moment: 4, for each of the two tiles.
-        assert len(re.findall(r"\bHGMMA\.64x64x16", part)) >= dim // 16 + (8 if moment and dim == 128 else 0), name
-        if moment and dim > 128:
-            assert len(re.findall(rf"\bHGMMA\.64x{dim // 2}x16", part)) == 8, name
-        converts = "fp8" in name
+        dim, moment, of_bytes = int(re.search(r"Li(\d+)E", name)[1]), "Lb1E" in name, "Float8Products" in name
+        # How many columns of cosines, and slots of the moment, one product adds up.
+        product, depth = ("QGMMA", 32) if of_bytes else ("HGMMA", 16)
+        cosines = len(re.findall(rf"\b{product}\.64x64x{depth}", part))
+        wanted = 2 * 64 // depth if moment else 0  # for either tile
+        if dim == 128:
+            assert cosines == dim // depth + wanted, name
+        else:
+            assert cosines == dim // depth, name
+            assert len(re.findall(rf"\b{product}\.64x{dim // 2}x{depth}", part)) == wanted, name
         assert "UTMALDG.3D" in part, name
-        assert ("UTMALDG.3D.MULTICAST" in part) != converts, name
+        assert ("UTMALDG.3D.MULTICAST" in part) == ("__nv_fp8" not in name), name
         assert "USETMAXREG" in part, name
-    # Three dimensions, three dtypes, four families of margins, with and without a gradient.
-    assert len(whole) == 3 * 3 * 4 * 2
+    # Three dimensions and three dtypes, float8 products of two; four families of margins, with and without a gradient.
+    assert len(whole) == (3 * 3 + 2) * 4 * 2

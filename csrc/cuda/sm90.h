@@ -7,6 +7,7 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -167,22 +168,32 @@ __device__ __forceinline__ void wait_for_products(float (&o)[count]) {
                " {" SST_LIST_##count "}, %" #a ", %" #b ", p, 1, 1, 0, %" #turned ";\n}"                       \
                : SST_REGISTERS_##count(o, 0)                                                                  \
                : "l"(left), "l"(right), "r"(int(accumulate)), "n"(int(kColumns)))
+#define SST_PRODUCT_OF_BYTES(count, columns, a, b, add)                                                       \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add ", 0;\n"                                          \
+               "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3"                                \
+               " {" SST_LIST_##count "}, %" #a ", %" #b ", p, 1, 1;\n}"                                        \
+               : SST_REGISTERS_##count(o, 0)                                                                  \
+               : "l"(left), "l"(right), "r"(int(accumulate)))
 // clang-format on
 
-// o [64, 2 * count] = left [64, 16] * right [16, 2 * count] (+ o): begun, not awaited. T: __nv_bfloat16 or __half.
-// kColumns: `right` is a columns_operand. A thread holds of rows g = 16 * warp + lane / 4 and g + 8 the columns 8 j + 2
+// o [64, 2 * count] = left [64, k] * right [k, 2 * count] (+ o), k = 16 or, of float8, 32: begun, not awaited. T:
+// __nv_bfloat16, __half or __nv_fp8_e4m3. kColumns: `right` is a columns_operand. A thread holds of rows g = 16 * warp
+// + lane / 4 and g + 8 the columns 8 j + 2
 // * (lane % 4) + {0, 1}, as o[4 j + {0, 1}] and o[4 j + {2, 3}].
 template <typename T, bool kColumns, int count>
 __device__ __forceinline__ void product(float (&o)[count], uint64_t left, uint64_t right, bool accumulate) {
-  constexpr bool bf16 = std::is_same_v<T, __nv_bfloat16>;
-  static_assert(bf16 || std::is_same_v<T, __half>);
+  constexpr bool bf16 = std::is_same_v<T, __nv_bfloat16>, bytes = std::is_same_v<T, __nv_fp8_e4m3>;
+  static_assert(bf16 || std::is_same_v<T, __half> || (bytes && !kColumns));
   static_assert(count == 32 || count == 64 || count == 128);
+  if constexpr (count == 32 && bytes) SST_PRODUCT_OF_BYTES(32, 64, 32, 33, 34);
   if constexpr (count == 32 && bf16) SST_PRODUCT(32, 64, "bf16", 32, 33, 34, 35);
-  if constexpr (count == 32 && !bf16) SST_PRODUCT(32, 64, "f16", 32, 33, 34, 35);
+  if constexpr (count == 32 && !bf16 && !bytes) SST_PRODUCT(32, 64, "f16", 32, 33, 34, 35);
+  if constexpr (count == 64 && bytes) SST_PRODUCT_OF_BYTES(64, 128, 64, 65, 66);
   if constexpr (count == 64 && bf16) SST_PRODUCT(64, 128, "bf16", 64, 65, 66, 67);
-  if constexpr (count == 64 && !bf16) SST_PRODUCT(64, 128, "f16", 64, 65, 66, 67);
+  if constexpr (count == 64 && !bf16 && !bytes) SST_PRODUCT(64, 128, "f16", 64, 65, 66, 67);
+  if constexpr (count == 128 && bytes) SST_PRODUCT_OF_BYTES(128, 256, 128, 129, 130);
   if constexpr (count == 128 && bf16) SST_PRODUCT(128, 256, "bf16", 128, 129, 130, 131);
-  if constexpr (count == 128 && !bf16) SST_PRODUCT(128, 256, "f16", 128, 129, 130, 131);
+  if constexpr (count == 128 && !bf16 && !bytes) SST_PRODUCT(128, 256, "f16", 128, 129, 130, 131);
 }
 
 // How many registers each thread of this warpgroup may use from here on.

@@ -27,14 +27,16 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 
-// Rows of D numbers as panels of 64 columns, `panels` of them and 64 rows at once. Rows beyond the end are read as
+// Rows of D numbers as panels of 128 bytes, one in `parts` of them and 64 rows at once. Rows beyond the end are read as
 // zeros.
-CUtensorMap describe(const at::Tensor& rows, int D, int panels) {
-  const auto type =
-      rows.scalar_type() == at::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const cuuint64_t sizes[] = {kPanel, cuuint64_t(rows.numel() / D), cuuint64_t(D / kPanel)};
-  const cuuint64_t strides[] = {2 * cuuint64_t(D), 2 * kPanel};
-  const cuuint32_t box[] = {kPanel, kSlots, cuuint32_t(panels)}, steps[] = {1, 1, 1};
+CUtensorMap describe(const at::Tensor& rows, int D, int parts) {
+  const auto size = cuuint64_t(rows.element_size()), columns = kPanelBytes / size;
+  const auto type = size == 1                         ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                    : rows.scalar_type() == at::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                      : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const cuuint64_t sizes[] = {columns, cuuint64_t(rows.numel() / D), D / columns};
+  const cuuint64_t strides[] = {size * D, kPanelBytes};
+  const cuuint32_t box[] = {cuuint32_t(columns), kSlots, cuuint32_t(D / columns / parts)}, steps[] = {1, 1, 1};
   CUtensorMap map;
   const CUresult status = encoder()(
       &map, type, 3, rows.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -82,7 +84,7 @@ void sweep(
   const c10::cuda::CUDAGuard guard(unit.device());
   const int D = unit.size(1), groups = window ? window->size(0) : 1;
   const auto type = prototypes.scalar_type();
-  const bool converts = type == at::kFloat8_e4m3fn;
+  const bool bytes = unit.scalar_type() == at::kFloat8_e4m3fn, converts = type == at::kFloat8_e4m3fn && !bytes;
   TORCH_CHECK(out.size() == 8, "sweep: eight tensors of results");
   TORCH_CHECK(unit.scalar_type() == (converts ? at::kHalf : type), "sweep: dtypes disagree");
   Arguments a{};
@@ -105,9 +107,9 @@ void sweep(
   a.slot = pointer<int>(out[6]), a.beats = pointer<int>(out[7]), a.moment = pointer<float>(moment);
   a.mask_empty = mask_empty, a.straight = straight_through, a.npc = Kind(kind) == Kind::npc;
 
-  const CUtensorMap x_map = describe(unit, D, D / kPanel);
-  const CUtensorMap w_map = converts ? x_map : describe(prototypes, D, D / kPanel / 2);
-  const CUtensorMap window_map = converts || !window ? w_map : describe(*window, D, D / kPanel / 2);
+  const CUtensorMap x_map = describe(unit, D, 1);
+  const CUtensorMap w_map = converts ? x_map : describe(prototypes, D, 2);
+  const CUtensorMap window_map = converts || !window ? w_map : describe(*window, D, 2);
   const CUtensorMap maps[] = {x_map, w_map, window_map};
   const dim3 grid(groups * a.blocks_in_group, splits);
   const auto with_type = [&](auto queue, auto dim) {
@@ -121,6 +123,9 @@ void sweep(
     });
   };
   const auto with_dim = [&](auto dim) {
+    if constexpr (decltype(dim)::value > 128)  // two halves of a panel at least
+      if (bytes) return with_type(Float8Products{}, dim);
+    TORCH_CHECK(!bytes, "sweep: products of float8 need D = 256 or 512");
     if (type == at::kBFloat16)
       with_type(__nv_bfloat16{}, dim);
     else if (type == at::kHalf)

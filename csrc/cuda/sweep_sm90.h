@@ -33,8 +33,28 @@ constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup;
 constexpr float kNever = -1e30f;  // cosine of a masked slot: finite, so that nothing becomes NaN on the way
 constexpr float kLog2e = 1.4426950408889634f;
 
-// A weight may reach exp(kSlack) before the shift moves: float16 holds that, too.
-constexpr float kSlack = 8.0f;
+// Name of a float8 queue whose products are of float8, too: twice as fast, but probes and weights are rounded to four
+// significant bits.
+struct Float8Products {};
+
+template <typename Queue>
+constexpr bool kConverts = std::is_same_v<Queue, __nv_fp8_e4m3>;
+template <typename Queue>
+constexpr bool kBytes = std::is_same_v<Queue, Float8Products>;
+
+// What products are made of; every float8_e4m3fn is a float16.
+template <typename Queue>
+using Element = std::conditional_t<kBytes<Queue>, __nv_fp8_e4m3, std::conditional_t<kConverts<Queue>, __half, Queue>>;
+
+// A weight may reach exp(kSlack) before the shift moves, to kHead below the largest logit: float16 holds exp(8). float8
+// ends at 448 and has little below 1, so there weights are kept large.
+template <typename Queue>
+constexpr float kSlack = kBytes<Queue> ? 6.0f : 8.0f;
+template <typename Queue>
+constexpr float kHead = kBytes<Queue> ? 5.0f : 0.0f;
+
+// Unit rows in float8 are multiplied by this, for the same reason.
+constexpr float kUnitOfBytes = 64.0f;
 
 struct Arguments {
   const void* prototypes;  // of float8 queues, which this kernel reads itself
@@ -60,13 +80,6 @@ struct Arguments {
   bool mask_empty, straight, npc;
 };
 
-template <typename Queue>
-constexpr bool kConverts = std::is_same_v<Queue, __nv_fp8_e4m3>;
-
-// What products are made of; every float8_e4m3fn is a float16.
-template <typename Queue>
-using Element = std::conditional_t<kConverts<Queue>, __half, Queue>;
-
 template <int D>
 constexpr int kTilesAtOnce = D == 512 ? 2 : 4;
 
@@ -78,15 +91,66 @@ struct Sums {
 
 template <typename T, int D>
 struct Shared {
-  static constexpr int kTiles = kTilesAtOnce<D>;
+  static constexpr int kTiles = kTilesAtOnce<D>, kPanel = kPanelBytes / sizeof(T);
+  static constexpr bool kTurns = sizeof(T) == 1;  // products of float8 know rows_operands alone
   alignas(1024) T x[D / kPanel][kRows][kPanel];
   alignas(1024) T w[kTiles][D / kPanel][kSlots][kPanel];
-  alignas(1024) T p[2][kRows][kSlots];
+  alignas(1024) T turned[kTurns ? kTiles : 1][kTurns ? D : 1][kSlots];  // narrow panels
+  alignas(1024) T p[2][kRows][kSlots];                                  // a panel each; of float8, narrow
   float shift[2][kRows];
   float phi_row[kRows][kPhiRow];  // registers are scarce
   Sums sums;
-  uint64_t x_full, full[kTiles][2], empty[kTiles][2], weights[2], taken[2];
+  uint64_t x_full, full[kTiles][2], turns[kTiles], empty[kTiles][2], weights[2], taken[2];
 };
+
+// A warpgroup's part of loading a float8 queue that is multiplied as float16: half of a tile's columns, rows beyond
+// `count` as zeros.
+template <int D>
+__device__ void widen(const unsigned char* from, int count, int half, Shared<__half, D>& shared, int at) {
+  constexpr int kPanel = Shared<__half, D>::kPanel, kChunks = kSlots * D / 2 / 16;  // 16 numbers each
+#pragma unroll 2
+  for (int chunk = threadIdx.x; chunk < kChunks; chunk += kWarpgroup) {
+    const int j = chunk / (D / 32), column = half * (D / 2) + chunk % (D / 32) * 16;
+    uint4 bytes = {0, 0, 0, 0};
+    if (j < count) bytes = __ldg(reinterpret_cast<const uint4*>(from + int64_t(j) * D + column));
+    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+    uint32_t wide[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const auto two = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (i % 2 * 16));
+      const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3);
+      wide[i] = uint32_t(halves.y) << 16 | halves.x;
+    }
+    auto* panel = reinterpret_cast<unsigned char*>(shared.w[at][column / kPanel]);
+    const int to = column % kPanel / 8;
+    *reinterpret_cast<uint4*>(panel + swizzled(j, to)) = {wide[0], wide[1], wide[2], wide[3]};
+    *reinterpret_cast<uint4*>(panel + swizzled(j, to + 1)) = {wide[4], wide[5], wide[6], wide[7]};
+  }
+}
+
+// Writes a tile of float8 with its slots along rows: four slots by sixteen columns at a time.
+template <int D>
+__device__ void turn(Shared<__nv_fp8_e4m3, D>& shared, int at) {
+  constexpr int kPanel = Shared<__nv_fp8_e4m3, D>::kPanel;
+  for (int part = threadIdx.x; part < kSlots / 4 * D / 16; part += kWarpgroup) {
+    const int j = part % (kSlots / 4) * 4, column = part / (kSlots / 4) * 16;
+    const auto* panel = reinterpret_cast<const unsigned char*>(shared.w[at][column / kPanel]);
+    uint32_t words[4][4];  // of a slot, four columns each
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint4 row = *reinterpret_cast<const uint4*>(panel + swizzled(j + i, column % kPanel / 16));
+      words[i][0] = row.x, words[i][1] = row.y, words[i][2] = row.z, words[i][3] = row.w;
+    }
+    auto* to = reinterpret_cast<unsigned char*>(shared.turned[at]);
+#pragma unroll
+    for (int d = 0; d < 16; d++) {
+      uint32_t slots = 0;
+#pragma unroll
+      for (int i = 0; i < 4; i++) slots |= (words[i][d / 4] >> (d % 4 * 8) & 0xff) << (8 * i);
+      *reinterpret_cast<uint32_t*>(to + narrow_swizzled(column + d, j / 16) + j % 16) = slots;
+    }
+  }
+}
 
 template <typename Queue, int D, typename Phi, bool kMoment>
 __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
@@ -95,8 +159,8 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace sm90;
   using T = Element<Queue>;
-  constexpr bool kConvert = kConverts<Queue>;
-  constexpr int kTiles = kTilesAtOnce<D>, kPanels = D / kPanel, kHalf = kPanels / 2;
+  constexpr bool kConvert = kConverts<Queue>, kTurns = Shared<T, D>::kTurns && kMoment;
+  constexpr int kTiles = kTilesAtOnce<D>, kPanel = Shared<T, D>::kPanel, kHalf = D / kPanel / 2;
   unsigned char* const raw = shared_memory();
   auto& shared = *reinterpret_cast<Shared<T, D>*>(raw + (-shared_address(raw) & 1023));
 
@@ -111,11 +175,13 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
 
   if (threadIdx.x == 0) {
     barrier_init(&shared.x_full, 1);
-    for (int tile = 0; tile < kTiles; tile++)
+    for (int tile = 0; tile < kTiles; tile++) {
       for (int half = 0; half < 2; half++) {
         barrier_init(&shared.full[tile][half], kConvert ? kWarpgroup : 1);
         barrier_init(&shared.empty[tile][half], 4 * cluster);  // warps of one warpgroup, in each block
       }
+      barrier_init(&shared.turns[tile], kWarpgroup);
+    }
     for (int parity = 0; parity < 2; parity++) {
       barrier_init(&shared.weights[parity], kWarpgroup);
       barrier_init(&shared.taken[parity], 8);
@@ -128,62 +194,50 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
     __syncthreads();
 
   if (threadIdx.x < kWarpgroup) {  // ---- loads
-    fewer_registers<kConvert ? 56 : 24>();
+    fewer_registers<kConvert || kTurns ? 56 : 24>();
     if (threadIdx.x == 0) {
       arrive_and_expect(&shared.x_full, sizeof(shared.x));
       load_tile(shared.x, x_map, &shared.x_full, 0, row0, 0);
     }
-    if (kConvert || threadIdx.x == 0) {
-      for (int t = 0; t < 2 * pairs; t++) {
-        const int at = t % kTiles, round = t / kTiles;
-        const Tile tile(first_tile + t, a.tiles, window_start, a.K, a.B);
-        for (int half = 0; half < 2; half++) {
-          if constexpr (kConvert) {
-            constexpr int kChunks = kSlots * D / 2 / 16;  // 16 numbers each
-            const auto* from = static_cast<const unsigned char*>(tile.of_window ? a.window : a.prototypes) +
-                               (tile.of_window ? int64_t(group) * a.B * D : 0);
-            if (round > 0) wait(&shared.empty[at][half], (round - 1) & 1);
-#pragma unroll 2
-            for (int chunk = threadIdx.x; chunk < kChunks; chunk += kWarpgroup) {
-              const int j = chunk / (D / 32), column = half * (D / 2) + chunk % (D / 32) * 16;
-              uint4 bytes = {0, 0, 0, 0};
-              if (tile.first + j < tile.end)
-                bytes = __ldg(reinterpret_cast<const uint4*>(from + int64_t(tile.first + j) * D + column));
-              const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-              uint32_t wide[8];
-#pragma unroll
-              for (int i = 0; i < 8; i++) {
-                const auto two = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (i % 2 * 16));
-                const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3);
-                wide[i] = uint32_t(halves.y) << 16 | halves.x;
-              }
-              auto* panel = reinterpret_cast<unsigned char*>(shared.w[at][column / kPanel]);
-              const int to = column % kPanel / 8;
-              *reinterpret_cast<uint4*>(panel + swizzled(j, to)) = {wide[0], wide[1], wide[2], wide[3]};
-              *reinterpret_cast<uint4*>(panel + swizzled(j, to + 1)) = {wide[4], wide[5], wide[6], wide[7]};
-            }
-            publish();
-            arrive(&shared.full[at][half]);
-          } else {
-            constexpr uint32_t kBytes = sizeof(T) * kSlots * D / 2;
-            const bool mine = cluster == 1 || rank == uint32_t(half);
-            if (round > 0) wait(mine ? &shared.empty[at][half] : &shared.full[at][half], (round - 1) & 1);
-            arrive_and_expect(&shared.full[at][half], kBytes);
-            if (mine) {
-              const CUtensorMap& map = tile.of_window ? window_map : w_map;
-              const int begin = tile.first + (tile.of_window ? group * a.B : 0);
-              void* to = shared.w[at][half * kHalf];
-              if (cluster == 1)
-                load_tile(to, map, &shared.full[at][half], 0, begin, half * kHalf);
-              else
-                load_tile(to, map, &shared.full[at][half], 0, begin, half * kHalf, 3);
-            }
-          }
+    const auto load = [&](int t) {
+      const int at = t % kTiles, round = t / kTiles;
+      const Tile tile(first_tile + t, a.tiles, window_start, a.K, a.B);
+      const int64_t first = tile.first + (tile.of_window ? int64_t(group) * a.B : 0);
+      for (int half = 0; half < 2; half++) {
+        uint64_t* const full = &shared.full[at][half];
+        if constexpr (kConvert) {
+          const auto* from = static_cast<const unsigned char*>(tile.of_window ? a.window : a.prototypes);
+          if (round > 0) wait(&shared.empty[at][half], (round - 1) & 1);
+          widen<D>(from + first * D, tile.end - tile.first, half, shared, at);
+          publish();
+          arrive(full);
+        } else {
+          const bool mine = cluster == 1 || rank == uint32_t(half);
+          if (round > 0) wait(mine ? &shared.empty[at][half] : full, (round - 1) & 1);
+          arrive_and_expect(full, sizeof(T) * kSlots * D / 2);
+          const CUtensorMap& map = tile.of_window ? window_map : w_map;
+          void* to = shared.w[at][half * kHalf];
+          if (cluster == 1)
+            load_tile(to, map, full, 0, first, half * kHalf);
+          else if (mine)
+            load_tile(to, map, full, 0, first, half * kHalf, 3);
         }
       }
+    };
+    if constexpr (kTurns) {  // the next tile is on its way while this one is turned
+      if (threadIdx.x == 0) load(0);
+      for (int t = 0; t < 2 * pairs; t++) {
+        if (threadIdx.x == 0 && t + 1 < 2 * pairs) load(t + 1);
+        for (int half = 0; half < 2; half++) wait(&shared.full[t % kTiles][half], t / kTiles & 1);
+        turn<D>(shared, t % kTiles);
+        publish();
+        arrive(&shared.turns[t % kTiles]);
+      }
+    } else if (kConvert || threadIdx.x == 0) {
+      for (int t = 0; t < 2 * pairs; t++) load(t);
     }
   } else {  // ---- cosines, weights, moments
-    more_registers<kConvert ? 224 : 240>();
+    more_registers<kConvert || kTurns ? 224 : 240>();
     const int half = threadIdx.x / kWarpgroup - 1;
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
     const int row[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
@@ -234,8 +288,8 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
           begin_products();
         }
 #pragma unroll
-        for (int k = 0; k < 4 * kHalf; k++) {  // 16 columns each
-          const int panel = side * kHalf + k / 4, column = k % 4 * 16;
+        for (int k = 0; k < 4 * kHalf; k++) {  // 32 bytes of each row
+          const int panel = side * kHalf + k / 4, column = k % 4 * (kPanel / 4);
           product<T, false>(
               c, rows_operand(shared_address(&shared.x[panel][0][column])),
               rows_operand(shared_address(&shared.w[at][panel][0][column])), side != 0 || k != 0);
@@ -260,6 +314,8 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
         }
       }
       wait_for_products(c);
+      if constexpr (kBytes<Queue>)
+        for (float& cosine : c) cosine *= 1.0f / kUnitOfBytes;
       if constexpr (!kMoment) {  // nobody reads the tile again
         __syncwarp();
         if (lane == 0)
@@ -291,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
         top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
         top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
         now[r] = kMoment && half == 1 ? shared.shift[0][row[r]] : shift[r];
-        if (top[r] > now[r] + kSlack) now[r] = top[r];
+        if (top[r] > now[r] + kSlack<Queue>) now[r] = top[r] - kHead<Queue>;
       }
 
       if constexpr (kMoment)
@@ -308,11 +364,17 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
           if (!std::is_same_v<Phi, PlainPhi> && !a.straight) p[e] *= phi_of(c[n + e], r, true);
         }
         if constexpr (kMoment) {
-          auto* to = reinterpret_cast<unsigned char*>(shared.p[half]) + swizzled(row[r], n / 4) + 4 * pair;
-          if constexpr (std::is_same_v<T, __half>)
-            *reinterpret_cast<__half2*>(to) = __floats2half2_rn(p[0], p[1]);
+          auto* panel = reinterpret_cast<unsigned char*>(shared.p[half]);
+          const int chunk = n / 4, within = 4 * pair;  // of numbers of 16 bits
+          if constexpr (kBytes<Queue>)
+            *reinterpret_cast<__nv_fp8x2_storage_t*>(
+                panel + narrow_swizzled(row[r], chunk / 2) + chunk % 2 * 8 + within / 2) =
+                __nv_cvt_float2_to_fp8x2({p[0], p[1]}, __NV_SATFINITE, __NV_E4M3);
+          else if constexpr (std::is_same_v<T, __half>)
+            *reinterpret_cast<__half2*>(panel + swizzled(row[r], chunk) + within) = __floats2half2_rn(p[0], p[1]);
           else
-            *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(p[0], p[1]);
+            *reinterpret_cast<__nv_bfloat162*>(panel + swizzled(row[r], chunk) + within) =
+                __floats2bfloat162_rn(p[0], p[1]);
         }
       }
 
@@ -345,15 +407,26 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
 #pragma unroll
             for (int n = 0; n < D / 4; n++) o[n] *= fade[n / 2 % 2];
           }
-          wait(&shared.full[from][half], u / kTiles & 1);
+          if constexpr (kTurns)
+            wait(&shared.turns[from], u / kTiles & 1);
+          else
+            wait(&shared.full[from][half], u / kTiles & 1);
           hold(o);
           begin_products();
+          if constexpr (kTurns) {
 #pragma unroll
-          for (int k = 0; k < kSlots / 16; k++)
-            product<T, true>(
-                o, rows_operand(shared_address(&shared.p[parity][0][16 * k])),
-                columns_operand(shared_address(&shared.w[from][half * kHalf][16 * k][0]), sizeof(T) * kSlots * kPanel),
-                true);
+            for (int k = 0; k < kSlots / 32; k++)
+              product<T, false>(
+                  o, narrow_rows_operand(shared_address(&shared.p[parity][0][32 * k])),
+                  narrow_rows_operand(shared_address(&shared.turned[from][half * (D / 2)][32 * k])), true);
+          } else {
+#pragma unroll
+            for (int k = 0; k < kSlots / 16; k++)
+              product<T, true>(
+                  o, rows_operand(shared_address(&shared.p[parity][0][16 * k])),
+                  columns_operand(shared_address(&shared.w[from][half * kHalf][16 * k][0]), kSlots * kPanelBytes),
+                  true);
+          }
           end_products();
           wait_for_products(o);
           __syncwarp();
