@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent
 CPU = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
 CUDA = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
-ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
+# sm_100 and sm_120 came with CUDA 12.8.
+RECENT = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) >= (12, 8)
+ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX" if RECENT else "8.0+PTX;9.0a"
 CXX_FLAGS = [
     "-O3",
     "-g0",

@@ -15,6 +15,8 @@ device=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name().replace(
     echo "device_check: PyTorch finds no GPU" >&2
     exit 1
 }
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c "import torch
+major, minor = torch.cuda.get_device_capability(); print(f'{major}.{minor}' + 'a' * (major == 9))")}
 base="$OUT/$device-$(date +%F)"
 log="$base.txt"
 : > "$log"

@@ -12,6 +12,7 @@
 //
 //   full[tile][half]    its columns are there                 empty[tile][half]   everybody is done with them
 //   weights[parity]     weights and shift are written         taken[parity]       both warpgroups are done with them
+//   turns[tile]         of float8 products: it lies there with its slots along rows, too
 //
 // The shift goes from tile to tile and follows a row's largest logit lazily, by more than kSlack at a time; where it
 // may begin at the largest logit there can be, it never moves. Blocks of a cluster share their slots: each loads one
