@@ -13,7 +13,16 @@ from problems import MARGINS, Problem, answer, make
 from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Softmax, Window, ops
 from sst_fast.dispatch import backends
 from sst_fast.functional import margin_softmax
-from sst_fast.margins import AdaFace, ArcNegFace, CircleLoss, CurricularFace, MagFace, MVSoftmax, NPCFace
+from sst_fast.margins import (
+    AdaFace,
+    ArcNegFace,
+    CircleLoss,
+    CombinedMargin,
+    CurricularFace,
+    MagFace,
+    MVSoftmax,
+    NPCFace,
+)
 
 # Triton, interpreted, is slow: test_triton.py has sizes for it.
 STATES = backends("cpu")["margin_softmax"].implementations
@@ -40,7 +49,11 @@ def check(problem: Problem, margin=AMSoftmax(0.35), scale=30.0, backend="cpu", t
     assert torch.isfinite(loss).all()
     assert torch.isfinite(gradient).all()
     size = expected.loss.abs().max().clamp_min(1e-30)
-    assert (loss.double() - expected.loss).abs().max() <= tolerance * torch.maximum(size, torch.tensor(1.0))
+    loss_tolerance = tolerance
+    if getattr(margin, "kind", None) == CombinedMargin.kind and (1 - expected.target_cosine.abs()).min() < 1e-12:
+        # The arc cosine makes 2e-8 of the last bit of a cosine of 1; SphereFace multiplies it by 4.
+        loss_tolerance = max(tolerance, 1e-7 * float(torch.as_tensor(scale).max()))
+    assert (loss.double() - expected.loss).abs().max() <= loss_tolerance * torch.maximum(size, torch.tensor(1.0))
     error = (gradient.double() - expected_gradient).norm()
     # float16 has nothing between 0 and 6e-8.
     smallest = torch.finfo(leaf.dtype).smallest_normal * torch.finfo(leaf.dtype).eps * leaf.numel() ** 0.5
