@@ -46,9 +46,9 @@ PYBIND11_MODULE(_C, m) {
   // The index arithmetic of tiles.h, for tests.
   m.def("tile", [](int number, int last, int start, int K, int B) {
     const Tile tile(number, last, start, K, B);
-    std::vector<int> slots;
-    for (int j = 0; j < kSlots; j++) slots.push_back(tile.slot(j));
-    return std::tuple(tile.of_window, tile.first, slots);
+    std::vector<int> slots, columns;
+    for (int j = 0; j < kSlots; j++) slots.push_back(tile.slot(j)), columns.push_back(tile.column(slots.back()));
+    return std::tuple(tile.of_window, tile.first, slots, columns, tile.whole());
   });
   m.def("swizzled", &swizzled);
   m.def("narrow_swizzled", &narrow_swizzled);

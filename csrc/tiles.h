@@ -21,6 +21,15 @@ struct Tile {
     first = (of_window ? number - of_queue : number) * kSlots;
     end = number >= last ? 0 : of_window ? B : K;
   }
+  // Whether slot() is a slot in every column.
+  SST_HD bool whole() const {
+    const int after = first < start ? first - start + K : first - start;
+    return first + kSlots <= end && (of_window || B == 0 || (after >= B && after + kSlots <= K));
+  }
+  // The column of a slot, if it is from 0 to kSlots - 1.
+  SST_HD int column(int slot) const {
+    return (of_window ? slot < start ? slot - start + K : slot - start : slot) - first;
+  }
   // The slot in column j; -1 where there is none or the window has it.
   SST_HD int slot(int j) const {
     const int at = first + j;

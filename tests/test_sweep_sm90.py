@@ -63,9 +63,11 @@ def test_every_slot_is_swept_once(k, data):
         last = min(first + plan.tiles_in_split, tiles)
         assert last > first
         for number in range(first, first + 2 * -(-(last - first) // 2)):  # a pair may reach beyond
-            of_window, at, slots = compiled.tile(number, last, start, k, b)
+            of_window, at, slots, columns, whole = compiled.tile(number, last, start, k, b)
+            assert whole == (min(slots) >= 0)
             for j, slot in enumerate(slots):
                 if slot >= 0:
+                    assert columns[j] == j
                     assert slot == ((at + j + start) % k if of_window else at + j)
                     seen[of_window].append(slot)
     window = {(start + i) % k for i in range(b)}
@@ -187,7 +189,7 @@ def emulate(
             for step in range(-(-(last - first) // 2)):
                 weights, sums, shifts, loaded = [], [], [], []
                 for half in (0, 1):
-                    of_window, at, slots = compiled.tile(first + 2 * step + half, last, start, k, b)
+                    of_window, at, slots, *_ = compiled.tile(first + 2 * step + half, last, start, k, b)
                     slots = torch.tensor(slots, dtype=torch.int32)
                     at += group * b if of_window and window is not None else 0
                     source = features[of_window and window is not None]

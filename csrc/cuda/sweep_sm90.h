@@ -160,6 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace sm90;
   using T = Element<Queue>;
+  constexpr bool kPlain = std::is_same_v<Phi, PlainPhi>;
   constexpr bool kConvert = kConverts<Queue>, kTurns = Shared<T, D>::kTurns && kMoment;
   constexpr int kTiles = kTilesAtOnce<D>, kPanel = Shared<T, D>::kPanel, kHalf = D / kPanel / 2;
   unsigned char* const raw = shared_memory();
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
       if (half == 0 && pair < Phi::kRow) shared.phi_row[row[r]][pair] = a.phi_rows[pair * N + i];
       // Weights of bfloat16 reach down to exp(-80): where no logit is above `scale`, and none below -scale, none is
       // lost.
-      const bool steady = std::is_same_v<T, __nv_bfloat16> && std::is_same_v<Phi, PlainPhi> && scale[r] <= 40.0f;
+      const bool steady = std::is_same_v<T, __nv_bfloat16> && kPlain && scale[r] <= 40.0f;
       shift[r] = steady ? scale[r] : kNever;
     }
 
@@ -301,18 +302,27 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
       // Meanwhile: which slots count, a bit for each of c.
       const Tile tile(first_tile + t, last_tile, window_start, a.K, a.B);
       const int64_t* identities = tile.of_window ? a.window_identity : a.slot_identity;
-      uint32_t alive = 0;
+      const auto column = [&](int n) { return n / 4 * 8 + 2 * pair + n % 2; };  // of c[n]
+      uint32_t alive = tile.whole() ? 0xffffffffu : 0;
+      // n and n + 2 are the same slot, in both rows.
+      if (!tile.whole())
+#pragma unroll 1
+        for (int n = 0; n < 32; n += n % 4 ? 3 : 1)
+          if (tile.slot(column(n)) >= 0) alive |= 5u << n;
+      if (identities)
 #pragma unroll
-      for (int n = 0; n < 16; n++) {
-        const int j = n / 2 * 8 + 2 * pair + n % 2;
-        const int slot = tile.slot(j);
-        const int64_t theirs = slot >= 0 && identities ? __ldg(identities + tile.first + j) : 0;
-        const bool there = slot >= 0 && !(a.mask_empty && theirs < 0);
+        for (int n = 0; n < 32; n += n % 4 ? 3 : 1) {
+          const int at = tile.first + column(n);
+          const int64_t theirs = at < tile.end ? __ldg(identities + at) : -1;
+          if (a.mask_empty && theirs < 0) alive &= ~(5u << n);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const bool own = a.identity && identities && theirs == identity[r];
-          if (there && slot != target[r] && !own) alive |= 1u << (n / 2 * 4 + r * 2 + n % 2);
+          for (int r = 0; r < 2; r++)
+            if (a.identity && theirs == identity[r]) alive &= ~(1u << (n + 2 * r));
         }
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int at = tile.column(target[r]);
+        if (at >= 0 && at < kSlots && at % 8 / 2 == pair) alive &= ~(1u << (at / 8 * 4 + 2 * r + at % 2));
       }
       wait_for_products(c);
       if constexpr (kBytes<Queue>)
@@ -324,31 +334,41 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
       }
 
       // Statistics, and the largest logit of each row.
-      float top[2] = {kNever, kNever};
+      float best[2] = {kNever, kNever}, top[2] = {kNever, kNever};
 #pragma unroll
       for (int n = 0; n < 32; n++) {
         const int r = n / 2 % 2;
-        const bool counts = alive >> n & 1;
-        if (!counts) continue;
+        if (!(alive >> n & 1)) c[n] = kNever;
         beats[r] += c[n] > target_cosine[r];
-        if (c[n] > hardest[r]) {
-          hardest[r] = c[n];
-          hardest_slot[r] = tile.slot(n / 4 * 8 + 2 * pair + n % 2);
-        }
+        best[r] = fmaxf(best[r], c[n]);
         if constexpr (std::is_same_v<Phi, HardPhi>)
           if (a.npc && c[n] > shared.phi_row[row[r]][0]) hard[r]++, hard_sum[r] += c[n];
-        top[r] = fmaxf(top[r], scale[r] * phi_of(c[n], r, false));
+        if constexpr (!kPlain)
+          if (alive >> n & 1) top[r] = fmaxf(top[r], scale[r] * phi_of(c[n], r, false));
       }
-      if constexpr (kMoment)
-        if (half == 1) wait(&shared.weights[0], step & 1);
-      float now[2], sum[2] = {};
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         live[r] += __popc(alive & (r ? 0xccccccccu : 0x33333333u));
+        if (kPlain && best[r] > kNever) top[r] = scale[r] * best[r];
+        if (best[r] > hardest[r]) {  // seldom, after the first tiles
+          hardest[r] = best[r];
+          int at = 0;
+#pragma unroll
+          for (int n = 2 * r; n < 32; n += n % 2 ? 3 : 1)
+            if (c[n] == best[r]) at = column(n);
+          hardest_slot[r] = tile.slot(at);
+        }
+      }
+      if constexpr (kMoment)
+        if (half == 1) wait(&shared.weights[0], step & 1);
+      float now[2], by[2], from[2], sum[2] = {};
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
         top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
         top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
         now[r] = kMoment && half == 1 ? shared.shift[0][row[r]] : shift[r];
         if (top[r] > now[r] + kSlack<Queue>) now[r] = top[r] - kHead<Queue>;
+        by[r] = scale[r] * kLog2e, from[r] = now[r] > kNever ? now[r] * kLog2e : 0.0f;
       }
 
       if constexpr (kMoment)
@@ -359,10 +379,11 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
         float p[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const float z = scale[r] * phi_of(c[n + e], r, false);
-          p[e] = alive >> (n + e) & 1 ? power_of_two((z - now[r]) * kLog2e) : 0.0f;
+          // Where phi(kNever) is kNever the power is 0 by itself.
+          p[e] = power_of_two(phi_of(c[n + e], r, false) * by[r] - from[r]);
+          if (!kPlain && !std::is_same_v<Phi, HardPhi> && !(alive >> (n + e) & 1)) p[e] = 0.0f;
           sum[r] += p[e];
-          if (!std::is_same_v<Phi, PlainPhi> && !a.straight) p[e] *= phi_of(c[n + e], r, true);
+          if (!kPlain && !a.straight) p[e] *= phi_of(c[n + e], r, true);
         }
         if constexpr (kMoment) {
           auto* panel = reinterpret_cast<unsigned char*>(shared.p[half]);
