@@ -243,13 +243,16 @@ def through(monkeypatch, sweep, **options):
     monkeypatch.setattr(ops, "implementation", lambda backend, operation: run)
 
 
-def check(problem, margin, scale, tolerance, need_gradient=True, gradient_tolerance=None, **options):
+def check(
+    problem, margin, scale, tolerance, need_gradient=True, gradient_tolerance=None, cosine_tolerance=None, **options
+):
     expected, exact = answer(problem, margin, scale, **options)
     x = problem.embedding.detach().requires_grad_(need_gradient)
     loss, seen = margin_softmax(x, problem.prototypes, problem.target, margin=margin, scale=scale, reduction="none",
                                 return_statistics=True, backend="triton", **problem.arguments(), **options)  # fmt: skip
     assert (loss - expected.loss).abs().max() <= tolerance * max(1, expected.loss.abs().max().item())
-    assert torch.allclose(seen.hardest_cosine.double(), expected.hardest_cosine, atol=max(1e-5, tolerance / 4))
+    cosine_tolerance = cosine_tolerance or max(1e-5, tolerance / 4)
+    assert torch.allclose(seen.hardest_cosine.double(), expected.hardest_cosine, atol=cosine_tolerance)
     assert (seen.beats_target - expected.beats_target).abs().max() <= (1 if tolerance < 1e-4 else 4)
     if need_gradient:
         (gradient,) = torch.autograd.grad(loss.sum(), x)
@@ -349,10 +352,10 @@ def test_the_kernel_on_cpu_threads_of_any_dimension(monkeypatch, kernel_on_cpu, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "dim", "margin"), [(30, 512, AMSoftmax(0.35)), (128, 256, MVSoftmax())], ids=repr)
 def test_the_kernel_on_cpu_threads_with_float8_products(monkeypatch, kernel_on_cpu, n, dim, margin):
-    """Probes keep four significant bits, hence cosines an error of about 1e-3, times the scale in logits; weights four as well."""
+    """Probes keep four significant bits, hence cosines an error of up to 3e-3, times the scale in logits; weights four as well."""
     through(monkeypatch, kernel_on_cpu, float8_products=True)
     problem = make(n, 300, dim, start=290, identities=200).to(torch.float32, torch.float8_e4m3fn)
-    check(problem, margin, 64.0, 2e-3 * 64, gradient_tolerance=0.1)
+    check(problem, margin, 64.0, 2e-3 * 64, gradient_tolerance=0.1, cosine_tolerance=4e-3)
     check(problem, margin, 16.0, 2e-3 * 16, need_gradient=False)
 
 

@@ -34,8 +34,8 @@ constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup;
 constexpr float kNever = -1e30f;  // cosine of a masked slot: finite, so that nothing becomes NaN on the way
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Name of a float8 queue whose products are of float8, too: twice as fast, but probes and weights are rounded to four
-// significant bits.
+// Name of a float8 queue whose products are of float8, too: half as many instructions, but probes and weights are
+// rounded to four significant bits.
 struct Float8Products {};
 
 template <typename Queue>
