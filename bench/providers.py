@@ -49,11 +49,6 @@ def missing(package: str) -> str:
 # --- ours ---------------------------------------------------------------------------------------------------------------
 
 
-def hopper_fits(problem: Problem) -> bool:
-    """Whether ``backend="cuda"`` means another sweep than Triton's."""
-    return problem.dtype != "float32" and problem.task != "prototypes" and problem.d in (128, 256, 512)
-
-
 def ours(backend: str) -> Provider:
     """The fused loss by one backend."""
 
@@ -63,8 +58,11 @@ def ours(backend: str) -> Provider:
             return state
         if backend == "triton" and device.type == "cpu":
             return "its interpreter is not for timing"
-        if backend == "cuda" and not hopper_fits(problem):
-            return "left to Triton"
+        if backend == "cuda":
+            fits = sst_fast.dispatch.implementation("cuda", "fits")
+            prototypes, trained = torch.empty(0, problem.d, dtype=problem.torch_dtype), problem.task == "prototypes"
+            if not fits(prototypes, trained, trained, 0.0):
+                return "left to Triton"
         if backend == "reference" and problem.n * problem.k > 2**24:
             return "the reference is for small sizes"
         return ""

@@ -122,7 +122,7 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def ratio(a: float, b: float | None) -> str:
+def quotient(a: float, b: float | None) -> str:
     """Two digits at least; nothing where there is nothing to divide by."""
     return "" if not b else f"{a / b:.2f}" if a >= 0.1 * b else f"{a / b:.1g}"
 
@@ -139,8 +139,8 @@ def table(rows: list[Row], limit: str, whole: str = OURS) -> list[str]:
         cells = [
             row.provider,
             f"{milliseconds(row.median)} ± {milliseconds(row.spread)}",
-            ratio(row.median, bound),
-            ratio(row.median, mine),
+            quotient(row.median, bound),
+            quotient(row.median, mine),
             "" if row.extra_mib is None else f"{row.extra_mib:.1f}",
             "" if row.error is None else f"{row.error:.0e}",
         ]

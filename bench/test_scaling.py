@@ -69,9 +69,8 @@ def work(
     torch.set_num_threads(max(1, torch.get_num_threads() // world))
     here = torch.device(f"cuda:{rank}" if device == "cuda" else "cpu")
     dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=world)
-    (_, bare), *_ = ready(
-        vars(Problem(2 * batch, size)), [], here
-    )  # as many operations as with a shard's share of slots
+    # As many operations as with a shard's share of the slots.
+    (_, bare), *_ = ready(vars(Problem(2 * batch, size)), [], here)
     calls = {BARE: bare, "ours (gathered)": step(world, batch, size, here, False)}
     if world > 1:
         calls["ours (sharded)"] = step(world, batch, size, here, True)

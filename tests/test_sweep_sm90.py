@@ -37,7 +37,7 @@ from sst_fast.kernels import hopper  # noqa: E402
 from sst_fast.kernels import margin_softmax as kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(compiled is None, reason="the extension is not built")
-ROWS = SLOTS = 64
+ROWS, SLOTS = hopper.ROWS, hopper.SLOTS
 NEVER, SLACK = -1e30, 8.0
 
 

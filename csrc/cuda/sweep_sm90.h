@@ -81,9 +81,6 @@ struct Arguments {
   bool mask_empty, straight, npc;
 };
 
-template <int D>
-constexpr int kTilesAtOnce = D == 512 ? 2 : 4;
-
 // Sums of the rows that one warpgroup hands to the other at the end.
 struct Sums {
   float shift[kRows], total[kRows], hard_sum[kRows], hardest[kRows];
@@ -92,7 +89,7 @@ struct Sums {
 
 template <typename T, int D>
 struct Shared {
-  static constexpr int kTiles = kTilesAtOnce<D>, kPanel = kPanelBytes / sizeof(T);
+  static constexpr int kTiles = D == 512 ? 2 : 4, kPanel = kPanelBytes / sizeof(T);
   static constexpr bool kTurns = sizeof(T) == 1;  // products of float8 know rows_operands alone
   alignas(1024) T x[D / kPanel][kRows][kPanel];
   alignas(1024) T w[kTiles][D / kPanel][kSlots][kPanel];
@@ -162,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
   using T = Element<Queue>;
   constexpr bool kPlain = std::is_same_v<Phi, PlainPhi>;
   constexpr bool kConvert = kConverts<Queue>, kTurns = Shared<T, D>::kTurns && kMoment;
-  constexpr int kTiles = kTilesAtOnce<D>, kPanel = Shared<T, D>::kPanel, kHalf = D / kPanel / 2;
+  constexpr int kTiles = Shared<T, D>::kTiles, kPanel = Shared<T, D>::kPanel, kHalf = D / kPanel / 2;
   unsigned char* const raw = shared_memory();
   auto& shared = *reinterpret_cast<Shared<T, D>*>(raw + (-shared_address(raw) & 1023));
 
