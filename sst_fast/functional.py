@@ -123,7 +123,7 @@ def margin_softmax(
             (insightface's), for parity with them.
         return_statistics: also return :class:`Statistics`.
         backend: force an implementation, see :func:`sst_fast.backends`. 'cuda_float8' alone is approximate: over a float8
-            queue it rounds probes and weights to float8 as well: cosines are off by 3e-3 at D = 512, 5e-3 at 256. Where
+            queue it rounds probes and weights to float8 as well: cosines are off by up to 0.1 / sqrt(D). Where
             'cuda' or 'cuda_float8' cannot do something (other D, label smoothing, trained or unnormalised prototypes),
             Triton does it.
 

@@ -352,7 +352,7 @@ def test_the_kernel_on_cpu_threads_of_any_dimension(monkeypatch, kernel_on_cpu, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "dim", "margin"), [(30, 512, AMSoftmax(0.35)), (128, 256, MVSoftmax())], ids=repr)
 def test_the_kernel_on_cpu_threads_with_float8_products(monkeypatch, kernel_on_cpu, n, dim, margin):
-    """Probes keep four significant bits, hence cosines an error of 3e-3 at D = 512, 5e-3 at 256, times the scale in logits; weights four as well."""
+    """Probes keep four significant bits, hence cosines an error below 0.1 / sqrt(D), times the scale in logits; weights four as well."""
     through(monkeypatch, kernel_on_cpu, float8_products=True)
     problem = make(n, 300, dim, start=290, identities=200).to(torch.float32, torch.float8_e4m3fn)
     check(problem, margin, 64.0, 2e-3 * 64, gradient_tolerance=0.1, cosine_tolerance=0.1 / dim**0.5)
