@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sst_fast
 from bench.problems import MARGINS, SCALE, Inputs, Problem
+from sst_fast.backends.choose import implementation
 from sst_fast.functional import margin_softmax
 
 Run = Callable[[], list[Tensor]]
@@ -59,7 +60,7 @@ def ours(backend: str) -> Provider:
         if backend == "triton" and device.type == "cpu":
             return "its interpreter is not for timing"
         if backend == "cuda":
-            fits = sst_fast.dispatch.implementation("cuda", "fits")
+            fits = implementation("cuda", "fits")
             prototypes, trained = torch.empty(0, problem.d, dtype=problem.torch_dtype), problem.task == "prototypes"
             if not fits(prototypes, trained, trained, 0.0):
                 return "left to Triton"

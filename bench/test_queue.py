@@ -14,7 +14,8 @@ from torch import nn
 import sst_fast
 from bench import timing
 from bench.timing import REPLAY
-from sst_fast import GalleryQueue, backbones
+from sst_fast import GalleryQueue
+from sst_fast.train import backbones
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY, disable_gc=False)
 LIMIT = "copy of the bytes"

@@ -13,8 +13,8 @@ from torch import nn
 import sst_fast
 from bench import timing
 from bench.timing import REPLAY
-from sst_fast import backbones
 from sst_fast.functional import margin_softmax
+from sst_fast.train import backbones
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY, disable_gc=False)
 PARTS = ("whole step", "networks", "step around free networks", "loss kernel", "enqueue", "gallery update")

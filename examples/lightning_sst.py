@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import sst_fast
-from sst_fast import backbones, data
+from sst_fast import data
+from sst_fast.train import backbones
 
 
 class SemiSiameseModule(lightning.LightningModule):

@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from sst_fast import functional
-from sst_fast.dispatch import backends
+from sst_fast.backends.choose import backends
 from sst_fast.functional import Window
 from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
 from sst_fast.margins import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sst_fast import ops, reference
-from sst_fast.dispatch import choose, implementation
+from sst_fast.backends.choose import choose, implementation
 from sst_fast.margins import AMSoftmax, Margin, Parameter
 
 Reduction = Literal["none", "mean", "sum"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_fast import reference
-from sst_fast.dispatch import compiled, implementation
+from sst_fast.backends.choose import compiled, implementation
 
 Maybe = Optional[Tensor]  # noqa: UP045
 Results = Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # noqa: UP006

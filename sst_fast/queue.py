@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sst_fast import ops, reference
-from sst_fast.dispatch import choose
+from sst_fast.backends.choose import choose
 from sst_fast.functional import EMBEDDING_DTYPES, QUEUE_DTYPES, Window, check_embedding, check_tensor
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from sst_fast.config import Config, DataConfig
+from sst_fast.train.config import Config, DataConfig
 
 
 def config(root, out, **changes) -> Config:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import sst_fast
-from sst_fast import dispatch
-from sst_fast.dispatch import OPERATIONS, choose
+from sst_fast.backends.choose import OPERATIONS, choose, compiled
 from sst_fast.functional import margin_softmax
 
 CPU = torch.device("cpu")
@@ -84,7 +83,7 @@ print(len(queue), sst_fast.backends("cpu")["margin_softmax"].chosen, loss.isfini
     assert done.stderr.count("cannot be imported") == 1
 
 
-@pytest.mark.skipif(dispatch.compiled is None, reason="the extension was not built")
+@pytest.mark.skipif(compiled is None, reason="the extension was not built")
 @pytest.mark.parametrize("name", ["generic", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_gives_right_answers(name):
     """The variants this processor would not choose, in a process of their own."""

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import sst_fast
 from bench import problems, providers, report
 from bench.problems import Problem
+from sst_fast.backends.choose import compiled
 
 CPU = torch.device("cpu")
 PROBLEMS = [
@@ -76,7 +76,7 @@ def test_suite_and_report(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sst_fast.dispatch.compiled is None, reason="the extension is not built")
+@pytest.mark.skipif(compiled is None, reason="the extension is not built")
 def test_comparison_flags_what_became_slower(run, tmp_path, capsys):
     assert report.main([str(run), "--compare", str(run)]) == 0
     capsys.readouterr()

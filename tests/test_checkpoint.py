@@ -12,7 +12,8 @@ import pytest
 import torch
 from runs import config
 
-from sst_fast import GalleryQueue, training
+from sst_fast import GalleryQueue
+from sst_fast.train import loop
 
 
 def start(faces, out, processes=1, epochs=60, **changes):
@@ -39,9 +40,9 @@ def weights(run):
 @pytest.mark.parametrize("method", ["sst", "conventional"])
 def test_interrupted_training_resumes_exactly(faces, tmp_path, method):
     whole = config(faces, tmp_path / "whole", method=method)
-    expected = training.train(whole, *training.split(whole))
+    expected = loop.train(whole, *loop.split(whole))
     broken = config(faces, tmp_path / "broken", method=method)
-    original, calls = training.train_epoch, []
+    original, calls = loop.train_epoch, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -50,10 +51,10 @@ def test_interrupted_training_resumes_exactly(faces, tmp_path, method):
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train_epoch", interrupted)
+        patch.setattr(loop, "train_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            training.train(broken, *training.split(broken))
-    resumed = training.train(broken, *training.split(broken))
+            loop.train(broken, *loop.split(broken))
+    resumed = loop.train(broken, *loop.split(broken))
     assert len(resumed.history) == 4
     assert resumed.history == expected.history
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(expected), strict=True))
@@ -90,10 +91,10 @@ def test_killed_training_ends_bit_identical(faces, tmp_path):
 
 def test_checkpoint_of_another_configuration_is_refused(faces, tmp_path):
     first = config(faces, tmp_path / "run", epochs=1)
-    training.train(first, *training.split(first))
+    loop.train(first, *loop.split(first))
     other = replace(first, lr=0.5)
     with pytest.raises(ValueError, match=r"written with lr=0.05, now it is 0.5"):
-        training.train(other, *training.split(other))
+        loop.train(other, *loop.split(other))
 
 
 @pytest.mark.slow
@@ -134,7 +135,7 @@ def test_two_processes_are_stopped_and_go_on(faces, tmp_path, shard):
 def test_other_sizes_load_and_keep_the_newest(faces, tmp_path, capsys):
     first = config(faces, tmp_path / "run", epochs=4, keep="first")
     with pytest.MonkeyPatch.context() as patch:
-        original, calls = training.train_epoch, []
+        original, calls = loop.train_epoch, []
 
         def two(*arguments):
             calls.append(1)
@@ -142,21 +143,21 @@ def test_other_sizes_load_and_keep_the_newest(faces, tmp_path, capsys):
                 raise KeyboardInterrupt
             return original(*arguments)
 
-        patch.setattr(training, "train_epoch", two)
+        patch.setattr(loop, "train_epoch", two)
         with pytest.raises(KeyboardInterrupt):
-            training.train(first, *training.split(first))
+            loop.train(first, *loop.split(first))
         before = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
         calls.clear()
         calls += [1, 1]
         other = replace(first, queue_size=5, batch=5)
         capsys.readouterr()
         with pytest.raises(KeyboardInterrupt):
-            training.train(other, *training.split(other))
+            loop.train(other, *loop.split(other))
     told = capsys.readouterr().err
     assert "with batch=3, now it is 5" in told
     assert "with queue_size=7, now it is 5" in told
     assert "keeps its newest 5 of 7 features" in told
-    run = training.train(other, *training.split(other))
+    run = loop.train(other, *loop.split(other))
     assert len(run.history) == 4
     assert run.history[:2] == before["history"]
 
@@ -194,7 +195,7 @@ def test_queues_of_any_size_take_over_the_newest(world):
 
 def test_last_and_best_checkpoints_are_kept(faces, tmp_path):
     run = config(faces, tmp_path, epochs=5, verify_every=2, keep_checkpoints=2)
-    done = training.train(run, *training.split(run))
+    done = loop.train(run, *loop.split(run))
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == [
         "best.pt", "checkpoint-00004.pt", "checkpoint-00005.pt", "checkpoint.pt",
     ]  # fmt: skip
@@ -213,23 +214,23 @@ def test_minutes_between_checkpoints(faces, tmp_path):
     run = config(faces, tmp_path, epochs=1, checkpoint_minutes=1e-9)
     saved = []
     with pytest.MonkeyPatch.context() as patch:
-        original = training.checkpoint.save
+        original = loop.checkpoint.save
         patch.setattr(
-            training.checkpoint,
+            loop.checkpoint,
             "save",
             lambda folder, state, **rest: (saved.append(state.sampler.done), original(folder, state, **rest)),
         )
-        training.train(run, *training.split(run))
+        loop.train(run, *loop.split(run))
     assert saved == [3, 6, 9, 0]
 
 
 def test_fine_tuning_starts_from_the_probe_network(faces, tmp_path):
     deep = config(faces, tmp_path / "deep", method="conventional", epochs=1)
-    trained = training.train(deep, *training.split(deep)).network.state_dict()
+    trained = loop.train(deep, *loop.split(deep)).network.state_dict()
     shallow = config(faces, tmp_path / "shallow", init=str(tmp_path / "deep"))
-    begin = training.start(shallow, 9, torch.device("cpu")).model
+    begin = loop.start(shallow, 9, torch.device("cpu")).model
     same(trained, begin.probe.state_dict())
     same(trained, begin.gallery.state_dict())
-    training.train(replace(shallow, epochs=1), *training.split(shallow))
+    loop.train(replace(shallow, epochs=1), *loop.split(shallow))
     with pytest.raises(ValueError, match=r"init: .*dim=16.*the configuration asks for .*dim=8"):
-        training.start(replace(shallow, dim=8), 9, torch.device("cpu"))
+        loop.start(replace(shallow, dim=8), 9, torch.device("cpu"))

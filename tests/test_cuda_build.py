@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sst_fast import dispatch
+from sst_fast.backends import choose
 
-compiled = dispatch.compiled
+compiled = choose.compiled
 triton = pytest.importorskip("triton")  # its wheel carries cuobjdump
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import MARGINS, Problem, answer, make
 
 from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Softmax, Window, ops
-from sst_fast.dispatch import backends
+from sst_fast.backends.choose import backends
 from sst_fast.functional import margin_softmax
 from sst_fast.margins import (
     AdaFace,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import MARGINS
 
-from sst_fast.dispatch import compiled
+from sst_fast.backends.choose import compiled
 from sst_fast.margins import (
     FUSED,
     AdaFace,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sst_fast import GalleryQueue
-from sst_fast.dispatch import backends
+from sst_fast.backends.choose import backends
 
 BACKENDS = [name for name, state in backends("cpu")["enqueue"].implementations.items() if state == "available"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -26,12 +26,12 @@ from sst_fast import (
     CurricularFace,
     MVSoftmax,
     NPCFace,
-    dispatch,
     ops,
 )  # fmt: skip
+from sst_fast.backends import choose
 from sst_fast.functional import margin_softmax
 
-compiled = dispatch.compiled
+compiled = choose.compiled
 pytest.importorskip("triton")
 from sst_fast.kernels import hopper  # noqa: E402
 from sst_fast.kernels import margin_softmax as kernels  # noqa: E402

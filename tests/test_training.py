@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from runs import config
 
-from sst_fast import backbones, data, training, verification
-from sst_fast.cli import main
-from sst_fast.config import Config
+from sst_fast import data, evaluation
+from sst_fast.train import backbones, loop
+from sst_fast.train.cli import main
+from sst_fast.train.config import Config
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ from sst_fast.config import Config
 def test_impossible_configurations_are_named(faces, tmp_path, changes, message):
     bad = config(faces, tmp_path / "run", **changes)
     with pytest.raises(ValueError, match=message):
-        training.train(bad, *training.split(bad))
+        loop.train(bad, *loop.split(bad))
 
 
 @pytest.mark.parametrize(
@@ -43,15 +44,15 @@ def test_impossible_configurations_are_named(faces, tmp_path, changes, message):
 )
 def test_settings_train_and_resume_exactly(faces, tmp_path, changes):
     whole = config(faces, tmp_path / "whole", **changes)
-    done = training.train(whole, *training.split(whole))
+    done = loop.train(whole, *loop.split(whole))
     assert all(np.isfinite(list(row.values())).all() for row in done.history)
     broken = replace(whole, out=str(tmp_path / "broken"))
     with pytest.MonkeyPatch.context() as patch:
         asked = iter(["", "", "stop"])
-        patch.setattr(training.Requests, "agreed", lambda self: next(asked, ""))
-        with pytest.raises(training.Stopped):
-            training.train(broken, *training.split(broken))
-        assert training.train(broken, *training.split(broken)).history == done.history
+        patch.setattr(loop.Requests, "agreed", lambda self: next(asked, ""))
+        with pytest.raises(loop.Stopped):
+            loop.train(broken, *loop.split(broken))
+        assert loop.train(broken, *loop.split(broken)).history == done.history
 
 
 def test_accumulated_batches_are_one_large_batch(faces, tmp_path):
@@ -62,7 +63,7 @@ def test_accumulated_batches_are_one_large_batch(faces, tmp_path):
     gradients = []
     for parts in (1, 2):
         torch.manual_seed(0)
-        model = training.start(settings, 12, torch.device("cpu")).model.eval()
+        model = loop.start(settings, 12, torch.device("cpu")).model.eval()
         for part in zip(*(x.chunk(parts) for x in batch), strict=True):
             (model(*part) / parts).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -73,7 +74,7 @@ def test_two_identities_are_enough(faces, tmp_path):
     tiny = data.folder(faces).subset([0, 1])
     for scheme in ("shuffle", "spaced", "left_out"):
         run = config(faces, tmp_path / scheme, batch=2, queue_size=50, sampler=scheme, lr=0.001)
-        assert len(training.train(run, tiny, None).history) == 4
+        assert len(loop.train(run, tiny, None).history) == 4
 
 
 def test_list_file(faces, tmp_path):
@@ -190,20 +191,20 @@ def test_timm_backbone():
 
 def test_perfect_and_random_embeddings():
     labels = torch.arange(20).repeat_interleave(5)
-    perfect = verification.evaluate(torch.eye(20)[labels], labels)
+    perfect = evaluation.evaluate(torch.eye(20)[labels], labels)
     assert (perfect.accuracy, perfect.rank1) == (1.0, 1.0)
     assert set(perfect.tar.values()) == {1.0}
     assert perfect.effective_rank == pytest.approx(19, rel=1e-6)  # centred: one dimension less
     generator = torch.Generator().manual_seed(0)
     noise = torch.nn.functional.normalize(torch.randn(100, 32, generator=generator))
-    chance = verification.evaluate(noise, labels)
+    chance = evaluation.evaluate(noise, labels)
     assert chance.accuracy < 0.6
     assert chance.tar[0.1] < 0.2
 
 
 def test_a_diverged_network_is_named():
     with pytest.raises(ValueError, match="embeddings are not finite: the network has diverged"):
-        verification.effective_rank(torch.full((4, 3), float("nan")))
+        evaluation.effective_rank(torch.full((4, 3), float("nan")))
 
 
 @pytest.mark.parametrize(

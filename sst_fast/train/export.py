@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sst_fast import backbones, data
-from sst_fast.checkpoint import replacing
+from sst_fast import data
+from sst_fast.train import backbones
+from sst_fast.train.checkpoint import replacing
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class UnitEmbedding(nn.Module):
         return nn.functional.normalize(self.probe(image).float())
 
 
-def load(path: str | Path) -> tuple[nn.Module, ProbeInfo]:
+def load_probe(path: str | Path) -> tuple[nn.Module, ProbeInfo]:
     """The probe network of a run's folder, a checkpoint or an exported .safetensors, in evaluation mode.
 
     Raises:
@@ -99,7 +100,7 @@ def export(run: str | Path, out: str | Path) -> None:
     out = Path(out)
     if out.suffix not in (".safetensors", ".pt2", ".onnx"):
         raise ValueError(f"out must end in .safetensors, .pt2 or .onnx, got {out}")
-    network, info = load(run)
+    network, info = load_probe(run)
     notes = {"probe": json.dumps(asdict(info)), "preprocessing": json.dumps(info.preprocessing())}
     with replacing(out) as temporary:
         if out.suffix == ".safetensors":
@@ -147,7 +148,7 @@ def embed_folder(
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in data.EXTENSIONS)
     if not paths:
         raise ValueError(f"root: no image below {root}")
-    network, info = load(run)
+    network, info = load_probe(run)
     images = data.image_batches(paths, info.size, info.channels, batch=batch, workers=workers)
     embeddings = backbones.embed(network.to(device), images).cpu().numpy()
     names = [path.relative_to(root).as_posix() for path in paths]

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sst_fast import distributed
-from sst_fast.checkpoint import replacing
+from sst_fast.train.checkpoint import replacing
 
 
 def say(text: str) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 import sst_fast
 from sst_fast import data
-from sst_fast.checkpoint import replacing
-from sst_fast.config import Method
-from sst_fast.verification import Scores
+from sst_fast.evaluation import Scores
+from sst_fast.train.checkpoint import replacing
+from sst_fast.train.config import Method
 
 COLOURS: dict[str, str] = {"sst": "#0b6e4f", "conventional": "#c8553d"}
 NAMES: dict[str, str] = {"sst": "Semi-Siamese Training", "conventional": "Conventional (learned class weights)"}
@@ -101,7 +101,7 @@ def write(
         "effective_rank": "Effective rank of the test embeddings",
     }
     template = jinja2.Template(
-        resources.files("sst_fast").joinpath("templates/report.html").read_text(), autoescape=True
+        resources.files("sst_fast.train").joinpath("templates/report.html").read_text(), autoescape=True
     )
     html = template.render(
         rows={NAMES[m]: row for m, row in table(results).items()},

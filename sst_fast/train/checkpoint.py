@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from sst_fast import distributed
-from sst_fast.config import Config
 from sst_fast.samplers import IdentitySampler
+from sst_fast.train.config import Config
 
 # What a run may change when it goes on: where and how it runs and what it writes ...
 FREE = {

@@ -7,19 +7,20 @@ import pytest
 import torch
 from runs import config
 
-from sst_fast import backbones, data, probe, training
-from sst_fast.cli import main
+from sst_fast import data
+from sst_fast.train import backbones, export, loop
+from sst_fast.train.cli import main
 
 
 @pytest.fixture
 def run(faces, tmp_path):
     settings = config(faces, tmp_path / "run", epochs=1, lr=0.001)
-    training.train(settings, *training.split(settings))
+    loop.train(settings, *loop.split(settings))
     return tmp_path / "run"
 
 
 def images_and_embeddings(run, faces):
-    network, info = probe.load(run)
+    network, info = export.load_probe(run)
     images = data.all_images(data.folder(faces), info.size, info.channels)[0]
     return images, backbones.embed(network, [images])
 
@@ -31,7 +32,7 @@ def test_safetensors_load_again(run, faces, tmp_path):
         notes = json.loads(opened.metadata()["preprocessing"])
     assert (notes["mean"], notes["std"], notes["size"], notes["color"]) == (127.5, 128.0, [32, 32], "gray")
     images, expected = images_and_embeddings(run, faces)
-    network, _ = probe.load(tmp_path / "probe.safetensors")
+    network, _ = export.load_probe(tmp_path / "probe.safetensors")
     assert torch.equal(backbones.embed(network, [images]), expected)
 
 

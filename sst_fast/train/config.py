@@ -49,7 +49,7 @@ class Config:
 
     Attributes:
         method: 'sst' or 'conventional' (learned class weights).
-        backbone, dim, width: see sst_fast.backbones.build.
+        backbone, dim, width: see sst_fast.train.backbones.build.
         margin: its name; margin_value: its first parameter, in its unit (default: the paper's); scale: inverse temperature.
         queue_size: slots K, over all processes; queue_dtype; momentum: of the gallery network.
         momentum_warmup, batchnorm, galleries: see sst_fast.SemiSiamese; keep, shard: see sst_fast.SemiSiameseLoss.

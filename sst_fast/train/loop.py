@@ -16,16 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sst_fast import backbones, checkpoint, data, distributed, functional, probe
-from sst_fast.checkpoint import State
-from sst_fast.config import Config
+from sst_fast import data, distributed, functional
+from sst_fast.evaluation import Scores, effective_rank, evaluate
 from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
 from sst_fast.margins import Margin
-from sst_fast.progress import Progress, say
 from sst_fast.queue import GalleryQueue
 from sst_fast.samplers import IdentitySampler
 from sst_fast.semi_siamese import SemiSiamese
-from sst_fast.verification import Scores, effective_rank, evaluate
+from sst_fast.train import backbones, checkpoint, export
+from sst_fast.train.checkpoint import State
+from sst_fast.train.config import Config
+from sst_fast.train.progress import Progress, say
 
 METRICS = ("loss", "target_cosine", "hardest_cosine")
 WATCHED = 512  # images whose embeddings' effective rank is told each epoch
@@ -151,8 +152,8 @@ def start(config: Config, identities: int, device: torch.device, rank: int = 0, 
     """Networks, queue, optimizer, sampler before the first step."""
     network = backbones.build(config.backbone, config.dim, config.data.size, config.width, config.data.channels)
     if config.init:
-        begin, info = probe.load(config.init)
-        ours = probe.ProbeInfo(config.backbone, config.dim, config.width, config.data.size, config.data.channels)
+        begin, info = export.load_probe(config.init)
+        ours = export.ProbeInfo(config.backbone, config.dim, config.width, config.data.size, config.data.channels)
         if info != ours:
             raise ValueError(f"init: {config.init} holds {info}, the configuration asks for {ours}")
         network.load_state_dict(begin.state_dict())
@@ -169,7 +170,7 @@ def start(config: Config, identities: int, device: torch.device, rank: int = 0, 
     else:
         model = Conventional(network, identities, config.dim, margin, config.scale)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(device).to(memory_format=layout).train()
+    model.to(device).to(memory_format=layout).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], config.lr, momentum=0.9, weight_decay=config.weight_decay
     )

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from sst_fast import backbones, data, report
-from sst_fast.config import Config, DataConfig, Method
-from sst_fast.training import train
+from sst_fast import data
+from sst_fast.train import backbones, report
+from sst_fast.train.config import Config, DataConfig, Method
+from sst_fast.train.loop import train
 
 
 @dataclass
