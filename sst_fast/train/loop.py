@@ -170,7 +170,8 @@ def start(config: Config, identities: int, device: torch.device, rank: int = 0, 
     else:
         model = Conventional(network, identities, config.dim, margin, config.scale)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(device).to(memory_format=layout).train()  # type: ignore[call-overload]
+    placed: Any = model.to(device)  # PyTorch's stubs know memory_format in some versions only
+    placed.to(memory_format=layout).train()
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], config.lr, momentum=0.9, weight_decay=config.weight_decay
     )
