@@ -13,7 +13,7 @@ import torch
 
 import sst_fast
 from bench import timing
-from sst_fast.backends import choose
+from sst_fast.backends.extension import compiled
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +45,6 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 def about(device: torch.device) -> dict[str, object]:
     """Device, versions and date: what a result is worth nothing without."""
-    compiled = choose.compiled
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "kind": device.type,

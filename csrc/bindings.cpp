@@ -1,39 +1,22 @@
+// The extension module sst_fast._C: loading it registers the operators of operators.cpp; what it offers to Python by
+// name is for tests and for sst_fast.backends.
 #include <torch/extension.h>
-#include <torch/library.h>
 
+#include "arguments.h"
 #include "ops.h"
 #include "tiles.h"
-
-// The queue's operators, for Python and, through PyTorch's dispatcher, for C++ programs. sst_fast/queue.py checks
-// arguments.
-TORCH_LIBRARY_FRAGMENT(sst_fast, m) {
-  m.def(
-      "enqueue(Tensor features, Tensor identities, Tensor(a!) queue, Tensor(b!) queue_identities, Tensor(c!) state) "
-      "-> ()");
-  m.def("dequeue(int count, Tensor(a!) queue_identities, Tensor(b!) state) -> Tensor");
-}
-TORCH_LIBRARY_IMPL(sst_fast, CPU, m) {
-  m.impl("enqueue", &sst_fast::cpu::enqueue);
-  m.impl("dequeue", &sst_fast::cpu::dequeue);
-}
-#ifdef SST_FAST_CUDA
-TORCH_LIBRARY_IMPL(sst_fast, CUDA, m) {
-  m.impl("enqueue", &sst_fast::cuda::enqueue);
-  m.impl("dequeue", &sst_fast::cuda::dequeue);
-}
-#endif
 
 PYBIND11_MODULE(_C, m) {
   using namespace sst_fast;
   namespace py = pybind11;
-  m.doc() = "Compiled operations of sst_fast; call them through sst_fast, which checks arguments.";
-  const auto free_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("cpu_margin_softmax", &cpu::margin_softmax, free_gil);
-  m.def("cpu_prototype_gradient", &cpu::prototype_gradient, free_gil);
+  m.doc() = "Registers the operators torch.ops.sst_fast.*; call them through sst_fast, which checks arguments.";
+  m.attr("arguments") = argument_names();
   m.def("instruction_set", &cpu::instruction_set);
   // The formulas of margin.h alone, for tests: (psi, psi', phi, phi') at a target cosine a and another cosine c.
   m.def("margin", [](int64_t kind, const std::vector<double>& parameters, double a, double c, double hard_mean) {
-    const Margin margin = make_margin(kind, parameters);
+    TORCH_CHECK(kind >= 0 && kind < kKinds && parameters.size() <= kParameters, "no such margin");
+    Margin margin{static_cast<Kind>(kind), {}};
+    std::copy(parameters.begin(), parameters.end(), margin.p);
     const auto psi = target_margin<double>(margin, a, hard_mean);
     const auto row = phi_row<double>(margin, a);
     const auto phi = with_phi(margin.kind, [&](auto f) {
@@ -56,11 +39,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("narrow_rows_operand", &narrow_rows_operand);
   m.def("columns_operand", &columns_operand);
 #ifdef SST_FAST_CUDA
-  m.def("cuda_sweep", &cuda::sweep, free_gil);
+  m.def("cuda_sweep", &cuda::sweep, py::call_guard<py::gil_scoped_release>());
   m.attr("cuda") = SST_FAST_CUDA;
   m.attr("sm90a") = bool(SST_FAST_SM90A);
 #else
   m.attr("cuda") = py::none();
 #endif
-  m.attr("kinds") = kKinds;
+#define SST_KIND(name) #name,
+  m.attr("kinds") = std::vector<std::string>{SST_KINDS(SST_KIND)};
+#undef SST_KIND
 }

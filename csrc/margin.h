@@ -18,18 +18,16 @@
 
 namespace sst_fast {
 
-enum class Kind : int64_t {
-  softmax = 0,
-  am = 1,
-  arc = 2,
-  combined = 3,
-  mv = 4,
-  curricular = 5,
-  npc = 6,
-  circle = 7,
-  arc_neg = 8,
-};
-constexpr int64_t kKinds = 9;
+// The margins that kernels know, in the order of KINDS in sst_fast/margins.py; a test compares the two.
+#define SST_KINDS(kind) \
+  kind(softmax) kind(am) kind(arc) kind(combined) kind(mv) kind(curricular) kind(npc) kind(circle) kind(arc_neg)
+
+#define SST_KIND(name) name,
+enum class Kind : int64_t { SST_KINDS(SST_KIND) };
+#undef SST_KIND
+#define SST_KIND(name) +1
+constexpr int64_t kKinds = 0 SST_KINDS(SST_KIND);
+#undef SST_KIND
 
 constexpr int kParameters = 6;
 
@@ -149,16 +147,23 @@ SST_HD PhiRow<T> phi_row(const Margin& margin, T a) {
       return {{m, T(0), T(0), T(0)}};
     case Kind::arc_neg:
       return {{arc_margin(a, m, false).value, T(margin.p[1]), T(-1) / T(margin.p[2]), T(0)}};
-    default:
-      return {{T(0), T(0), T(0), T(0)}};
+    case Kind::softmax:
+    case Kind::am:
+    case Kind::arc:
+    case Kind::combined:
+      break;
   }
+  return {{T(0), T(0), T(0), T(0)}};
 }
 
-// phi(c) and its slope. V is a scalar or a vector of cosines, row[] the same of what phi_row() found, e the exponential
+// phi(c) and its slope. Traits: kIdentity: phi(c) = c; kHard: a slot with c > row[0] is hard, and NPCFace wants their
+// number and mean; kExp: phi has an exponential of its own; kRow: how many values of the row are used.
+// V is a scalar or a vector of cosines, row[] the same of what phi_row() found, e the exponential
 // of exponent(c, row) where kExp: the caller knows the exponential that suits V.
 struct PlainPhi {
+  static constexpr bool kIdentity = true, kHard = false;
   static constexpr bool kExp = false;
-  static constexpr int kRow = 0;  // how many values of the row are used
+  static constexpr int kRow = 0;
   template <typename V>
   SST_HD static V value(V c, const V* /*row*/, V /*e*/) {
     return c;
@@ -171,6 +176,7 @@ struct PlainPhi {
 
 // row: limit, then phi = row1 c^2 + row2 c + row3 for a slot with c > limit, c otherwise.
 struct HardPhi {
+  static constexpr bool kIdentity = false, kHard = true;
   static constexpr bool kExp = false;
   static constexpr int kRow = 4;
   template <typename V>
@@ -186,6 +192,7 @@ struct HardPhi {
 
 // row: m. The weight is a constant to the gradient.
 struct CirclePhi {
+  static constexpr bool kIdentity = false, kHard = false;
   static constexpr bool kExp = false;
   static constexpr int kRow = 1;
   template <typename V>
@@ -202,6 +209,7 @@ struct CirclePhi {
 
 // row: psi(a), alpha, -1 / sigma. The weight t is a constant to the gradient.
 struct ArcNegPhi {
+  static constexpr bool kIdentity = false, kHard = false;
   static constexpr bool kExp = true;
   static constexpr int kRow = 3;
   template <typename V>
@@ -231,9 +239,13 @@ inline auto with_phi(Kind kind, F f) {
       return f(CirclePhi{});
     case Kind::arc_neg:
       return f(ArcNegPhi{});
-    default:
-      return f(PlainPhi{});
+    case Kind::softmax:
+    case Kind::am:
+    case Kind::arc:
+    case Kind::combined:
+      break;
   }
+  return f(PlainPhi{});
 }
 
 }  // namespace sst_fast

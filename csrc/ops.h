@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "margin.h"
+#include "arguments.h"
 
 namespace sst_fast {
 
@@ -19,53 +19,38 @@ namespace sst_fast {
       AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, __VA_ARGS__) \
           AT_DISPATCH_CASE(at::kFloat8_e4m3fn, __VA_ARGS__))
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 namespace cpu {
 
-// -> loss [N], gradient of each row's loss for embedding [N, D] (or [0, D]), log-sum-exp [N], target cosine [N],
-// hardest
-//    negative cosine [N], its slot [N], number of slots above the target cosine [N], number of negatives [N],
-//    derivative of the loss in the target cosine [N]
-// margin_rows [P, N] and scale_rows [N], float64, take the place of parameters and scale where they vary from row to
-// row.
-std::vector<at::Tensor> margin_softmax(
-    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
-    const OptionalTensor& slot_identity, const OptionalTensor& window, const OptionalTensor& window_identity,
-    const OptionalTensor& window_start, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
-    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
-    double label_smoothing, bool straight_through, bool need_gradient);
+Results margin_softmax(const Arguments&);
 
-// Gradient [K, D] for the prototypes, in their dtype, given that of the loss [N] and what margin_softmax returned.
+// Gradient [K, D] for the prototypes, in their dtype, given that of each row's own loss [N] and what the forward pass
+// found. Slots that a window replaces have no part in the loss and get zeros.
 at::Tensor prototype_gradient(
-    const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& negatives, const at::Tensor& target_slope,
-    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
-    const OptionalTensor& slot_identity, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
-    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
-    double label_smoothing, bool straight_through);
+    const at::Tensor& grad_rows, const at::Tensor& lse, const at::Tensor& negatives, const at::Tensor& target_slope,
+    const Arguments&);
+
+// Rows of `gradient` [N, D] times grad_loss (0-d or [N]) times row_weight [N], rounded to `dtype`; zeros where
+// row_weight is 0.
+at::Tensor scaled_rows(
+    const at::Tensor& grad_loss, const at::Tensor& row_weight, const at::Tensor& gradient, at::ScalarType dtype);
 
 void enqueue(
     const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,
-    at::Tensor& state);
+    at::Tensor& state, bool unit);
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state);
+// Unit rows of features [H, B, D] in `dtype`, the slot that is written next (0-d), and the B slots from there on.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> window(
+    const at::Tensor& features, const at::Tensor& state, int64_t size, at::ScalarType dtype);
 
 const char* instruction_set();
 
 }  // namespace cpu
 
-inline Margin make_margin(int64_t kind, const std::vector<double>& parameters) {
-  TORCH_CHECK(kind >= 0 && kind < kKinds, "unknown margin ", kind);
-  TORCH_CHECK(parameters.size() <= kParameters, "a margin has at most ", kParameters, " parameters");
-  Margin margin{static_cast<Kind>(kind), {}};
-  for (size_t i = 0; i < parameters.size(); i++) margin.p[i] = parameters[i];
-  return margin;
-}
-
 #ifdef SST_FAST_CUDA
 namespace cuda {
 void enqueue(
     const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,
-    at::Tensor& state);
+    at::Tensor& state, bool unit);
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state);
 
 // The loss's sweep on Hopper: partial results of each split of the tiles, as kernels/margin_softmax.py combines them.

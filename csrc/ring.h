@@ -17,10 +17,13 @@ SST_HD int64_t ring_oldest(int64_t position, int64_t fill, int64_t K) {
   return position >= fill ? position - fill : position - fill + K;
 }
 
+// A shorter row has no direction: its cosine is 0 with everything, and its gradient is 0.
+constexpr double kMinNorm = 1e-12;
+
 // Factor that makes a row of this norm a unit row; a vanishing row becomes zero.
 template <typename T>
 SST_HD T normaliser(T norm) {
-  return norm < T(1e-12) ? T(0) : T(1) / norm;
+  return norm < T(kMinNorm) ? T(0) : T(1) / norm;
 }
 
 }  // namespace sst_fast

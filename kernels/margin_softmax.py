@@ -2,84 +2,16 @@
 
 Sizes: N probes, K slots, D features, B slots in the batch window, S splits of the queue. All arithmetic is float32; products
 take the prototypes' dtype (float32: PyTorch's matmul precision decides between tf32 and ieee; float8: float16, which holds it exactly).
+sst_fast/backends/triton.py launches these kernels.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from sst_fast.kernels import hopper
-from sst_fast.kernels.margins import MV, NPC, phi, phi_row, target_margin
-from torch import Tensor
+from sst_fast.kernels.margins import NPC, phi, phi_is_identity, phi_row, target_margin
 
 # Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.
 COUNTS = ["K", "B", "S", "rows_in_group", "blocks_in_group", "tiles_in_split"]
 NEVER = tl.constexpr(-1e30)  # cosine of a masked slot: finite, so that nothing becomes NaN on the way
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a sweep is cut: rows and slots of a tile, warps, pipeline stages."""
-
-    rows: int
-    slots: int
-    warps: int
-    stages: int
-
-
-# (kernel, architecture, bytes per element of the prototypes) -> (rows, slots, warps, stages) for D up to 64, 128, 256, 512 and
-# 1024; None: nothing fits. The accumulator stays in registers: tests/compile_triton.py holds every entry to 'no spills'. The largest
-# tiles that meet that; which of them is fastest has not been measured.
-# Made for Triton 3.8 and 3.9; older ones spill in some.
-_TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, int, int] | None, ...]] = {
-    ("sweep", 80, 2): ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 1), (16, 32, 8, 2)),
-    ("sweep", 80, 4): ((64, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 2), (32, 16, 8, 1), None),
-    ("sweep", 90, 1): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 2)),
-    ("sweep", 90, 2): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("sweep", 90, 4): ((64, 32, 8, 2), (64, 16, 8, 2), (32, 64, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1)),
-    ("sweep", 100, 1): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
-    ("sweep", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (16, 32, 8, 2)),
-    ("sweep", 100, 4): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1)),
-    ("sweep", 120, 1): ((64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
-    ("sweep", 120, 2): ((64, 32, 8, 2), (64, 16, 8, 1), (32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
-    ("sweep", 120, 4): ((64, 32, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 2), None),
-    ("prototypes", 80, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 80, 4): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 16, 8, 1), None),
-    ("prototypes", 90, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 90, 4): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
-    ("prototypes", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 100, 4): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
-    ("prototypes", 120, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 120, 4): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
-}  # fmt: skip
-_DIMS = (64, 128, 256, 512, 1024)
-
-
-def blocks_for(kernel: str, dim: int, itemsize: int, capability: int) -> Blocks | None:
-    """Tile sizes of 'sweep' or 'prototypes' on an architecture (80, 90, 100, 120); None where no size fits."""
-    found = next(
-        (cut for most, cut in zip(_DIMS, _TABLE[kernel, capability, itemsize], strict=True) if dim <= most), None
-    )
-    return None if found is None else Blocks(*found)
-
-
-def fits(prototypes: Tensor, gradient: bool) -> bool:
-    """Whether there are tile sizes for the loss over these prototypes, and for their gradient if that is wanted."""
-    capability, _ = _machine(prototypes.device)
-    if prototypes.dtype == torch.float8_e4m3fn and capability < 90:  # no conversion there
-        return False
-    kernels = ("sweep", "prototypes") if gradient else ("sweep",)
-    size = prototypes.element_size()
-    return all(blocks_for(kernel, prototypes.shape[1], size, capability) is not None for kernel in kernels)
-
-
-def _product_dtype(prototypes: Tensor) -> torch.dtype:
-    """What products are made of; every float8_e4m3fn is a float16."""
-    return torch.float16 if prototypes.dtype == torch.float8_e4m3fn else prototypes.dtype
 
 
 @triton.jit
@@ -266,7 +198,7 @@ def sweep_kernel(
                 hard_sum += tl.sum(tl.where(is_hard, c, 0.0), 1)
             if LOGITS:
                 logits += tl.sum(tl.where(alive, z, 0.0), 1)
-            if KIND < MV:  # phi(c) = c: the largest logit is the hardest slot's
+            if phi_is_identity(KIND):  # the largest logit is the hardest slot's
                 higher = tl.maximum(shift, tl.where(top > NEVER, scale * top, NEVER))
             else:
                 higher = tl.maximum(shift, tl.max(tl.where(alive, z, NEVER), 1))
@@ -305,7 +237,7 @@ def sweep_kernel(
 def combine_kernel(
     x, w, window, inverse_w, inverse_window, start, target, margin_rows, scale_rows,
     inverse_norm, cosine, exact_cosine, shift, total, logits, hard_sum, hard, live, hardest, slot, beats, moment,
-    loss_out, gradient_out, lse_out, hardest_out, slot_out, beats_out, live_out, slope_out, uniform_out,
+    loss_out, gradient_out, lse_out, hardest_out, slot_out, beats_out, live_out, slope_out, residual_out, uniform_out,
     N, K, D, B, rows_in_group, S, label_smoothing, p0, p1, p2, p3, p4, p5, scale,
     KIND: tl.constexpr, P: tl.constexpr, SCALE_ROWS: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
     STRAIGHT: tl.constexpr, LOSS: tl.constexpr, MOMENT: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -352,7 +284,8 @@ def combine_kernel(
         loss = plain
         if SMOOTH:
             loss -= share * (all_logits - count * t)
-        target_slope = -scale * slope * (wrong - label_smoothing + share)
+        residual = -(wrong - label_smoothing + share)
+        target_slope = scale * slope * residual
         tl.store(loss_out + i, loss)
         tl.store(lse_out + i, plain + t)
         tl.store(hardest_out + i, tl.where(at < 0, -float("inf"), top))
@@ -360,6 +293,7 @@ def combine_kernel(
         tl.store(beats_out + i, above.to(tl.int64))
         tl.store(live_out + i, count.to(tl.int64))
         tl.store(slope_out + i, target_slope)
+        tl.store(residual_out + i, residual)
         tl.store(uniform_out + i, share)
         target_slope, wrong = target_slope.to(tl.float32), wrong.to(tl.float32)
     else:
@@ -443,193 +377,3 @@ def prototypes_kernel(
         hat = features.to(tl.float32) * norm[:, None]
         sums = (sums - tl.sum(sums * hat, 1)[:, None] * hat) * norm[:, None]
     tl.store(gradient + at, sums.to(gradient.dtype.element_ty), mask=inside)
-
-
-def _inverse_norms(rows: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(
-        rows.float() if rows.dtype == torch.float8_e4m3fn else rows, dim=-1, dtype=torch.float32
-    )
-    return torch.where(norm < 1e-12, 0.0, 1.0 / norm)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: as PyTorch's own matmul is set."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _machine(device: torch.device) -> tuple[int, int]:
-    """Architecture, as the table knows it, and number of multiprocessors; of an ordinary GPU where the interpreter runs."""
-    if device.type != "cuda":
-        return 90, 4
-    properties = torch.cuda.get_device_properties(device)
-    return {9: 90, 10: 100, 12: 120}.get(properties.major, 80), properties.multi_processor_count
-
-
-@dataclass
-class _Rows:
-    """What is computed once per probe, and the arguments every kernel shares."""
-
-    unit: Tensor
-    inverse_norm: Tensor
-    cosine: Tensor
-    exact_cosine: Tensor
-    scales: Tensor
-    phi_rows: Tensor
-    inverse_w: Tensor | None
-    inverse_window: Tensor | None
-    numbers: list[float]
-    block_d: int
-
-
-def _prepare(
-    embedding: Tensor, prototypes: Tensor, target: Tensor, window: Tensor | None, window_start: Tensor | None,
-    margin_rows: Tensor | None, scale_rows: Tensor | None, kind: int, parameters: list[float], scale: float, normalize: bool,
-) -> _Rows:  # fmt: skip
-    n, dim = embedding.shape
-    block_d = max(16, triton.next_power_of_2(dim))
-    groups, b = (1, 0) if window is None else window.shape[:2]
-    floats = {"dtype": torch.float32, "device": embedding.device}
-    rows = _Rows(
-        torch.empty((n, block_d), dtype=_product_dtype(prototypes), device=embedding.device),
-        torch.empty(n, **floats), torch.empty(n, **floats), torch.empty(n, dtype=torch.float64, device=embedding.device),
-        torch.empty(n, **floats), torch.empty((4, n), **floats),
-        _inverse_norms(prototypes) if normalize else None,
-        _inverse_norms(window) if normalize and window is not None else None,
-        [*(parameters + [0.0] * 6)[:6], scale], block_d,
-    )  # fmt: skip
-    prepare_kernel[(n,)](
-        embedding, prototypes, window, rows.inverse_w, rows.inverse_window, window_start, target, margin_rows, scale_rows,
-        rows.unit, rows.inverse_norm, rows.cosine, rows.exact_cosine, rows.scales, rows.phi_rows, n, len(prototypes), dim, b,
-        max(n // groups, 1), *rows.numbers,
-        KIND=kind, P=0 if margin_rows is None else len(margin_rows), SCALE_ROWS=scale_rows is not None,
-        WINDOW=window is not None, NORMALIZE=normalize, BLOCK_D=block_d,
-    )  # fmt: skip
-    return rows
-
-
-def _float32(rows: Tensor | None) -> Tensor | None:
-    return None if rows is None else rows.float().contiguous()
-
-
-def margin_softmax(
-    embedding: Tensor, prototypes: Tensor, target: Tensor, identity: Tensor | None, slot_identity: Tensor | None,
-    window: Tensor | None, window_identity: Tensor | None, window_start: Tensor | None, margin_rows: Tensor | None,
-    scale_rows: Tensor | None, kind: int, parameters: list[float], scale: float, mask_empty: bool, normalize: bool,
-    label_smoothing: float, straight_through: bool, need_gradient: bool, cuda_sweep: Callable[..., None] | None = None,
-    float8_products: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """The operator ``sst_fast::margin_softmax``: see csrc/ops.h for the nine results.
-
-    ``cuda_sweep`` (``sst_fast::cuda::sweep`` of csrc/ops.h) takes the place of the sweep here, where ``hopper.fits``; with
-    ``float8_products`` it rounds probes and weights to float8, as the queue is.
-    """
-    embedding, prototypes, target = embedding.contiguous(), prototypes.contiguous(), target.contiguous()
-    window = None if window is None else window.contiguous()
-    margin_rows, scale_rows = _float32(margin_rows), _float32(scale_rows)
-    n, dim = embedding.shape
-    k, device = len(prototypes), embedding.device
-    groups, b = (1, 0) if window is None else window.shape[:2]
-
-    def values(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    loss, lse, hardest, slope = values(n), values(n), values(n), values(n)
-    slot, beats, live = numbers(n), numbers(n), numbers(n)
-    gradient = torch.empty((n if need_gradient else 0, dim), dtype=embedding.dtype, device=device)
-    if n == 0:
-        return [loss, gradient, lse, values(0), hardest, slot, beats, live, slope]
-    rows = _prepare(
-        embedding, prototypes, target, window, window_start, margin_rows, scale_rows, kind, parameters, scale, normalize
-    )
-    capability, processors = _machine(device)
-    if cuda_sweep is None:
-        cut = blocks_for("sweep", rows.block_d, prototypes.element_size(), capability)
-        assert cut is not None, "callers ask fits() first"
-        blocks_in_group = triton.cdiv(n // groups, cut.rows)
-        tiles = triton.cdiv(k, cut.slots)
-        splits = max(1, min(tiles, 2 * processors // (groups * blocks_in_group)))
-        tiles_in_split = triton.cdiv(tiles, splits)
-        splits = triton.cdiv(tiles, tiles_in_split)
-        parts = splits + (window is not None)
-    else:
-        converts = prototypes.dtype == torch.float8_e4m3fn and not float8_products
-        plan = hopper.plan(n // groups, groups, k, b, processors, converts)
-        parts = plan.splits
-        if float8_products:
-            rows.unit = (rows.unit.float() * hopper.UNIT_OF_FLOAT8).to(torch.float8_e4m3fn)
-        prototypes, window = hopper.aligned(prototypes), None if window is None else hopper.aligned(window)
-    second = need_gradient and label_smoothing > 0
-    shift, total, logits, hard_sum, top = (values(parts, n) for _ in range(5))
-    hard, alive, at, above = (numbers(parts, n, dtype=torch.int32) for _ in range(4))
-    moment = values(parts, n, rows.block_d) if need_gradient else None
-    uniform = values(n)
-
-    def sweep(again: bool) -> None:
-        if cuda_sweep is not None:
-            out = [shift, total, hard_sum, hard, alive, top, at, above]
-            cuda_sweep(
-                rows.unit, prototypes, window, window_start, target, identity, slot_identity, window_identity, rows.cosine,
-                rows.scales, rows.phi_rows, out, values(0) if moment is None else moment, plan.tiles_in_split, plan.cluster,
-                kind, mask_empty, straight_through,
-            )  # fmt: skip
-            return
-        sweep_kernel[(groups * blocks_in_group, parts)](
-            rows.unit, prototypes, window, rows.inverse_w, rows.inverse_window, window_start, target, identity,
-            slot_identity, window_identity, rows.cosine, rows.scales, rows.phi_rows, lse, uniform, shift, total, logits,
-            hard_sum, hard, alive, top, at, above, moment, n, k, dim, b, n // groups, blocks_in_group, tiles_in_split, splits,
-            KIND=kind, WINDOW=window is not None, IDENTITY=identity is not None and slot_identity is not None,
-            SLOT_IDENTITY=slot_identity is not None, MASK_EMPTY=mask_empty, NORMALIZE=normalize, STRAIGHT=straight_through,
-            MOMENT=again or (need_gradient and not second), SECOND=again, LOGITS=label_smoothing > 0,
-            PRECISION=_precision(prototypes.dtype), BLOCK_N=cut.rows, BLOCK_K=cut.slots,
-            BLOCK_D=rows.block_d, num_warps=cut.warps, num_stages=cut.stages,
-        )  # fmt: skip
-
-    def combine(with_loss: bool, with_moment: bool) -> None:
-        combine_kernel[(n,)](
-            embedding, prototypes, window, rows.inverse_w, rows.inverse_window, window_start, target, margin_rows,
-            scale_rows, rows.inverse_norm, rows.cosine, rows.exact_cosine, shift, total, logits, hard_sum, hard, alive, top, at, above, moment,
-            loss, gradient, lse, hardest, slot, beats, live, slope, uniform, n, k, dim, b, n // groups, parts,
-            label_smoothing, *rows.numbers,
-            KIND=kind, P=0 if margin_rows is None else len(margin_rows), SCALE_ROWS=scale_rows is not None,
-            WINDOW=window is not None, NORMALIZE=normalize, STRAIGHT=straight_through, LOSS=with_loss, MOMENT=with_moment,
-            SMOOTH=label_smoothing > 0, BLOCK_D=rows.block_d,
-        )  # fmt: skip
-
-    sweep(again=False)
-    combine(True, need_gradient and not second)
-    if second:
-        sweep(again=True)
-        combine(False, True)
-    return [loss, gradient, lse, rows.cosine, hardest, slot, beats, live, slope]
-
-
-def prototype_gradient(
-    grad_loss: Tensor, lse: Tensor, negatives: Tensor, target_slope: Tensor, embedding: Tensor, prototypes: Tensor,
-    target: Tensor, identity: Tensor | None, slot_identity: Tensor | None, margin_rows: Tensor | None,
-    scale_rows: Tensor | None, kind: int, parameters: list[float], scale: float, mask_empty: bool, normalize: bool,
-    label_smoothing: float, straight_through: bool,
-) -> Tensor:  # fmt: skip
-    """The operator ``sst_fast::prototype_gradient``: [K, D] in the prototypes' dtype."""
-    embedding, prototypes, target = embedding.contiguous(), prototypes.contiguous(), target.contiguous()
-    margin_rows, scale_rows = _float32(margin_rows), _float32(scale_rows)
-    n, dim = embedding.shape
-    gradient = torch.empty_like(prototypes)
-    if n == 0:
-        return gradient.zero_()
-    rows = _prepare(
-        embedding, prototypes, target, None, None, margin_rows, scale_rows, kind, parameters, scale, normalize
-    )
-    cut = blocks_for("prototypes", rows.block_d, prototypes.element_size(), _machine(embedding.device)[0])
-    assert cut is not None, "callers ask fits() first"
-    prototypes_kernel[(triton.cdiv(len(prototypes), cut.rows),)](
-        rows.unit, prototypes, rows.inverse_w, target, identity, slot_identity, rows.scales, rows.phi_rows, lse,
-        label_smoothing / (1.0 + negatives.float()), grad_loss.float().contiguous(), target_slope, gradient,
-        n, len(prototypes), dim,
-        KIND=kind, IDENTITY=identity is not None and slot_identity is not None, SLOT_IDENTITY=slot_identity is not None,
-        MASK_EMPTY=mask_empty, NORMALIZE=normalize, STRAIGHT=straight_through, PRECISION=_precision(prototypes.dtype),
-        BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=rows.block_d, num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
-    return gradient

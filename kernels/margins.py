@@ -4,19 +4,12 @@
 import triton
 import triton.language as tl
 
-# Below MV phi(c) = c.
-SOFTMAX = tl.constexpr(0)
-AM = tl.constexpr(1)
-ARC = tl.constexpr(2)
-COMBINED = tl.constexpr(3)
-MV = tl.constexpr(4)
-CURRICULAR = tl.constexpr(5)
-NPC = tl.constexpr(6)
-CIRCLE = tl.constexpr(7)
-ARC_NEG = tl.constexpr(8)
-KINDS = 9
+from sst_fast.margins import KINDS
+from sst_fast.margins import MIN_SINE as MIN_SINE_OF_ALL
 
-MIN_SINE = tl.constexpr(1e-3)
+SOFTMAX, AM, ARC, COMBINED, MV, CURRICULAR, NPC, CIRCLE, ARC_NEG = (tl.constexpr(kind) for kind in range(len(KINDS)))
+
+MIN_SINE = tl.constexpr(MIN_SINE_OF_ALL)
 PI = tl.constexpr(3.14159265358979323846)
 
 
@@ -132,3 +125,9 @@ def phi(c, r0, r1, r2, r3, KIND: tl.constexpr):
         slope = r1 * tl.exp((c - r0) * (c - r0) * r2)
         value = slope * c + slope - 1.0
     return value, slope
+
+
+@triton.jit
+def phi_is_identity(KIND: tl.constexpr):
+    """Whether the margin leaves the other slots' cosines alone: then the largest logit is that of the largest cosine."""
+    return (KIND == SOFTMAX) or (KIND == AM) or (KIND == ARC) or (KIND == COMBINED)

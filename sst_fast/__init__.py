@@ -3,8 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from sst_fast import functional
-from sst_fast.backends.choose import backends
-from sst_fast.functional import Window
+from sst_fast.arguments import Window
+from sst_fast.backends.choose import backends  # a function of the package's name: the modules stay importable
 from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
 from sst_fast.margins import (
     AdaCos,

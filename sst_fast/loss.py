@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sst_fast import distributed, functional, reference
-from sst_fast.functional import Window
+from sst_fast.arguments import GradientRule, Reduction, Window
 from sst_fast.margins import AdaCos, AMSoftmax, Margin, Parameter, Seen, Softmax
 from sst_fast.queue import GalleryQueue
 
@@ -106,7 +106,7 @@ class SemiSiameseLoss(nn.Module):
         scale: Parameter = 30.0,
         *,
         label_smoothing: float = 0.0,
-        gradient: functional.GradientRule = "exact",
+        gradient: GradientRule = "exact",
         keep: Keep = "coin",
         mask_identity: bool = True,
         mask_empty: bool = True,
@@ -166,7 +166,7 @@ class SemiSiameseLoss(nn.Module):
             identity, coin = rows[:, :count].flatten(), rows[0, count] != 0
         gallery = gallery.transpose(0, 1)
         if self.shard:
-            loss = self._over_shards(torch.stack([probe_a, probe_b], 1), gallery, identity, own)
+            loss, window = self._over_shards(torch.stack([probe_a, probe_b], 1), gallery, identity, own)
         else:
             window = self.queue.window(gallery, identity)
             loss = self._loss(
@@ -175,13 +175,18 @@ class SemiSiameseLoss(nn.Module):
             )  # fmt: skip
         if self.training:
             mine = own if self.shard else slice(None)
-            kept, ids = self._kept(gallery[1, mine], gallery[0, mine], coin), identity[mine]
-            self.queue.enqueue(kept, ids.repeat(2) if self.keep == "both" else ids)
+            ids = identity[mine]
+            if self.keep == "mean":
+                sums = [reference.normalize(g.float()) for g in gallery[:, mine]]
+                self.queue.enqueue(sums[0] + sums[1], ids)
+            else:  # the window's rows are unit vectors already
+                kept = self._kept(window.features[1, mine], window.features[0, mine], coin)
+                self.queue.enqueue(kept, ids.repeat(2) if self.keep == "both" else ids, unit=True)
         return loss
 
     def _loss(
         self, embedding: Tensor, target: Tensor, identity: Tensor, window: Window, features: Tensor,
-        slot_identity: Tensor, reduction: functional.Reduction,
+        slot_identity: Tensor, reduction: Reduction,
     ) -> Tensor:  # fmt: skip
         options: dict[str, Any] = {
             "window": window,
@@ -200,15 +205,15 @@ class SemiSiameseLoss(nn.Module):
         )  # fmt: skip
         return loss
 
-    def _over_shards(self, probes: Tensor, gallery: Tensor, identity: Tensor, own: slice) -> Tensor:
-        """Probes [B, 2, D] of this rank, gallery [2, W B, D] and identity [W B] of all."""
+    def _over_shards(self, probes: Tensor, gallery: Tensor, identity: Tensor, own: slice) -> tuple[Tensor, Window]:
+        """Probes [B, 2, D] of this rank, gallery [2, W B, D] and identity [W B] of all. The loss, and the window it saw."""
         window, held = self.queue.shard_window(gallery, identity, own)
         everyone = distributed.gather_with_gradient(probes, self.group).transpose(0, 1).flatten(0, 1)
         # Rows are the probes a of all ranks, then the probes b.
         mine = self._loss(
             everyone, window.slots.repeat(2), identity.repeat(2), window, self.queue.features, held, "none"
         )
-        return distributed.combine_shards(mine, self.group).view(2, -1)[:, own].mean()
+        return distributed.combine_shards(mine, self.group).view(2, -1)[:, own].mean(), window
 
     def _kept(self, gallery_a: Tensor, gallery_b: Tensor, coin: Tensor) -> Tensor:
         if self.keep == "first":
@@ -217,8 +222,8 @@ class SemiSiameseLoss(nn.Module):
             return gallery_b
         if self.keep == "both":
             return torch.cat([gallery_a, gallery_b])
-        if self.keep == "mean":
-            return reference.normalize(gallery_a.float()) + reference.normalize(gallery_b.float())
+        if gallery_a.dtype == torch.float8_e4m3fn:  # PyTorch moves its bytes only
+            return torch.where(coin, gallery_a.view(torch.uint8), gallery_b.view(torch.uint8)).view(gallery_a.dtype)
         return torch.where(coin, gallery_a, gallery_b)
 
 

@@ -23,6 +23,9 @@ from typing_extensions import Self
 # The slope of a margin on the angle is unbounded as the angle nears 0 or pi; closer than this sin(theta) is held constant.
 MIN_SINE = 1e-3
 
+# The margins that kernels know, by number: csrc/margin.h lists the same names, and a test compares the two.
+KINDS = ("softmax", "am", "arc", "combined", "mv", "curricular", "npc", "circle", "arc_neg")
+
 Parameter = float | Tensor
 
 
@@ -44,7 +47,7 @@ class Seen:
 class Margin:
     """Base of all margins: a frozen set of parameters with the formulas ``psi`` and ``phi``.
 
-    ``kind`` is the number by which compiled kernels know the margin (``enum class Kind`` in csrc/margin.h).
+    ``kind`` is the number by which kernels know the margin, its place in :data:`KINDS`.
     ``running`` names the parameters that follow the training; :class:`sst_fast.SemiSiameseLoss` keeps them as buffers.
     """
 
@@ -85,6 +88,29 @@ class Margin:
         """What compiled kernels need, in the order of the fields."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
+    @property
+    def varies(self) -> bool:
+        """Whether a parameter is a tensor."""
+        return any(isinstance(value, Tensor) for value in vars(self).values())
+
+    def per_row(self, n: int) -> tuple[list[float], Tensor | None]:
+        """The parameters as numbers and, where one of them is a tensor, all of them as float64 [P, n]."""
+        found: tuple[list[float], Tensor | None] | None = self.__dict__.get("_per_row")
+        if found is not None:
+            return found
+        parameters = self.parameters()
+        tensors = [p for p in parameters if isinstance(p, Tensor)]
+        if not tensors:
+            found = [float(p) for p in parameters], None
+            if not torch.compiler.is_compiling():
+                self.__dict__["_per_row"] = found  # the margin is frozen: found once, kept
+            return found
+        blank = torch.zeros(n, dtype=torch.float64, device=tensors[0].device)
+        rows = torch.stack(
+            [(p.detach().double().expand(n) if isinstance(p, Tensor) else blank + float(p)) for p in parameters]
+        )
+        return [0.0 if isinstance(p, Tensor) else float(p) for p in parameters], rows
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same margin with ``function`` applied to those parameters that are tensors."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -96,7 +122,7 @@ class Margin:
 class Softmax(Margin):
     """No margin: NormFace (Wang et al., ACM MM 2017). psi(a) = a."""
 
-    kind: ClassVar[int] = 0
+    kind: ClassVar[int] = KINDS.index("softmax")
 
     def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
         """psi(a) = a."""
@@ -113,7 +139,7 @@ class AMSoftmax(Margin):
         margin: a cosine in [0, 2]; 0.35 is what the authors of Semi-Siamese Training use.
     """
 
-    kind: ClassVar[int] = 1
+    kind: ClassVar[int] = KINDS.index("am")
     margin: Parameter = 0.35
 
     def __post_init__(self) -> None:
@@ -139,7 +165,7 @@ class ArcSoftmax(Margin):
         easy: the 'easy margin' rule.
     """
 
-    kind: ClassVar[int] = 2
+    kind: ClassVar[int] = KINDS.index("arc")
     margin: Parameter = 0.5
     easy: bool = False
 
@@ -166,7 +192,7 @@ class CombinedMargin(Margin):
         hold: see above.
     """
 
-    kind: ClassVar[int] = 3
+    kind: ClassVar[int] = KINDS.index("combined")
     m1: Parameter = 1.0
     m2: Parameter = 0.3
     m3: Parameter = 0.2
@@ -217,7 +243,7 @@ class MVSoftmax(Margin):
         positive_only: margin only where a > margin (or a > 0 with ``arc``), as FaceX-Zoo's heads do.
     """
 
-    kind: ClassVar[int] = 4
+    kind: ClassVar[int] = KINDS.index("mv")
     margin: Parameter = 0.35
     t: Parameter = 1.12
     arc: bool = False
@@ -252,7 +278,7 @@ class CurricularFace(Margin):
         t: the running curriculum, starts at 0.
     """
 
-    kind: ClassVar[int] = 5
+    kind: ClassVar[int] = KINDS.index("curricular")
     running: ClassVar[tuple[str, ...]] = ("t",)
     margin: Parameter = 0.5
     t: Parameter = 0.0
@@ -288,7 +314,7 @@ class NPCFace(Margin):
         positive_only: margin only where a > 0, as FaceX-Zoo's head does.
     """
 
-    kind: ClassVar[int] = 6
+    kind: ClassVar[int] = KINDS.index("npc")
     uses_hard_mean: ClassVar[bool] = True
     m0: Parameter = 0.4
     m1: Parameter = 0.2
@@ -328,7 +354,7 @@ class CircleLoss(Margin):
         m: relaxation in [0, 1].
     """
 
-    kind: ClassVar[int] = 7
+    kind: ClassVar[int] = KINDS.index("circle")
     m: Parameter = 0.25
 
     def __post_init__(self) -> None:
@@ -355,7 +381,7 @@ class ArcNegFace(Margin):
         alpha, sigma: height and width of the weight; sigma > 0.
     """
 
-    kind: ClassVar[int] = 8
+    kind: ClassVar[int] = KINDS.index("arc_neg")
     margin: Parameter = 0.5
     alpha: Parameter = 1.2
     sigma: Parameter = 2.0

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sst_fast import ops, reference
-from sst_fast.backends.choose import choose
-from sst_fast.functional import EMBEDDING_DTYPES, QUEUE_DTYPES, Window, check_embedding, check_tensor
+from sst_fast.arguments import EMBEDDING_DTYPES, QUEUE_DTYPES, Window, check_tensor
 
 
 class GalleryQueue(nn.Module):
@@ -81,20 +80,24 @@ class GalleryQueue(nn.Module):
         """Sizes and dtype, for ``print(queue)``."""
         return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}"
 
-    def enqueue(self, features: Tensor, identities: Tensor) -> None:
+    def enqueue(self, features: Tensor, identities: Tensor, *, unit: bool = False) -> None:
         """Normalises ``features`` [B, D] and writes them over the oldest slots, in place and in order.
 
         Args:
             features: [B, D], floating point, B <= K; their gradient is ignored.
             identities: int64 [B], >= 0 (checked on the CPU only: elsewhere it would wait for the device).
+            unit: the features are unit rows already, as a window's are, and are written as they are.
 
         Raises:
             TypeError, ValueError: wrong dtype, shape, device or value, or more rows than the queue has slots.
         """
-        self._check(features, identities)
-        backend = choose("enqueue", self.features.device, self.backend)
-        ring, held = self.features[: self.size], self.identities[: self.size]
-        ops.enqueue(features.detach(), identities, ring, held, self.state, backend)
+        self._check(features, identities, QUEUE_DTYPES if unit else EMBEDDING_DTYPES)
+        ring, held = (self.features, self.identities) if self.spare == 0 else self._slots()
+        ops.enqueue(features.detach(), identities, ring, held, self.state, unit, self.backend)
+
+    def _slots(self) -> tuple[Tensor, Tensor]:
+        """Features and identities without the spare rows."""
+        return self.features[: self.size], self.identities[: self.size]
 
     def dequeue(self, count: int) -> Tensor:
         """Empties the ``count`` oldest slots, in place.
@@ -107,9 +110,7 @@ class GalleryQueue(nn.Module):
         """
         if not 0 <= count <= self.size:
             raise ValueError(f"count must be in [0, {self.size}], got {count}")
-        backend = choose("dequeue", self.features.device, self.backend)
-        gone: Tensor = ops.dequeue(count, self.identities[: self.size], self.state, backend)
-        return gone
+        return ops.dequeue(count, self.identities[: self.size], self.state, self.backend)
 
     def clear(self) -> None:
         """Empties every slot and starts at slot 0 again."""
@@ -160,9 +161,8 @@ class GalleryQueue(nn.Module):
             features: [H, B, D] (or [B, D] for H = 1): what each group of probes shall see there; normalised here.
             identities: int64 [B].
         """
-        unit = self._unit(features, identities)
-        start = self.state[0].clone()
-        return Window(unit, identities, start, reference.window_slots(start, len(identities), self.size))
+        unit, start, slots = self._unit(features, identities)
+        return Window(unit, identities, start, slots)
 
     def shard_window(self, features: Tensor, identities: Tensor, own: slice) -> tuple[Window, Tensor]:
         """The same for a queue that is one shard of several: all ranks' features in the spare rows, as targets.
@@ -180,25 +180,23 @@ class GalleryQueue(nn.Module):
         """
         if len(identities) > self.spare:
             raise ValueError(f"spare must be at least {len(identities)}, the batch of all ranks, got {self.spare}")
-        unit = self._unit(features, identities)
+        unit, start, _ = self._unit(features, identities)
         mine = torch.full_like(identities, -1)
         mine[own] = identities[own]
         held = self.identities.clone()
-        held.index_fill_(0, reference.window_slots(self.state[0], len(identities[own]), self.size), -1)
+        held.index_fill_(0, reference.window_slots(start, len(identities[own]), self.size), -1)
         slots = torch.arange(self.size, self.size + len(identities), device=self.state.device)
         return Window(unit, mine, slots[0].clone(), slots), held
 
-    def _unit(self, features: Tensor, identities: Tensor) -> Tensor:
-        """Checked features [H, B, D], normalised, in the queue's dtype."""
+    def _unit(self, features: Tensor, identities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Checked features [H, B, D], normalised, in the queue's dtype; where the queue stands; its next B slots."""
         grouped = features[None] if features.dim() == 2 else features
         if grouped.dim() != 3:
             raise ValueError(f"features must have shape [H, B, D] or [B, D], got {list(features.shape)}")
         if grouped.shape[0] == 0:
             raise ValueError("features must have at least one group, got [0, B, D]")
         self._check(grouped[0], identities)
-        wide = torch.promote_types(grouped.dtype, torch.float32)
-        unit = reference.normalize(grouped.detach().flatten(0, 1).to(wide)).view_as(grouped)
-        return unit.to(self.features.dtype)
+        return ops.window(grouped.detach(), self.state, self.size, self.features.dtype, self.backend)
 
     def age(self) -> Tensor:
         """int64 [K]: how many features were written after each slot's; -1 for an empty slot."""
@@ -209,9 +207,8 @@ class GalleryQueue(nn.Module):
         """bool, same shape as ``identities`` (int64): which of them the queue holds. Does not leave the device."""
         return torch.isin(identities, self.identities) & (identities >= 0)
 
-    def _check(self, features: Tensor, identities: Tensor) -> None:
-        check_embedding("features", features)
-        check_tensor("features", features, (None, self.dim), EMBEDDING_DTYPES, self.features.device)
+    def _check(self, features: Tensor, identities: Tensor, dtypes: tuple[torch.dtype, ...] = EMBEDDING_DTYPES) -> None:
+        check_tensor("features", features, (None, self.dim), dtypes, self.features.device)
         check_tensor("identities", identities, (len(features),), (torch.int64,), self.features.device)
         if len(features) > self.size:
             raise ValueError(f"features: a batch of {len(features)} does not fit into a queue of {self.size} slots")

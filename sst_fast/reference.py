@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sst_fast.arguments import Arguments, Statistics
 from sst_fast.margins import Margin, Parameter
 
 MIN_NORM = 1e-12  # a shorter embedding has no direction: cosine 0 with everything, gradient 0
 
 
 class MarginSoftmax(NamedTuple):
-    """Per-sample results, each [N]; see :func:`sst_fast.functional.margin_softmax`."""
+    """The loss and the statistics of each probe, [N]; see :func:`sst_fast.functional.margin_softmax`."""
 
     loss: Tensor
     lse: Tensor
@@ -25,11 +26,6 @@ class MarginSoftmax(NamedTuple):
     hardest_cosine: Tensor
     hardest_slot: Tensor
     beats_target: Tensor
-
-
-def wide_dtype(embedding: Tensor, prototypes: Tensor) -> torch.dtype:
-    """In which losses are returned: float32, or float64 if an input is."""
-    return torch.float64 if torch.float64 in (embedding.dtype, prototypes.dtype) else torch.float32
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -47,47 +43,68 @@ def window_slots(start: Tensor, size: int, slots: int) -> Tensor:
     return (start + torch.arange(size, device=start.device)) % slots
 
 
-def margin_softmax(
-    embedding: Tensor,
-    prototypes: Tensor,
-    target: Tensor,
-    identity: Tensor | None,
-    slot_identity: Tensor | None,
-    window: Tensor | None,
-    window_identity: Tensor | None,
-    window_start: Tensor | None,
-    margin: Margin,
-    scale: Parameter,
-    mask_empty: bool,
-    label_smoothing: float = 0.0,
-    straight_through: bool = False,
-) -> MarginSoftmax:
-    """Differentiable in ``embedding`` and ``prototypes``; materialises the logits. Arguments as in the operator."""
-    wide = wide_dtype(embedding, prototypes)
-    if not torch.compiler.is_compiling() and not bool(((target >= 0) & (target < len(prototypes))).all()):
-        bad = int(((target < 0) | (target >= len(prototypes))).nonzero()[0])
-        raise IndexError(
-            f"target[{bad}] is {int(target[bad])}, expected a row number of prototypes in [0, {len(prototypes)})"
-        )
+def margin_softmax(a: Arguments) -> tuple[Tensor, Statistics]:
+    """The loss, reduced as asked, and what was seen. Differentiable in ``embedding``, ``prototypes`` and ``positive``."""
+    rows = each(a)
+    weight = row_weight(a).to(rows.loss.dtype)
+    loss = torch.where(weight == 0, 0, rows.loss * weight)
+    return loss if a.reduction == "none" else loss.sum(), Statistics(*rows[1:])
+
+
+def row_weight(a: Arguments) -> Tensor:
+    """What each probe's loss is multiplied by before the sum, float64 [N]: 0 where it is ignored."""
+    weight = torch.ones(len(a.embedding), dtype=torch.float64, device=a.embedding.device)
+    if a.weight is not None:
+        weight = a.weight.double()
+    if a.target is not None:
+        weight = torch.where(a.target != a.ignore_index, weight, 0)
+    if a.reduction == "mean":
+        total = weight.sum()
+        weight = weight / torch.where(total == 0, 1, total)
+    return weight
+
+
+def each(a: Arguments) -> MarginSoftmax:
+    """Every probe's own loss, before weights and reduction; materialises the logits."""
+    wide, device = a.wide, a.embedding.device
+    n, k = len(a.embedding), len(a.prototypes)
+    target = torch.full((n,), -1, device=device) if a.target is None else a.target
+    valid = torch.ones_like(target, dtype=torch.bool) if a.target is None else target != a.ignore_index
+    least = 0 if a.positive is None else -1
+    if not torch.compiler.is_compiling():
+        wrong = valid & ((target < least) | (target >= k))
+        if bool(wrong.any()):
+            bad = int(wrong.nonzero()[0])
+            raise IndexError(f"target[{bad}] is {int(target[bad])}, expected a row number of prototypes in [0, {k})")
+    target = target.where(valid, least)
+    prototypes, window, positive = a.prototypes.to(wide, copy=True), None, a.positive  # a copy: the queue changes
+    if a.window is not None:  # held as the queue is that it will be written to
+        window = a.window.features.to(a.prototypes.dtype).to(wide)
+    if a.normalize_prototypes:
+        prototypes = normalize(prototypes)
+        window = None if window is None else normalize(window.flatten(0, 1)).view_as(window)
+        positive = None if positive is None else normalize(positive.to(wide))
     # The target cosine in float64: near +-1 an angular margin's slope magnifies its rounding, and it costs N x D only.
-    exact = normalize(embedding.double())
+    exact = normalize(a.embedding.masked_fill(~valid[:, None], 0).double())  # an ignored row may hold anything
     unit = exact.to(wide)
+    margin = a.margin.map(lambda parameter: parameter.to(wide))
+    scale = a.scale.to(wide) if isinstance(a.scale, Tensor) else a.scale
     groups = 1 if window is None else len(window)
     parts = []
-    for group, rows in enumerate(torch.arange(len(unit), device=unit.device).tensor_split(groups)):
-        w, ids = prototypes.to(wide, copy=True), slot_identity  # a copy: the queue changes before backward
+    for group, rows in enumerate(torch.arange(n, device=device).tensor_split(groups)):
+        w, ids = prototypes, a.slot_identity
         if window is not None:
-            assert window_start is not None
-            slots = window_slots(window_start, window.shape[1], len(prototypes))
-            w = w.index_copy(0, slots, window[group].to(wide))
-            ids = None if ids is None or window_identity is None else ids.index_copy(0, slots, window_identity)
-        some = partial(_rows, rows=rows, count=len(unit))
-        identity_of = None if identity is None else identity[rows]
-        scale_of = some(scale) if isinstance(scale, Tensor) else scale
+            assert a.window is not None
+            slots = window_slots(a.window.start, window.shape[1], k)
+            w = w.index_copy(0, slots, window[group])
+            ids = None if ids is None else ids.index_copy(0, slots, a.window.identities)
+        some = partial(_rows, rows=rows, count=n)
         parts.append(
             _plain(
-                unit[rows], exact[rows], w, target[rows], identity_of, ids, margin.map(some), scale_of, mask_empty,
-                label_smoothing, straight_through,
+                unit[rows], exact[rows], w, target[rows], None if positive is None else positive[rows],
+                None if a.identity is None else a.identity[rows], ids, margin.map(some),
+                some(scale) if isinstance(scale, Tensor) else scale, a.mask_empty, float(a.label_smoothing),
+                a.gradient == "straight_through",
             )
         )  # fmt: skip
     return MarginSoftmax(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
@@ -98,18 +115,18 @@ def _rows(parameter: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _plain(
-    unit: Tensor, exact: Tensor, w: Tensor, target: Tensor, identity: Tensor | None, slot_identity: Tensor | None,
-    margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, straight_through: bool,
+    unit: Tensor, exact: Tensor, w: Tensor, target: Tensor, positive: Tensor | None, identity: Tensor | None,
+    slot_identity: Tensor | None, margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, straight_through: bool,
 ) -> MarginSoftmax:  # fmt: skip
     c = unit @ w.T
-    a = (exact * w[target]).sum(1)
+    a = (exact * (w[target] if positive is None else positive)).sum(1)
     live = torch.ones_like(c, dtype=torch.bool)
     if slot_identity is not None:
         if identity is not None:
             live &= identity[:, None] != slot_identity[None, :]
         if mask_empty:
             live &= (slot_identity >= 0)[None, :]
-    live = live.scatter(1, target[:, None], torch.zeros_like(live[:, :1]))
+    live &= target[:, None] != torch.arange(len(w), device=w.device)
 
     near = a.detach().to(c.dtype)
     hard_mean = None
@@ -140,11 +157,21 @@ def _plain(
     return MarginSoftmax(loss.to(c.dtype), lse, near, hardest, slot.masked_fill(alone, -1), beats)
 
 
-def enqueue(features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor) -> None:
-    """Writes unit rows and identities into the ring at ``state[0]``, in place, and advances it."""
+def window(features: Tensor, state: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows of ``features`` [H, B, D] in ``dtype``, the slot that is written next (0-d), and the B slots from there on."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    unit = normalize(features.flatten(0, 1).to(wide)).view_as(features).to(dtype)
+    start = state[0].clone()
+    return unit, start, window_slots(start, features.shape[1], size)
+
+
+def enqueue(
+    features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor, unit: bool = False
+) -> None:
+    """Writes rows, normalised unless they are ``unit``, and identities into the ring at ``state[0]`` and advances it."""
     wide = torch.promote_types(features.dtype, torch.float32)
     slots = window_slots(state[0], len(features), len(queue))
-    rows = normalize(features.to(wide)).to(queue.dtype)
+    rows = (features if unit else normalize(features.to(wide))).to(queue.dtype)
     if queue.dtype == torch.float8_e4m3fn:  # PyTorch moves its bytes only
         queue, rows = queue.view(torch.uint8), rows.view(torch.uint8)
     queue.index_copy_(0, slots, rows)

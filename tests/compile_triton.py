@@ -18,6 +18,8 @@ from sst_fast.kernels import margin_softmax as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sst_fast.backends.triton import Blocks, blocks_for
+
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 TENSOR = {80: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UTCQMMA|UTCOMMA|HMMA", 120: "HMMA"}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
@@ -25,7 +27,7 @@ DIMS = (64, 128, 256, 512, 1024)
 FLOATS = {"cosine", "scales", "phi_rows", "lse", "uniform", "shift_out", "sum_out", "logits_out", "hard_sum_out", "hardest_out",
           "moment_out", "inverse_w", "inverse_window", "factor", "target_slope"}  # fmt: skip
 FLOATS |= {"margin_rows", "scale_rows", "inverse_norm", "shift", "total", "logits", "hard_sum", "hardest", "moment", "loss_out",
-           "lse_out", "slope_out", "uniform_out"}  # fmt: skip
+           "lse_out", "slope_out", "residual_out", "uniform_out"}  # fmt: skip
 NUMBERS = {"label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
 COUNTERS = {"hard_out", "live_out", "slot_out", "beats_out"}
 SPLIT_COUNTERS = {"hard", "live", "slot", "beats"}  # what combine_kernel reads; it writes int64
@@ -34,7 +36,7 @@ SPILL_FREE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # wha
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def source(kernel: str, dtype: str, dim: int, kind: int, blocks: kernels.Blocks) -> ASTSource:
+def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks) -> ASTSource:
     """The kernel as the launcher would specialise it, with everything switched on."""
     function = getattr(kernels, kernel)
     constants = {
@@ -64,7 +66,9 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: kernels.Blocks)
             signature[name] = "*i64"
         elif name in ("w", "window"):
             signature[name] = f"*{dtype}"
-        elif name in ("unit", "x", "gradient_out", "gradient"):
+        elif name == "gradient_out":
+            signature[name] = "*fp32"
+        elif name in ("unit", "x", "gradient"):
             signature[name] = "*fp16" if dtype == "fp8e4nv" else f"*{dtype}"
         else:
             signature[name] = "i32"
@@ -78,11 +82,7 @@ def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int) -> tuple[str,
     by_row = kernel in ("prepare_kernel", "combine_kernel")
     if dtype == "fp8e4nv" and sm < 90:
         return f"{kernel} sm_{sm} {dtype}: left to the reference", []
-    blocks = (
-        kernels.Blocks(1, 1, 4, 3)
-        if by_row
-        else kernels.blocks_for(kernel.removesuffix("_kernel"), dim, DTYPES[dtype], sm)
-    )
+    blocks = Blocks(1, 1, 4, 3) if by_row else blocks_for(kernel.removesuffix("_kernel"), dim, DTYPES[dtype], sm)
     if blocks is None:
         return f"{kernel} sm_{sm} {dtype} D {dim}: left to the reference", []
     name = f"{kernel:<17} sm_{sm:<4} {dtype} D {dim:<5} kind {kind} {blocks}"

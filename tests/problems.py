@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from sst_fast import (
     Window,
     reference,
 )  # fmt: skip
+from sst_fast.arguments import Arguments
 from sst_fast.margins import Parameter
 from sst_fast.reference import MarginSoftmax, window_slots
 
@@ -33,25 +34,22 @@ MARGINS = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Problem:
-    embedding: Tensor
-    prototypes: Tensor
-    target: Tensor
-    identity: Tensor | None = None
-    slot_identity: Tensor | None = None
-    window: Window | None = None
+class Problem(Arguments):
+    """Arguments of the loss, with what tests do to them."""
 
-    def arguments(self) -> dict:
+    def options(self) -> dict:
+        """Those that tests vary, as keyword arguments of ``margin_softmax``."""
         return {"window": self.window, "identity": self.identity, "slot_identity": self.slot_identity}
 
     def to(self, dtype: torch.dtype, queue_dtype: torch.dtype | None = None) -> Problem:
         """The same problem rounded to other dtypes."""
         queue_dtype = queue_dtype or dtype
         window = self.window and replace(self.window, features=self.window.features.to(queue_dtype))
+        positive = self.positive if self.positive is None else self.positive.to(dtype)
         return replace(
-            self, embedding=self.embedding.to(dtype), prototypes=self.prototypes.to(queue_dtype), window=window
-        )
+            self, embedding=self.embedding.to(dtype), prototypes=self.prototypes.to(queue_dtype), window=window,
+            positive=positive,
+        )  # fmt: skip
 
 
 def make(
@@ -94,8 +92,8 @@ def make(
         target, identity = slots.repeat(groups), ids.repeat(groups)
         embedding = window.features.flatten(0, 1) * 2 + rand(groups * n, d) / d**0.5
     if not masks:
-        return Problem(embedding, prototypes, target, None, None, window)
-    return Problem(embedding, prototypes, target, identity, slot_identity, window)
+        identity = slot_identity = None
+    return Problem(embedding, prototypes, target, identity=identity, slot_identity=slot_identity, window=window)
 
 
 def answer(
@@ -103,12 +101,11 @@ def answer(
     gradient: str = "exact",
 ) -> tuple[MarginSoftmax, Tensor]:  # fmt: skip
     """Per-sample results and gradient of their sum in float64, on the problem's own (rounded) numbers."""
-    p = problem.to(torch.float64)
-    leaf = p.embedding.detach().requires_grad_()
-    window = (None,) * 3 if p.window is None else (p.window.features, p.window.identities, p.window.start)
-    out = reference.margin_softmax(
-        leaf, p.prototypes, p.target, p.identity, p.slot_identity, *window, margin, scale, mask_empty,
-        label_smoothing, gradient == "straight_through",
+    p = replace(
+        problem.to(torch.float64), margin=margin, scale=scale, mask_empty=mask_empty, label_smoothing=label_smoothing,
+        gradient=gradient,
     )  # fmt: skip
-    (found,) = torch.autograd.grad(out.loss.sum(), leaf)
+    p = replace(p, embedding=p.embedding.detach().requires_grad_())
+    out = reference.each(p)
+    (found,) = torch.autograd.grad(out.loss.sum(), p.embedding)
     return out, found

@@ -9,10 +9,26 @@ import pytest
 import torch
 
 import sst_fast
-from sst_fast.backends.choose import OPERATIONS, choose, compiled
+from sst_fast.arguments import INTEGERS, NUMBERS, TENSORS
+from sst_fast.backends import choose as decisions
+from sst_fast.backends.backend import Problem
+from sst_fast.backends.choose import OPERATIONS, choose
+from sst_fast.backends.extension import compiled
 from sst_fast.functional import margin_softmax
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def decide_anew():
+    """The environment is read when the first decision is made."""
+    decisions.forget()
+    yield
+    decisions.forget()
+
+
+def chosen(operation="margin_softmax", requested=None, **fields):
+    return choose(Problem(operation, CPU)._replace(**fields), requested)
 
 
 def test_every_operation_says_what_is_chosen_and_why():
@@ -27,26 +43,30 @@ def test_every_operation_says_what_is_chosen_and_why():
 
 def test_forced_by_environment(monkeypatch):
     monkeypatch.setenv("SST_FAST_BACKEND", "reference")
-    assert {choose(operation, CPU, None) for operation in OPERATIONS} == {"reference"}
+    assert {chosen(operation) for operation in OPERATIONS} == {"reference"}
     assert "forced by SST_FAST_BACKEND" in str(sst_fast.backends("cpu")["enqueue"])
     monkeypatch.setenv("SST_FAST_BACKEND", "enqueue=reference, dequeue=reference")
-    assert choose("enqueue", CPU, None) == "reference"
+    decisions.forget()
+    assert chosen("enqueue") == "reference"
     monkeypatch.delenv("SST_FAST_BACKEND")
-    usual = choose("margin_softmax", CPU, None)
+    assert chosen("enqueue") == "reference"  # it was read when the first decision was made
+    decisions.forget()
+    usual = chosen("margin_softmax")
     monkeypatch.setenv("SST_FAST_BACKEND", "enqueue=reference")
-    assert choose("margin_softmax", CPU, None) == usual
+    decisions.forget()
+    assert chosen("margin_softmax") == usual
 
 
 def test_the_argument_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("SST_FAST_BACKEND", "cuda")
-    assert choose("enqueue", CPU, "reference") == "reference"
+    assert chosen("enqueue", "reference") == "reference"
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("fast", "SST_FAST_BACKEND: 'fast' is no backend, expected one of cuda, triton, cpu, reference"),
-        ("cuda", "SST_FAST_BACKEND: margin_softmax cannot run on 'cuda'"),
+        ("fast", "SST_FAST_BACKEND: 'fast' is no backend, expected one of hopper, triton, cuda, cpu, reference"),
+        ("cuda", "SST_FAST_BACKEND: margin_softmax cannot run on 'cuda': not for cpu tensors"),
         ("dance=cpu", "SST_FAST_BACKEND: 'dance' is no operation"),
     ],
 )
@@ -54,6 +74,39 @@ def test_impossible_wishes_are_named(monkeypatch, value, message):
     monkeypatch.setenv("SST_FAST_BACKEND", value)
     with pytest.raises(ValueError, match=message):
         margin_softmax(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]))
+
+
+@pytest.mark.skipif(compiled is None, reason="the extension was not built")
+def test_a_forced_backend_never_hands_on():
+    """What is chosen is what runs: a backend that cannot do the problem says why."""
+    pytest.importorskip("triton")
+    x = torch.randn(4, 8, dtype=torch.float64)
+    w = torch.nn.functional.normalize(torch.randn(9, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="cannot run on 'triton': float64 is more exact"):
+        margin_softmax(x, w, torch.arange(4), backend="triton")
+    wide = torch.nn.functional.normalize(torch.randn(9, 1030))
+    with pytest.raises(ValueError, match=r"cannot run on 'triton': .*1030 features"):
+        margin_softmax(torch.randn(4, 1030), wide, torch.arange(4), backend="triton")
+    with pytest.raises(ValueError, match="cannot run on 'cpu': rounds no products"):
+        margin_softmax(x, w, torch.arange(4), backend="cpu", product_dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.skipif(compiled is None, reason="the extension was not built")
+def test_python_and_cpp_list_the_same_arguments():
+    assert compiled.arguments == [list(TENSORS), list(INTEGERS), list(NUMBERS)]
+
+
+def test_the_core_never_imports_the_wings():
+    package = Path(sst_fast.__file__).parent
+    wings = ("data", "evaluation", "train")
+    core = [*package.glob("*.py"), *(package / "backends").glob("*.py")]
+    for file in core:
+        if file.name == "cli.py":  # a name that stays for torchrun
+            continue
+        for line in file.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]) and words[1].startswith("sst_fast"):
+                assert not any(words[1].startswith(f"sst_fast.{wing}") for wing in wings), f"{file.name}: {line}"
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:

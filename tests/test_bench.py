@@ -11,7 +11,7 @@ import torch
 
 from bench import problems, providers, report
 from bench.problems import Problem
-from sst_fast.backends.choose import compiled
+from sst_fast.backends.extension import compiled
 
 CPU = torch.device("cpu")
 PROBLEMS = [

@@ -35,7 +35,7 @@ def on_gpu(problem):
 def loss_of(problem, backend, **options):
     x = problem.embedding.detach().requires_grad_()
     w = problem.prototypes.detach()
-    loss = margin_softmax(x, w, problem.target, reduction="none", backend=backend, **problem.arguments(), **options)
+    loss = margin_softmax(x, w, problem.target, reduction="none", backend=backend, **problem.options(), **options)
     factors = torch.linspace(-1, 2, len(x), dtype=loss.dtype, device=loss.device)
     return loss.detach(), torch.autograd.grad(loss @ factors, x)[0]
 
@@ -158,12 +158,12 @@ def test_loss_neither_waits_nor_varies_and_can_be_captured(backend, monkeypatch)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
-            margin_softmax(x, problem.prototypes, problem.target, **problem.arguments()).backward()
+            margin_softmax(x, problem.prototypes, problem.target, **problem.options()).backward()
             x.grad = None
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = margin_softmax(x, problem.prototypes, problem.target, **problem.arguments())
+        loss = margin_softmax(x, problem.prototypes, problem.target, **problem.options())
         loss.backward()
     for seed in range(2):
         other = make(64, 4096, 512, start=4000, identities=300, seed=seed).to(torch.bfloat16).embedding.cuda()
@@ -171,7 +171,7 @@ def test_loss_neither_waits_nor_varies_and_can_be_captured(backend, monkeypatch)
             x.copy_(other)
         graph.replay()
         leaf = other.clone().requires_grad_()
-        expected = margin_softmax(leaf, problem.prototypes, problem.target, **problem.arguments())
+        expected = margin_softmax(leaf, problem.prototypes, problem.target, **problem.options())
         expected.backward()
         assert torch.equal(loss, expected)
         assert torch.equal(x.grad, leaf.grad)

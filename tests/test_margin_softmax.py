@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import MARGINS, Problem, answer, make
 
-from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Softmax, Window, ops
+from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Softmax, Window
 from sst_fast.backends.choose import backends
 from sst_fast.functional import margin_softmax
 from sst_fast.margins import (
@@ -41,7 +41,7 @@ def check(problem: Problem, margin=AMSoftmax(0.35), scale=30.0, backend="cpu", t
     leaf = problem.embedding.detach().requires_grad_()
     loss, statistics = margin_softmax(
         leaf, problem.prototypes, problem.target, margin=margin, scale=scale, reduction="none", backend=backend,
-        return_statistics=True, **problem.arguments(), **options,
+        return_statistics=True, **problem.options(), **options,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     expected, expected_gradient = answer(problem, margin, scale, **options)
@@ -244,7 +244,7 @@ def test_gradcheck(margin, backend):
 
     def function(x):
         return margin_softmax(x, problem.prototypes, problem.target, margin=margin, scale=8.0, reduction="none",
-                              backend=backend, **problem.arguments())  # fmt: skip
+                              backend=backend, **problem.options())  # fmt: skip
 
     assert torch.autograd.gradcheck(function, (leaf,))
 
@@ -257,7 +257,7 @@ def test_trainable_prototypes_gradcheck(options, backend):
 
     def function(x, w):
         return margin_softmax(x, w * 1.5, problem.target, scale=8.0, backend=backend, reduction="none",
-                              **problem.arguments(), **options)  # fmt: skip
+                              **problem.options(), **options)  # fmt: skip
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -265,7 +265,7 @@ def test_trainable_prototypes_gradcheck(options, backend):
 def with_gradients(problem: Problem, **options):
     """Loss, gradients for embedding and prototypes, with an incoming gradient that differs from row to row."""
     x, w = problem.embedding.detach().requires_grad_(), problem.prototypes.detach().requires_grad_()
-    loss = margin_softmax(x, w, problem.target, reduction="none", **problem.arguments(), **options)
+    loss = margin_softmax(x, w, problem.target, reduction="none", **problem.options(), **options)
     factors = torch.linspace(-1, 2, len(x), dtype=loss.dtype)
     return loss.detach(), *torch.autograd.grad(loss @ factors, (x, w))
 
@@ -433,7 +433,7 @@ def test_same_bits_whatever_the_thread_count():
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
             leaf = problem.embedding.clone().requires_grad_()
-            loss = margin_softmax(leaf, problem.prototypes, problem.target, backend="cpu", **problem.arguments())
+            loss = margin_softmax(leaf, problem.prototypes, problem.target, backend="cpu", **problem.options())
             loss.backward()
             results.append((loss.detach(), leaf.grad))
     finally:
@@ -444,25 +444,24 @@ def test_same_bits_whatever_the_thread_count():
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_opcheck(backend):
-    problem = make(6, 40, 16, start=38, identities=9).to(torch.float32)
-    window = problem.window
-    arguments = (
-        problem.embedding.requires_grad_(), problem.prototypes, problem.target, problem.identity, problem.slot_identity,
-        window.features, window.identities, window.start, None, None, 1, [0.35], 30.0, True, False, 0.1, False, True, backend,
-    )  # fmt: skip
-    torch.library.opcheck(ops.margin_softmax, arguments)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_opcheck(reduction, backend):
+    problem = replace(
+        make(6, 40, 16, start=38, identities=9).to(torch.float32), label_smoothing=0.1, reduction=reduction
+    )
+    problem.embedding.requires_grad_()
+    torch.library.opcheck(torch.ops.sst_fast.margin_softmax, (*problem.packed(), backend))
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_opcheck_with_trainable_prototypes(backend):
+def test_opcheck_with_trainable_prototypes_and_positive(backend):
     problem = make(6, 40, 16, identities=9).to(torch.float32)
-    rows = (torch.full((1, 6), 0.3, dtype=torch.float64), torch.full((6,), 20.0, dtype=torch.float64))
-    arguments = (
-        problem.embedding.requires_grad_(), problem.prototypes.requires_grad_(), problem.target, problem.identity,
-        problem.slot_identity, None, None, None, *rows, 1, [0.0], 0.0, True, True, 0.0, False, True, backend,
+    problem = replace(
+        problem, embedding=problem.embedding.requires_grad_(), prototypes=problem.prototypes.requires_grad_(),
+        positive=torch.randn(6, 16, requires_grad=True), margin=AMSoftmax(torch.full((6,), 0.3)),
+        scale=torch.full((6,), 20.0), normalize_prototypes=True,
     )  # fmt: skip
-    torch.library.opcheck(ops.margin_softmax, arguments)
+    torch.library.opcheck(torch.ops.sst_fast.margin_softmax, (*problem.packed(), backend))
 
 
 @pytest.mark.slow
@@ -486,7 +485,7 @@ def test_compiles_without_graph_breaks(both, reduction, backend):
             weight=weight,
             label_smoothing=0.1,
             backend=backend,
-            **problem.arguments(),
+            **problem.options(),
         )
 
     results = []

@@ -26,15 +26,13 @@ from sst_fast import (
     CurricularFace,
     MVSoftmax,
     NPCFace,
-    ops,
+    functional,
 )  # fmt: skip
-from sst_fast.backends import choose
+from sst_fast.backends import hopper
+from sst_fast.backends.extension import compiled
 from sst_fast.functional import margin_softmax
 
-compiled = choose.compiled
 pytest.importorskip("triton")
-from sst_fast.kernels import hopper  # noqa: E402
-from sst_fast.kernels import margin_softmax as kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(compiled is None, reason="the extension is not built")
 ROWS, SLOTS = hopper.ROWS, hopper.SLOTS
@@ -237,19 +235,39 @@ def emulate(
                 moment[split, i] = o
 
 
-def through(monkeypatch, sweep, **options):
+@pytest.fixture
+def through(monkeypatch):
     """Puts another sweep into the frame of the Triton kernels, which the interpreter runs."""
-    run = partial(kernels.margin_softmax, cuda_sweep=sweep, **options)
-    monkeypatch.setattr(ops, "implementation", lambda backend, operation: run)
+    libraries = []
+
+    def put(sweep):
+        for library in libraries:
+            library._destroy()
+        libraries[:] = [torch.library.Library("sst_fast", "IMPL")]
+        run = partial(hopper.margin_softmax, sweep=sweep)
+        libraries[0].impl("hopper_margin_softmax", run, "CompositeExplicitAutograd")
+        monkeypatch.setattr(functional, "choose", lambda problem, requested: "hopper")
+
+    yield put
+    for library in libraries:
+        library._destroy()
 
 
 def check(
-    problem, margin, scale, tolerance, need_gradient=True, gradient_tolerance=None, cosine_tolerance=None, **options
+    problem,
+    margin,
+    scale,
+    tolerance,
+    need_gradient=True,
+    gradient_tolerance=None,
+    cosine_tolerance=None,
+    loss_options=None,
+    **options,
 ):
     expected, exact = answer(problem, margin, scale, **options)
     x = problem.embedding.detach().requires_grad_(need_gradient)
     loss, seen = margin_softmax(x, problem.prototypes, problem.target, margin=margin, scale=scale, reduction="none",
-                                return_statistics=True, backend="triton", **problem.arguments(), **options)  # fmt: skip
+                                return_statistics=True, **problem.options(), **options, **(loss_options or {}))  # fmt: skip
     assert (loss - expected.loss).abs().max() <= tolerance * max(1, expected.loss.abs().max().item())
     cosine_tolerance = cosine_tolerance or max(1e-5, tolerance / 4)
     assert torch.allclose(seen.hardest_cosine.double(), expected.hardest_cosine, atol=cosine_tolerance)
@@ -264,14 +282,14 @@ def check(
     ("n", "k", "start"), [(3, 5, None), (70, 300, None), (70, 300, 290), (65, 130, 0), (130, 513, 400)]
 )
 @pytest.mark.parametrize("scale", [30.0, 256.0])
-def test_the_schedule_gives_the_reference_s_loss(monkeypatch, margin, n, k, start, scale):
-    through(monkeypatch, emulate)
+def test_the_schedule_gives_the_reference_s_loss(through, margin, n, k, start, scale):
+    through(emulate)
     check(make(n, k, 16, start=start, identities=k // 2 + 2, empty=0.2).to(torch.float32), margin, scale, 2e-5)
 
 
 @pytest.mark.parametrize("scale", [16.0, 39.0, 64.0])
-def test_the_schedule_with_weights_of_sixteen_bits(monkeypatch, scale):
-    through(monkeypatch, emulate)
+def test_the_schedule_with_weights_of_sixteen_bits(through, scale):
+    through(emulate)
     for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         check(make(70, 700, 32, start=650, identities=400).to(dtype), AMSoftmax(0.35), scale, scale / 16 * tolerance)
 
@@ -320,8 +338,8 @@ def kernel_on_cpu(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("margin", [AMSoftmax(0.35), MVSoftmax(), NPCFace(), CircleLoss(), ArcNegFace()], ids=repr)
-def test_the_kernel_on_cpu_threads(monkeypatch, kernel_on_cpu, margin):
-    through(monkeypatch, kernel_on_cpu)
+def test_the_kernel_on_cpu_threads(through, kernel_on_cpu, margin):
+    through(through, kernel_on_cpu)
     problem = make(66, 200, 128, start=190, identities=150, empty=0.2)
     check(
         problem.to(torch.bfloat16), margin, 16.0, 2e-2
@@ -332,8 +350,8 @@ def test_the_kernel_on_cpu_threads(monkeypatch, kernel_on_cpu, margin):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "k", "start"), [(1, 1, None), (3, 70, None), (65, 450, 0), (128, 128, 5)])
-def test_the_kernel_on_cpu_threads_of_any_size(monkeypatch, kernel_on_cpu, n, k, start):
-    through(monkeypatch, kernel_on_cpu)
+def test_the_kernel_on_cpu_threads_of_any_size(through, kernel_on_cpu, n, k, start):
+    through(through, kernel_on_cpu)
     problem = make(n, k, 128, start=start, identities=2 * k, masks=k != 70)
     check(problem.to(torch.float16), AMSoftmax(0.35), 30.0, 5e-3)
     check(problem.to(torch.float32, torch.float8_e4m3fn), AMSoftmax(0.35), 30.0, 5e-3)
@@ -343,20 +361,23 @@ def test_the_kernel_on_cpu_threads_of_any_size(monkeypatch, kernel_on_cpu, n, k,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dim", "dtype"), [(256, torch.bfloat16), (512, torch.bfloat16), (512, torch.float8_e4m3fn)])
-def test_the_kernel_on_cpu_threads_of_any_dimension(monkeypatch, kernel_on_cpu, dim, dtype):
-    through(monkeypatch, kernel_on_cpu)
+def test_the_kernel_on_cpu_threads_of_any_dimension(through, kernel_on_cpu, dim, dtype):
+    through(through, kernel_on_cpu)
     embedding = torch.float32 if dtype == torch.float8_e4m3fn else dtype
     check(make(30, 300, dim, start=290, identities=200).to(embedding, dtype), AMSoftmax(0.35), 16.0, 1e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "dim", "margin"), [(30, 512, AMSoftmax(0.35)), (128, 256, MVSoftmax())], ids=repr)
-def test_the_kernel_on_cpu_threads_with_float8_products(monkeypatch, kernel_on_cpu, n, dim, margin):
+def test_the_kernel_on_cpu_threads_with_float8_products(through, kernel_on_cpu, n, dim, margin):
     """Probes keep four significant bits, hence cosines an error below 0.1 / sqrt(D), times the scale in logits; weights four as well."""
-    through(monkeypatch, kernel_on_cpu, float8_products=True)
+    through(kernel_on_cpu)
+    float8 = {"product_dtype": torch.float8_e4m3fn}
     problem = make(n, 300, dim, start=290, identities=200).to(torch.float32, torch.float8_e4m3fn)
-    check(problem, margin, 64.0, 2e-3 * 64, gradient_tolerance=0.1, cosine_tolerance=0.1 / dim**0.5)
-    check(problem, margin, 16.0, 2e-3 * 16, need_gradient=False)
+    check(
+        problem, margin, 64.0, 2e-3 * 64, gradient_tolerance=0.1, cosine_tolerance=0.1 / dim**0.5, loss_options=float8
+    )
+    check(problem, margin, 16.0, 2e-3 * 16, need_gradient=False, loss_options=float8)
 
 
 # ---- the barriers ---------------------------------------------------------------------------------------------------------------

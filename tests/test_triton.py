@@ -14,7 +14,7 @@ from problems import answer, make
 
 from sst_fast import AMSoftmax, ArcSoftmax, CircleLoss, CombinedMargin
 from sst_fast.functional import margin_softmax
-from sst_fast.margins import FUSED
+from sst_fast.margins import FUSED, KINDS
 
 triton = pytest.importorskip("triton")
 # Older interpreters convert one-element arrays to numbers, which newer numpy refuses.
@@ -35,7 +35,7 @@ def both(problem, **options):
         w.requires_grad_(options.get("prototypes", False))
         rest = {name: value for name, value in options.items() if name != "prototypes"}
         loss, statistics = margin_softmax(x, w, p.target, reduction="none", backend=backend, return_statistics=True,
-                                          **p.arguments(), **rest)  # fmt: skip
+                                          **p.options(), **rest)  # fmt: skip
         factors = torch.linspace(-1, 2, len(x), dtype=loss.dtype)
         leaves = (x, w) if w.requires_grad else (x,)
         results.append((loss.detach(), statistics, torch.autograd.grad(loss @ factors, leaves)))
@@ -56,9 +56,7 @@ def check(problem, tolerance=1e-5, **options):
 
 
 def test_every_margin_is_here():
-    from sst_fast.kernels import margins
-
-    assert {margin.kind for margin in MARGINS} == set(FUSED) == set(range(margins.KINDS))
+    assert {margin.kind for margin in MARGINS} == set(FUSED) == set(range(len(KINDS)))
 
 
 @pytest.mark.parametrize("margin", MARGINS, ids=repr)

@@ -66,23 +66,84 @@ void read_row(const void* data, Storage storage, int64_t row, int64_t D, double*
 
 const int64_t* identities(const OptionalTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
 
-// What both operations are about, checked and made contiguous.
-struct Problem {
-  at::Tensor embedding, prototypes, target;
-  OptionalTensor identity, slot_identity, window, window_identity, margin_rows, scale_rows;
-  Margin margin;
-  double scale, label_smoothing;
-  Queue slots;
-  bool normalize, wide;  // wide: computes in double
+// The arguments, made contiguous and checked as far as memory safety needs.
+struct Problem : Arguments {
+  Queue slots{};
+  std::vector<char> ignored;  // [N]
 
-  Margin margin_of(int64_t row) const {
-    Margin mine = margin;
-    if (margin_rows)
-      for (int64_t q = 0; q < margin_rows->size(0); q++)
-        mine.p[q] = margin_rows->const_data_ptr<double>()[q * embedding.size(0) + row];
-    return mine;
+  explicit Problem(const Arguments& arguments) : Arguments(arguments) {
+    const auto make = [](OptionalTensor& t) {
+      if (t) t = t->contiguous();
+    };
+    embedding = embedding.contiguous(), prototypes = prototypes.contiguous();
+    make(positive);
+#define SST_FIELD(name) make(name);
+    SST_TENSORS(SST_FIELD)
+#undef SST_FIELD
+    check();
+    slots.features = prototypes.const_data_ptr();
+    slots.storage = storage_of(prototypes);
+    slots.identity = identities(slot_identity);
+    slots.K = prototypes.size(0);
+    slots.D = prototypes.size(1);
+    slots.mask_empty = mask_empty;
+    slots.straight_through = straight_through;
+    if (window) {
+      slots.window = window->const_data_ptr();
+      slots.window_size = window->size(1);
+      slots.window_identity = identities(window_identity);
+      slots.window_start = *window_start->const_data_ptr<int64_t>();
+    }
+    check_targets();
   }
-  double scale_of(int64_t row) const { return scale_rows ? scale_rows->const_data_ptr<double>()[row] : scale; }
+
+  int64_t slot_of(int64_t row) const { return target ? target->const_data_ptr<int64_t>()[row] : -1; }
+
+ private:
+  void check() const {
+    const int64_t N = embedding.size(0), K = prototypes.size(0), D = prototypes.size(1);
+    TORCH_CHECK(embedding.size(1) == D && (target || positive), "margin_softmax: shapes disagree");
+    TORCH_CHECK(K > 0 && K < (int64_t(1) << 31), "margin_softmax: K must be in [1, 2^31)");
+    const auto expect = [&](const OptionalTensor& t, const char* name, at::ScalarType dtype, int64_t count) {
+      TORCH_CHECK(
+          !t || (t->scalar_type() == dtype && t->numel() == count && t->device().is_cpu()), "margin_softmax: ", name,
+          " does not fit");
+    };
+    expect(target, "target", at::kLong, N);
+    expect(identity, "identity", at::kLong, N);
+    expect(slot_identity, "slot_identity", at::kLong, K);
+    expect(window_start, "window.start", at::kLong, 1);
+    expect(scale_rows, "scale", at::kDouble, N);
+    TORCH_CHECK(!weight || weight->numel() == N, "margin_softmax: weight does not fit");
+    TORCH_CHECK(
+        !positive || (positive->dim() == 2 && positive->size(0) == N && positive->size(1) == D),
+        "margin_softmax: positive does not fit");
+    TORCH_CHECK(
+        !margin_rows || (margin_rows->scalar_type() == at::kDouble && margin_rows->size(0) <= kParameters &&
+                         margin_rows->size(1) == N),
+        "margin_softmax: the margin's parameters do not fit");
+    if (!window) return;
+    TORCH_CHECK(
+        window_start && window->dim() == 3 && window->size(2) == D && window->size(1) <= K && window->size(0) > 0 &&
+            N % window->size(0) == 0 && window->scalar_type() == prototypes.scalar_type() &&
+            (!slot_identity || window_identity),
+        "margin_softmax: the window does not fit");
+    expect(window_identity, "window.identities", at::kLong, window->size(1));
+    const int64_t start = *window_start->const_data_ptr<int64_t>();
+    TORCH_CHECK_INDEX(start >= 0 && start < K, "window.start is ", start, ", expected a slot in [0, ", K, ")");
+  }
+
+  void check_targets() {
+    const int64_t N = embedding.size(0), K = slots.K;
+    ignored.assign(N, 0);
+    for (int64_t i = 0; i < N && target; i++) {
+      const int64_t y = slot_of(i);
+      ignored[i] = y == ignore_index;
+      TORCH_CHECK_INDEX(
+          ignored[i] || (y >= (positive ? -1 : 0) && y < K), "target[", i, "] is ", y,
+          ", expected a row number of prototypes in [0, ", K, ")");
+    }
+  }
 };
 
 template <typename T>
@@ -101,65 +162,6 @@ double inverse_norm(const Sweep<T>& sweep, const void* features, Storage storage
   double norm;
   sweep.norms(features, storage, D, row, row + 1, &norm);
   return normaliser(norm);
-}
-
-Problem make_problem(
-    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
-    const OptionalTensor& slot_identity, const OptionalTensor& window, const OptionalTensor& window_identity,
-    const OptionalTensor& window_start, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
-    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
-    double label_smoothing, bool straight_through) {
-  auto contiguous = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };
-  const int64_t N = embedding.size(0), K = prototypes.size(0), D = prototypes.size(1);
-  TORCH_CHECK(embedding.size(1) == D && target.numel() == N, "margin_softmax: shapes disagree");
-  TORCH_CHECK(K > 0 && K < (int64_t(1) << 31), "margin_softmax: K must be in [1, 2^31)");
-  TORCH_CHECK(
-      !margin_rows || (margin_rows->scalar_type() == at::kDouble && margin_rows->size(0) <= kParameters &&
-                       margin_rows->size(1) == N),
-      "margin_softmax: margin_rows must be float64 [P, N]");
-  TORCH_CHECK(
-      !scale_rows || (scale_rows->scalar_type() == at::kDouble && scale_rows->numel() == N),
-      "margin_softmax: scale_rows must be float64 [N]");
-  Problem p{
-      embedding.contiguous(),
-      prototypes.contiguous(),
-      target.contiguous(),
-      contiguous(identity),
-      contiguous(slot_identity),
-      contiguous(window),
-      contiguous(window_identity),
-      contiguous(margin_rows),
-      contiguous(scale_rows),
-      make_margin(kind, parameters),
-      scale,
-      label_smoothing,
-      {},
-      normalize,
-      embedding.scalar_type() == at::kDouble || prototypes.scalar_type() == at::kDouble};
-  p.slots.features = p.prototypes.const_data_ptr();
-  p.slots.storage = storage_of(prototypes);
-  p.slots.identity = identities(p.slot_identity);
-  p.slots.K = K;
-  p.slots.D = D;
-  p.slots.mask_empty = mask_empty;
-  p.slots.straight_through = straight_through;
-  if (window) {
-    TORCH_CHECK(
-        window_start && window->size(2) == D && window->size(1) <= K && N % window->size(0) == 0 &&
-            window->scalar_type() == prototypes.scalar_type() && (!slot_identity || window_identity),
-        "margin_softmax: the window does not fit");
-    p.slots.window = p.window->const_data_ptr();
-    p.slots.window_size = window->size(1);
-    p.slots.window_identity = identities(p.window_identity);
-    p.slots.window_start = *window_start->const_data_ptr<int64_t>();
-    TORCH_CHECK_INDEX(
-        p.slots.window_start >= 0 && p.slots.window_start < K, "margin_softmax: window start outside the queue");
-  }
-  const int64_t* y = p.target.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < N; i++)
-    TORCH_CHECK_INDEX(
-        y[i] >= 0 && y[i] < K, "target[", i, "] is ", y[i], ", expected a row number of prototypes in [0, ", K, ")");
-  return p;
 }
 
 // Sum of value(d), eight sums side by side for the processor's sake.
@@ -185,8 +187,10 @@ template <typename T>
 struct Rows {
   std::vector<double> inverse_norm, unit, cosine;
   std::vector<T> scale, cosine_t, phi;
+  std::vector<int64_t> target;  // slot; -1 where there is none
 
-  explicit Rows(int64_t N) : inverse_norm(N), unit(N), cosine(N), scale(N), cosine_t(N), phi(N * kPhiRow) {}
+  explicit Rows(int64_t N)
+      : inverse_norm(N), unit(N), cosine(N), scale(N), cosine_t(N), phi(N * kPhiRow), target(N, -1) {}
 
   Probes<T> block(const Problem& p, int64_t begin, int64_t end) const {
     Probes<T> probes{};
@@ -198,7 +202,7 @@ struct Rows {
     probes.scale = &scale[begin];
     probes.target_cosine = &cosine_t[begin];
     probes.phi = &phi[begin * kPhiRow];
-    probes.target = p.target.const_data_ptr<int64_t>() + begin;
+    probes.target = target.data() + begin;
     probes.identity = p.identity ? identities(p.identity) + begin : nullptr;
     probes.rows = end - begin;
     return probes;
@@ -213,12 +217,19 @@ struct Groups {  // of probes that see different windows
         rows(p.embedding.size(0) / count),
         bytes(p.window ? p.slots.window_size * p.slots.D * p.prototypes.element_size() : 0) {}
 
-  // The target prototype of a probe, normalised if asked for.
+  bool in_window(const Problem& p, int64_t slot) const {
+    return p.window && (slot - p.slots.window_start + p.slots.K) % p.slots.K < p.slots.window_size;
+  }
+
+  // What the probe's target cosine is taken with, normalised if asked for.
   void target_row(const Problem& p, int64_t i, double* to) const {
-    const int64_t y = p.target.const_data_ptr<int64_t>()[i], D = p.slots.D;
-    const int64_t in_window = (y - p.slots.window_start + p.slots.K) % p.slots.K;
-    if (p.window && in_window < p.slots.window_size)
-      read_row(static_cast<const char*>(p.slots.window) + i / rows * bytes, p.slots.storage, in_window, D, to);
+    const int64_t y = p.slot_of(i), D = p.slots.D;
+    if (p.positive)
+      read_row(p.positive->const_data_ptr(), storage_of(*p.positive), i, D, to);
+    else if (in_window(p, y))
+      read_row(
+          static_cast<const char*>(p.slots.window) + i / rows * bytes, p.slots.storage,
+          (y - p.slots.window_start + p.slots.K) % p.slots.K, D, to);
     else
       read_row(p.slots.features, p.slots.storage, y, D, to);
     if (!p.normalize) return;
@@ -236,6 +247,10 @@ Rows<T> prepare(const Problem& p, const Groups& groups) {
   at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
     std::vector<double> x(D), w(D);
     for (int64_t i = begin; i < end; i++) {
+      rows.scale[i] = T(p.scale_of(i));
+      rows.unit[i] = 1;
+      if (p.ignored[i]) continue;  // as a row of zeros, whatever it holds
+      rows.target[i] = p.slot_of(i);
       read_row(p.embedding.const_data_ptr(), storage, i, D, x.data());
       groups.target_row(p, i, w.data());
       rows.unit[i] = unit_of(x.data(), D);
@@ -244,7 +259,6 @@ Rows<T> prepare(const Problem& p, const Groups& groups) {
       const auto row = phi_row<double>(p.margin_of(i), dot);
       rows.inverse_norm[i] = inverse;
       rows.cosine[i] = dot;
-      rows.scale[i] = T(p.scale_of(i));
       rows.cosine_t[i] = T(dot);
       for (int q = 0; q < kPhiRow; q++) rows.phi[i * kPhiRow + q] = T(row.at[q]);
     }
@@ -285,43 +299,50 @@ auto allocate(int64_t bytes) {
   return memory;
 }
 
-template <typename F>
-void write_row(const at::Tensor& to, int64_t row, F value) {  // value(d) in double
-  const int64_t D = to.size(1);
-  auto write = [&](auto* data) {
-    using S = std::remove_pointer_t<decltype(data)>;
-    for (int64_t d = 0; d < D; d++)
-      if constexpr (std::is_same_v<S, double>)
-        data[row * D + d] = value(d);
-      else
-        data[row * D + d] = S(float(value(d)));
-  };
-  switch (storage_of(to)) {
-    case Storage::f64:
-      return write(to.mutable_data_ptr<double>());
-    case Storage::f32:
-      return write(to.mutable_data_ptr<float>());
-    case Storage::bf16:
-      return write(to.mutable_data_ptr<at::BFloat16>());
-    case Storage::f16:
-      return write(to.mutable_data_ptr<at::Half>());
-    case Storage::f8:
-      TORCH_INTERNAL_ASSERT(false, "no gradient is float8");
+// What each row's loss is multiplied by before the rows are summed, and the reduced loss.
+template <typename T>
+void reduce(const Problem& p, const T* each, Results& out) {
+  const int64_t N = p.embedding.size(0);
+  T* weights = out.row_weight.mutable_data_ptr<T>();
+  const at::Tensor given = p.weight ? p.weight->to(at::kDouble) : at::Tensor();
+  double total = 0;
+  for (int64_t i = 0; i < N; i++) {
+    const double weight = p.ignored[i] ? 0.0 : p.weight ? given.const_data_ptr<double>()[i] : 1.0;
+    weights[i] = T(weight);
+    total += weight;
   }
+  const bool mean = p.reduce() == Reduction::mean;
+  double sum = 0;
+  for (int64_t i = 0; i < N; i++) {
+    if (mean && total != 0) weights[i] = T(double(weights[i]) / total);
+    const double product = weights[i] == 0 ? 0.0 : double(weights[i]) * double(each[i]);
+    if (p.reduce() == Reduction::none) out.loss.mutable_data_ptr<T>()[i] = T(product);
+    sum += product;
+  }
+  if (p.reduce() != Reduction::none) *out.loss.mutable_data_ptr<T>() = T(sum);
 }
 
 template <typename T>
-std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
+Results run(const Problem& p) {
+  const bool need_gradient = p.need_gradient;
   const int64_t N = p.embedding.size(0), D = p.slots.D, K = p.slots.K;
-  const auto stats = p.embedding.options().dtype(std::is_same_v<T, double> ? at::kDouble : at::kFloat);
-  auto value = [&] { return at::empty({N}, stats); };
-  auto number = [&] { return at::empty({N}, p.embedding.options().dtype(at::kLong)); };
-  at::Tensor loss = value(), gradient = at::empty({need_gradient ? N : 0, D}, p.embedding.options()), lse = value(),
-             target_cosine = value(), hardest = value(), hardest_slot = number(), beats = number(),
-             negatives = number(), target_slope = value();
-  const std::vector<at::Tensor> out{loss,         gradient, lse,       target_cosine, hardest,
-                                    hardest_slot, beats,    negatives, target_slope};
+  const auto wide = p.embedding.options().dtype(std::is_same_v<T, double> ? at::kDouble : at::kFloat);
+  const auto value = [&] { return at::empty({N}, wide); };
+  const auto number = [&] { return at::empty({N}, p.embedding.options().dtype(at::kLong)); };
+  Results out{
+      p.reduce() == Reduction::none ? value() : at::zeros({}, wide),
+      value(),
+      value(),
+      value(),
+      number(),
+      number(),
+      value(),
+      value(),
+      at::empty({need_gradient ? N : 0, D}, wide),
+      number(),
+      value()};
   if (N == 0) return out;
+  std::vector<T> each(N);  // losses of the rows
   const Groups groups(p);
   const Rows<T> rows = prepare<T>(p, groups);
   const Prepared<T> prepared(p);
@@ -386,14 +407,16 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
       sums[i] = poisoned ? nan : l;
       wrong[i] = excess > 0 ? 1 / (1 + small) : small / (1 + small);
       uniform[i] = T(share);
-      loss.mutable_data_ptr<T>()[i] = T(plain - (share > 0 ? share * (logits - double(live) * t) : 0));
-      lse.mutable_data_ptr<T>()[i] = T(plain + t);
-      target_cosine.mutable_data_ptr<T>()[i] = T(rows.cosine[i]);
-      hardest.mutable_data_ptr<T>()[i] = top;
-      hardest_slot.mutable_data_ptr<int64_t>()[i] = slot;
-      beats.mutable_data_ptr<int64_t>()[i] = above;
-      negatives.mutable_data_ptr<int64_t>()[i] = live;
-      target_slope.mutable_data_ptr<T>()[i] = T(-scale * psi.slope * (wrong[i] - p.label_smoothing + share));
+      each[i] = T(plain - (share > 0 ? share * (logits - double(live) * t) : 0));
+      out.lse.mutable_data_ptr<T>()[i] = T(plain + t);
+      out.target_cosine.mutable_data_ptr<T>()[i] = T(rows.cosine[i]);
+      out.hardest_cosine.mutable_data_ptr<T>()[i] = top;
+      out.hardest_slot.mutable_data_ptr<int64_t>()[i] = slot;
+      out.beats_target.mutable_data_ptr<int64_t>()[i] = above;
+      out.negatives.mutable_data_ptr<int64_t>()[i] = live;
+      const double residual = -(wrong[i] - p.label_smoothing + share);
+      out.residual.mutable_data_ptr<T>()[i] = T(residual);
+      out.target_slope.mutable_data_ptr<T>()[i] = T(scale * psi.slope * residual);
     }
   };
 
@@ -405,6 +428,10 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
     std::vector<double> sum(D), w(D), x(D);
     for (int64_t i = begin; i < end; i++) {
       const int64_t r = i - begin;
+      if (p.ignored[i]) {
+        std::fill_n(out.gradient.mutable_data_ptr<T>() + i * D, D, T(0));
+        continue;
+      }
       const double nan = std::numeric_limits<double>::quiet_NaN();
       groups.target_row(p, i, w.data());
       read_row(p.embedding.const_data_ptr(), storage_of(p.embedding), i, D, x.data());
@@ -418,14 +445,15 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
         const T* moment = parts[c].moment + r / width * D * width + r % width;
         for (int64_t d = 0; d < D; d++) sum[d] += share * double(moment[d * width]);
       }
-      const double scale = p.scale_of(i), slope = target_slope.const_data_ptr<T>()[i];
+      const double scale = p.scale_of(i), slope = out.target_slope.const_data_ptr<T>()[i];
       double along = 0;
       for (int64_t d = 0; d < D; d++) {
         sum[d] = scale * sum[d] + slope * w[d];
         x[d] *= rows.inverse_norm[i];
         along += sum[d] * x[d];
       }
-      write_row(gradient, i, [&](int64_t d) { return (sum[d] - along * x[d]) * rows.inverse_norm[i]; });
+      T* to = out.gradient.mutable_data_ptr<T>() + i * D;
+      for (int64_t d = 0; d < D; d++) to[d] = T((sum[d] - along * x[d]) * rows.inverse_norm[i]);
     }
   };
 
@@ -438,7 +466,7 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
         const int64_t block = task / chunks, chunk = task % chunks;
         const auto [begin, end] = block_rows(block);
         Probes<T> probes = rows.block(p, begin, end);
-        if (again) probes.lse = lse.const_data_ptr<T>() + begin, probes.uniform = &uniform[begin];
+        if (again) probes.lse = out.lse.const_data_ptr<T>() + begin, probes.uniform = &uniform[begin];
         Slots<T> slots = prepared.slots;
         if (p.window) {
           const int64_t group = begin / groups.rows;
@@ -469,26 +497,30 @@ std::vector<at::Tensor> run(const Problem& p, bool need_gradient) {
     if (need_gradient && !second) finish_gradient(block);
   });
   if (second) sweep_all(true, true, finish_gradient);
+  reduce(p, each.data(), out);
   return out;
 }
 
 template <typename T>
 at::Tensor run_prototypes(
-    const Problem& p, const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& negatives,
+    const Problem& p, const at::Tensor& grad_rows, const at::Tensor& lse, const at::Tensor& negatives,
     const at::Tensor& target_slope) {
   const int64_t N = p.embedding.size(0), D = p.slots.D, K = p.slots.K;
   at::Tensor gradient = at::empty({K, D}, p.prototypes.options());
   if (N == 0) return gradient.zero_();
   const Groups groups(p);
   const Rows<T> rows = prepare<T>(p, groups);
-  const Prepared<T> prepared(p);
-  const at::Tensor incoming = grad_loss.to(lse.scalar_type()).contiguous();
+  Prepared<T> prepared(p);
+  prepared.slots.window_is_masked = p.window.has_value();
+  const at::Tensor incoming = grad_rows.to(lse.scalar_type()).contiguous();
   const T* g = incoming.const_data_ptr<T>();
   std::vector<T> uniform(N), factor(N), target_weight(N);
   for (int64_t i = 0; i < N; i++) {
     uniform[i] = T(p.label_smoothing / double(1 + negatives.const_data_ptr<int64_t>()[i]));
     factor[i] = T(p.scale_of(i)) * g[i];
-    target_weight[i] = target_slope.const_data_ptr<T>()[i] * g[i];
+    // A target outside the prototypes gives them no gradient.
+    const bool elsewhere = p.ignored[i] || p.positive || groups.in_window(p, p.slot_of(i));
+    target_weight[i] = elsewhere ? T(0) : target_slope.const_data_ptr<T>()[i] * g[i];
   }
 
   // Chunks of slots own their rows of the gradient; probes are packed once for all of them.
@@ -523,29 +555,55 @@ at::Tensor run_prototypes(
 
 const char* instruction_set() { return sweeps().name; }
 
-std::vector<at::Tensor> margin_softmax(
-    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
-    const OptionalTensor& slot_identity, const OptionalTensor& window, const OptionalTensor& window_identity,
-    const OptionalTensor& window_start, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
-    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
-    double label_smoothing, bool straight_through, bool need_gradient) {
-  const Problem p = make_problem(
-      embedding, prototypes, target, identity, slot_identity, window, window_identity, window_start, margin_rows,
-      scale_rows, kind, parameters, scale, mask_empty, normalize, label_smoothing, straight_through);
-  return p.wide ? run<double>(p, need_gradient) : run<float>(p, need_gradient);
+Results margin_softmax(const Arguments& arguments) {
+  const Problem p(arguments);
+  return p.wide() ? run<double>(p) : run<float>(p);
 }
 
 at::Tensor prototype_gradient(
-    const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& negatives, const at::Tensor& target_slope,
-    const at::Tensor& embedding, const at::Tensor& prototypes, const at::Tensor& target, const OptionalTensor& identity,
-    const OptionalTensor& slot_identity, const OptionalTensor& margin_rows, const OptionalTensor& scale_rows,
-    int64_t kind, const std::vector<double>& parameters, double scale, bool mask_empty, bool normalize,
-    double label_smoothing, bool straight_through) {
-  const Problem p = make_problem(
-      embedding, prototypes, target, identity, slot_identity, {}, {}, {}, margin_rows, scale_rows, kind, parameters,
-      scale, mask_empty, normalize, label_smoothing, straight_through);
-  return p.wide ? run_prototypes<double>(p, grad_loss, lse, negatives, target_slope)
-                : run_prototypes<float>(p, grad_loss, lse, negatives, target_slope);
+    const at::Tensor& grad_rows, const at::Tensor& lse, const at::Tensor& negatives, const at::Tensor& target_slope,
+    const Arguments& arguments) {
+  const Problem p(arguments);
+  return p.wide() ? run_prototypes<double>(p, grad_rows, lse, negatives, target_slope)
+                  : run_prototypes<float>(p, grad_rows, lse, negatives, target_slope);
+}
+
+at::Tensor scaled_rows(
+    const at::Tensor& grad_loss, const at::Tensor& row_weight, const at::Tensor& gradient, at::ScalarType dtype) {
+  const int64_t N = gradient.size(0), D = gradient.size(1);
+  at::Tensor out = at::empty({N, D}, gradient.options().dtype(dtype));
+  const auto scale = [&](auto zero, auto* to) {
+    using T = decltype(zero);
+    using S = std::remove_pointer_t<decltype(to)>;
+    const at::Tensor incoming = grad_loss.to(gradient.scalar_type()).contiguous();
+    const T *g = incoming.const_data_ptr<T>(), *w = row_weight.const_data_ptr<T>(),
+            *from = gradient.const_data_ptr<T>();
+    const bool same = incoming.numel() == 1 && N != 1;
+    at::parallel_for(0, N, std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const T factor = w[i] == 0 ? T(0) : g[same ? 0 : i] * w[i];
+        for (int64_t d = 0; d < D; d++) to[i * D + d] = static_cast<S>(factor * from[i * D + d]);
+      }
+    });
+  };
+  if (N == 0) return out;
+  switch (dtype) {
+    case at::kDouble:
+      scale(double(), out.mutable_data_ptr<double>());
+      break;
+    case at::kFloat:
+      gradient.scalar_type() == at::kDouble ? scale(double(), out.mutable_data_ptr<float>())
+                                            : scale(float(), out.mutable_data_ptr<float>());
+      break;
+    case at::kBFloat16:
+      gradient.scalar_type() == at::kDouble ? scale(double(), out.mutable_data_ptr<at::BFloat16>())
+                                            : scale(float(), out.mutable_data_ptr<at::BFloat16>());
+      break;
+    default:
+      gradient.scalar_type() == at::kDouble ? scale(double(), out.mutable_data_ptr<at::Half>())
+                                            : scale(float(), out.mutable_data_ptr<at::Half>());
+  }
+  return out;
 }
 
 }  // namespace sst_fast::cpu

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "../ops.h"
@@ -14,7 +15,7 @@ namespace sst_fast::cpu {
 
 void enqueue(
     const at::Tensor& features_, const at::Tensor& identities_, at::Tensor& queue, at::Tensor& queue_identities,
-    at::Tensor& state) {
+    at::Tensor& state, bool unit) {
   const at::Tensor features = features_.contiguous(), identities = identities_.contiguous();
   const int64_t B = features.size(0), D = features.size(1), K = queue.size(0);
   TORCH_CHECK(queue.is_contiguous() && queue.size(1) == D && B <= K, "enqueue: shapes disagree");
@@ -25,9 +26,11 @@ void enqueue(
   const auto& rows = sweeps().f64;
   const Storage from_storage = storage_of(features), to_storage = storage_of(queue);
   at::parallel_for(0, B, std::max<int64_t>(1, 32768 / D), [&](int64_t begin, int64_t end) {
-    std::vector<double> scale(end - begin);
-    rows.norms(features.const_data_ptr(), from_storage, D, begin, end, scale.data());
-    for (double& norm : scale) norm = normaliser(norm);
+    std::vector<double> scale(end - begin, 1.0);
+    if (!unit) {
+      rows.norms(features.const_data_ptr(), from_storage, D, begin, end, scale.data());
+      for (double& norm : scale) norm = normaliser(norm);
+    }
     rows.scaled_rows(
         features.const_data_ptr(), from_storage, D, begin, end, scale.data(), queue.mutable_data_ptr(), to_storage,
         start, K);
@@ -56,6 +59,29 @@ at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& stat
   }
   ring[kFill] = ring[kFill] > count ? ring[kFill] - count : 0;
   return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> window(
+    const at::Tensor& features_, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
+  const at::Tensor features = features_.contiguous();
+  const int64_t B = features.size(1), D = features.size(2), rows = features.size(0) * B;
+  const int64_t position = state.const_data_ptr<int64_t>()[kPosition];
+  TORCH_CHECK(position >= 0 && position < size, "window: the queue's position is outside the queue");
+  at::Tensor unit = at::empty(features.sizes(), features.options().dtype(dtype));
+  at::Tensor start = at::empty({}, state.options()), slots = at::empty({B}, state.options());
+  const auto& sweep = sweeps().f64;
+  const Storage from = storage_of(features), to = storage_of(unit);
+  at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<double> scale(end - begin);
+    sweep.norms(features.const_data_ptr(), from, D, begin, end, scale.data());
+    for (double& norm : scale) norm = normaliser(norm);
+    sweep.scaled_rows(
+        features.const_data_ptr(), from, D, begin, end, scale.data(), unit.mutable_data_ptr(), to, 0, rows);
+  });
+  *start.mutable_data_ptr<int64_t>() = position;
+  int64_t* slot = slots.mutable_data_ptr<int64_t>();
+  for (int64_t b = 0; b < B; b++) slot[b] = (position + b) % size;
+  return {unit, start, slots};
 }
 
 }  // namespace sst_fast::cpu

@@ -400,14 +400,14 @@ static bool wants_exact(const Lanes<SumOf<E>>& lane, int64_t rows) {
 }
 
 // Some features of probe i as products see them: normalised, or in pairs divided by a power of two, which is exact.
-// Zero beyond the last feature or probe.
+// Zero beyond the last feature or probe, and in rows without a direction, whatever they hold.
 constexpr int kPiece = 256;  // features at a time
 
 template <typename E>
 static void probe_features(const Probes<SumOf<E>>& probes, int64_t D, int64_t i, int64_t d0, SumOf<E>* to) {
   const int64_t count = D - d0 < kPiece ? D - d0 : kPiece;
   for (int64_t d = 0; d < kPiece; d++) to[d] = 0;
-  if (i >= probes.rows) return;
+  if (i >= probes.rows || probes.inverse_norm[i] == 0) return;
   const double factor = Element<E>::kEach == 1 ? probes.inverse_norm[i] : 1 / probes.unit[i];
   with_storage(probes.storage, [&](auto storage) {
     for (int64_t d = 0; d < count; d++)
@@ -462,7 +462,8 @@ static void load_tile(const Slots<SumOf<E>>& slots, int64_t first, int64_t last,
   tile.count = last - first < most ? last - first : most;
   // Where a slot lies in the window: its distance from the window's start, modulo K.
   const int64_t offset = first - slots.window_start < 0 ? first - slots.window_start + K : first - slots.window_start;
-  const bool windowed = slots.window && (offset < slots.window_size || offset + tile.count > K);
+  const bool windowed =
+      slots.window && !slots.window_is_masked && (offset < slots.window_size || offset + tile.count > K);
   const bool native = !windowed && slots.storage == Element<E>::kStorage;
   tile.w = native ? static_cast<const E*>(slots.features) + first * row : copy;
   const char* base = static_cast<const char*>(slots.features);
@@ -470,13 +471,13 @@ static void load_tile(const Slots<SumOf<E>>& slots, int64_t first, int64_t last,
   tile.next = {base + then * bytes, base + (last - then < most ? last : then + most) * bytes};
   for (int64_t j = 0; j < tile.count; j++) {
     const int64_t inside = offset + j < K ? offset + j : offset + j - K;
-    const bool own = slots.window && inside < slots.window_size;
+    const bool replaced = slots.window && inside < slots.window_size, own = replaced && !slots.window_is_masked;
     if (!native) copy_row(slots, own ? slots.window : slots.features, own ? inside : first + j, copy + j * row);
     if (slots.inverse_norm) tile.factor[j] = own ? slots.window_inverse_norm[inside] : slots.inverse_norm[first + j];
     const int64_t id = !slots.identity ? 0 : own ? slots.window_identity[inside] : slots.identity[first + j];
     tile.id_low[j] = int32_t(id & 0xffffffff);
     tile.id_high[j] = int32_t(id >> 32);
-    tile.empty[j] = id < 0 && slots.mask_empty;
+    tile.empty[j] = (id < 0 && slots.mask_empty) || (replaced && slots.window_is_masked);
   }
 }
 
@@ -600,7 +601,7 @@ static void look(
   typedef typename Vector<T>::mask I;
   typedef typename Vector<T>::integer Int;
   constexpr int L = lanes<T>, W = NV * L;
-  constexpr bool plain = Phi::kRow == 0, mining = Phi::kRow == kPhiRow;
+  constexpr bool plain = Phi::kIdentity, mining = Phi::kHard;
   const V masked = splat(T(-kInfinityF));
   const I same = lane.identities && slots.identity ? ~I{} : I{};
   const bool scaled = slots.inverse_norm != nullptr;
@@ -681,11 +682,11 @@ static void weigh(
       const auto phi = phi_of<T, Phi>(rows, c);
       V p = exponential(scale * phi.value - shift);
       if constexpr (again) p = (p - uniform) * factor;
-      if constexpr (!again && Phi::kRow == 0) {
+      if constexpr (!again && Phi::kIdentity) {
         p = c == splat(T(-kInfinityF)) ? V{} : p;
         sum += p;
       } else {
-        const V weighed = slots.straight_through || Phi::kRow == 0 ? p : p * phi.slope;
+        const V weighed = slots.straight_through || Phi::kIdentity ? p : p * phi.slope;
         if constexpr (!again) sum += c == splat(T(-kInfinityF)) ? V{} : p;
         p = c == splat(T(-kInfinityF)) ? V{} : weighed;
       }

@@ -26,7 +26,8 @@ struct alignas(sizeof(T) * count) Pack {
 template <typename From, typename To, int Width>
 __global__ void enqueue_kernel(
     const From* __restrict__ features, const int64_t* __restrict__ identities, To* __restrict__ queue,
-    int64_t* __restrict__ queue_identities, int64_t* state, unsigned* tickets, int64_t B, int64_t D, int64_t K) {
+    int64_t* __restrict__ queue_identities, int64_t* state, unsigned* tickets, int64_t B, int64_t D, int64_t K,
+    bool unit) {
   using Sum = double;  // squares of large floats overflow a float; a row is too short for the price to show
   const int lane = threadIdx.x % kWarp;
   const int64_t b = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -42,7 +43,7 @@ __global__ void enqueue_kernel(
     }
 #pragma unroll
     for (int step = kWarp / 2; step; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
-    const Sum scale = normaliser(sqrt(square));
+    const Sum scale = unit ? Sum(1) : normaliser(sqrt(square));
     const int64_t slot = ring_slot(start, b, K);
     To* to = queue + slot * D;
     for (int64_t d = lane * Width; d < D; d += kWarp * Width) {
@@ -88,7 +89,7 @@ __global__ void dequeue_kernel(int64_t* identities, int64_t* gone, int64_t* stat
 // state: int64 [3], position, fill and the launch's counter.
 void enqueue(
     const at::Tensor& features_, const at::Tensor& identities_, at::Tensor& queue, at::Tensor& queue_identities,
-    at::Tensor& state) {
+    at::Tensor& state, bool unit) {
   const at::Tensor features = features_.contiguous(), identities = identities_.contiguous();
   const int64_t B = features.size(0), D = features.size(1), K = queue.size(0);
   TORCH_CHECK(queue.is_contiguous() && queue.size(1) == D && B <= K, "enqueue: shapes disagree");
@@ -105,7 +106,7 @@ void enqueue(
       auto launch = [&](auto kernel) {
         kernel<<<grid, kWarps * kWarp, 0, stream>>>(
             features.const_data_ptr<From>(), identities.const_data_ptr<int64_t>(), queue.mutable_data_ptr<To>(),
-            queue_identities.mutable_data_ptr<int64_t>(), ring, reinterpret_cast<unsigned*>(ring + 2), B, D, K);
+            queue_identities.mutable_data_ptr<int64_t>(), ring, reinterpret_cast<unsigned*>(ring + 2), B, D, K, unit);
       };
       const bool aligned = D % wide == 0 && reinterpret_cast<uintptr_t>(features.const_data_ptr()) % 16 == 0;
       if (aligned)

@@ -1,0 +1,286 @@
+"""The arguments of the fused loss, in one structure, and what is checked about them.
+
+``csrc/arguments.h`` is its counterpart in C++. An operator's schema has no structures, so the fields travel in lists, in the
+order of :data:`TENSORS`, :data:`INTEGERS` and :data:`NUMBERS`; a test compares them with the compiled ones.
+
+Sizes: N probes, K slots, D features, B slots in the batch window, H groups of probes, P parameters of a margin.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sst_fast.margins import AMSoftmax, Margin, Parameter
+
+Reduction = Literal["none", "mean", "sum"]
+GradientRule = Literal["exact", "straight_through"]
+
+EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+QUEUE_DTYPES = (*EMBEDDING_DTYPES, torch.float8_e4m3fn)
+REDUCTIONS: tuple[Reduction, ...] = ("none", "mean", "sum")
+GRADIENT_RULES: tuple[GradientRule, ...] = ("exact", "straight_through")
+
+TENSORS = (
+    "target", "weight", "identity", "slot_identity", "window", "window_identity", "window_start", "margin_rows", "scale_rows",
+)  # fmt: skip
+INTEGERS = (
+    "kind",
+    "reduction",
+    "ignore_index",
+    "mask_empty",
+    "normalize",
+    "straight_through",
+    "float8_products",
+    "need_gradient",
+)
+NUMBERS = ("scale", "label_smoothing")  # and after them the margin's parameters
+
+
+@dataclass(frozen=True)
+class Window:
+    """The slots that a batch is about to take, and what each group of its probes sees there.
+
+    Attributes:
+        features: [H, B, D]: probes are split into H equal groups, group h sees ``features[h]`` in these slots. No gradient.
+        identities: int64 [B].
+        start: int64, 0-d: first of the B slots; they wrap round the end of the queue.
+        slots: int64 [B]: their numbers, the targets of the batch's probes.
+    """
+
+    features: Tensor
+    identities: Tensor
+    start: Tensor
+    slots: Tensor
+
+
+class Statistics(NamedTuple):
+    """What the sweep over the queue saw, per probe, each [N], without gradient.
+
+    ``lse`` log-sum-exp of all logits, ``target_cosine``, ``hardest_cosine`` of the slots that are neither target nor
+    masked (-inf if there is none) and its ``hardest_slot`` (-1), ``beats_target``: how many of them exceed the target.
+    """
+
+    lse: Tensor
+    target_cosine: Tensor
+    hardest_cosine: Tensor
+    hardest_slot: Tensor
+    beats_target: Tensor
+
+
+@dataclass(slots=True)
+class Arguments:
+    """What :func:`sst_fast.functional.margin_softmax` is asked to compute; its docstring says what each field means."""
+
+    embedding: Tensor
+    prototypes: Tensor
+    target: Tensor | None
+    positive: Tensor | None = None
+    margin: Margin = AMSoftmax(0.35)  # noqa: RUF009 (it is frozen)
+    scale: Parameter = 30.0
+    reduction: Reduction = "mean"
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    window: Window | None = None
+    identity: Tensor | None = None
+    slot_identity: Tensor | None = None
+    mask_empty: bool = True
+    normalize_prototypes: bool = False
+    gradient: GradientRule = "exact"
+    product_dtype: torch.dtype | None = None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """In which losses are computed and returned: float32, or float64 if an input is."""
+        return wide_dtype(self.embedding, self.prototypes)
+
+    def check(self) -> None:
+        """TypeError or ValueError that names the argument, what was expected and what came."""
+        embedding, prototypes, target, window = self.embedding, self.prototypes, self.target, self.window
+        check_embedding("embedding", embedding)
+        n, d = embedding.shape
+        device = embedding.device
+        check_tensor("prototypes", prototypes, (None, d), QUEUE_DTYPES, device)
+        if prototypes.requires_grad and prototypes.dtype == torch.float8_e4m3fn:
+            raise TypeError("prototypes in float8_e4m3fn are frozen, got requires_grad=True")
+        k = prototypes.shape[0]
+        if k == 0:
+            raise ValueError("prototypes must have at least one row, got [0, D]")
+        if self.positive is not None:
+            check_tensor("positive", self.positive, (n, d), EMBEDDING_DTYPES, device)
+        if target is not None:
+            check_tensor("target", target, (n,), _INTEGER, device)
+        elif self.positive is None:
+            raise TypeError("target must be a tensor of row numbers of prototypes unless positive is given, got None")
+        if self.identity is not None:
+            check_tensor("identity", self.identity, (n,), _INTEGER, device)
+            if self.slot_identity is None:
+                raise ValueError("identity masks slots of the same identity and needs slot_identity as well, got None")
+        if self.slot_identity is not None:
+            check_tensor("slot_identity", self.slot_identity, (k,), _INTEGER, device)
+        if not isinstance(self.margin, Margin):
+            raise TypeError(f"margin must be a margin of sst_fast.margins, got {type(self.margin).__name__}")
+        check_scale(self.scale, n, device)
+        if self.weight is not None:
+            check_tensor("weight", self.weight, (n,), EMBEDDING_DTYPES, device)
+        check_options(self.label_smoothing, self.reduction, self.gradient, self.ignore_index)
+        if self.product_dtype not in (None, torch.float8_e4m3fn):
+            raise ValueError(f"product_dtype must be None or torch.float8_e4m3fn, got {self.product_dtype}")
+        if self.reduction == "mean" and n == 0:
+            raise ValueError("embedding must have at least one row for reduction='mean', got [0, D]")
+        if window is not None:
+            check_tensor("window.features", window.features, (None, None, d), QUEUE_DTYPES, device)
+            h, b = window.features.shape[:2]
+            check_tensor("window.identities", window.identities, (b,), _INTEGER, device)
+            check_tensor("window.start", window.start, (), _INTEGER, device)
+            if window.features.requires_grad:
+                raise ValueError(
+                    "window.features must not require a gradient: they are constants, got requires_grad=True"
+                )
+            if h == 0 or n % h:
+                raise ValueError(f"embedding: {n} rows cannot be split evenly over the window's {h} groups")
+            if b > k:
+                raise ValueError(f"window holds {b} slots, more than the {k} rows of prototypes")
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None], list[int], list[float]]:
+        """As the operators take them: embedding, prototypes, positive, tensors, integers, numbers.
+
+        The margin must be one that kernels know (``margin.kind``).
+        """
+        window, scale = self.window, self.scale
+        n = self.embedding.shape[0]
+        parameters, margin_rows = self.margin.per_row(n)
+        scale_rows = scale.detach().double().expand(n) if isinstance(scale, Tensor) else None
+        features = identities = start = None
+        if window is not None:
+            features, identities, start = window.features.to(self.prototypes.dtype), window.identities, window.start
+        tensors = [
+            self.target, self.weight, self.identity, self.slot_identity, features, identities, start, margin_rows, scale_rows,
+        ]  # fmt: skip
+        integers = [
+            self.margin.kind, REDUCTIONS.index(self.reduction), self.ignore_index, int(self.mask_empty),
+            int(self.normalize_prototypes), int(self.gradient == "straight_through"), int(self.product_dtype is not None), 0,
+        ]  # fmt: skip
+        floats = [0.0 if isinstance(scale, Tensor) else float(scale), float(self.label_smoothing), *parameters]
+        return self.embedding, self.prototypes, self.positive, tensors, integers, floats
+
+
+@dataclass
+class Packed:
+    """What an operator has received, by name: for backends that are written in Python. Fields as in ``csrc/arguments.h``."""
+
+    embedding: Tensor
+    prototypes: Tensor
+    positive: Tensor | None
+    target: Tensor | None
+    weight: Tensor | None
+    identity: Tensor | None
+    slot_identity: Tensor | None
+    window: Tensor | None
+    window_identity: Tensor | None
+    window_start: Tensor | None
+    margin_rows: Tensor | None
+    scale_rows: Tensor | None
+    kind: int
+    reduction: int
+    ignore_index: int
+    mask_empty: bool
+    normalize: bool
+    straight_through: bool
+    float8_products: bool
+    need_gradient: bool
+    scale: float
+    label_smoothing: float
+    parameters: list[float]
+
+    @staticmethod
+    def of(
+        embedding: Tensor, prototypes: Tensor, positive: Tensor | None, tensors: list[Tensor | None], integers: list[int],
+        numbers: list[float],
+    ) -> Packed:  # fmt: skip
+        """The reverse of :meth:`Arguments.packed`."""
+        named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True)) | dict(zip(INTEGERS, integers, strict=True))
+        for name in INTEGERS[3:]:
+            named[name] = bool(named[name])
+        named |= dict(zip(NUMBERS, numbers, strict=False))
+        return Packed(embedding, prototypes, positive, **named, parameters=list(numbers[len(NUMBERS) :]))
+
+
+_INTEGER = (torch.int64,)
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if one of them is, otherwise float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_options(
+    label_smoothing: float = 0.0, reduction: str = "mean", gradient: str = "exact", ignore_index: int = -100
+) -> None:
+    """TypeError or ValueError unless these options of the loss are valid."""
+    if not (isinstance(label_smoothing, Real) and 0 <= label_smoothing < 1):
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
+    check_word("reduction", reduction, REDUCTIONS)
+    check_word("gradient", gradient, GRADIENT_RULES)
+    if not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+
+
+def check_word(name: str, word: object, allowed: tuple[str, ...]) -> None:
+    """ValueError unless ``word`` is one of ``allowed``."""
+    if word not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {word!r}")
+
+
+def check_scale(scale: Parameter, n: int | None = None, device: torch.device | None = None) -> None:
+    """ValueError unless ``scale`` is a finite number > 0 or a constant tensor [] or [n] on ``device`` (None: any)."""
+    if isinstance(scale, Tensor):
+        fits = scale.dim() == 0 or (scale.dim() == 1 and n in (None, scale.shape[0]))
+        if not scale.is_floating_point() or not fits or (device is not None and scale.device != device):
+            raise ValueError(
+                f"scale must be a number or a floating-point tensor [{'N' if n is None else n}] or [] on "
+                f"{device or 'any device'}, got {scale.dtype} {list(scale.shape)} on {scale.device}"
+            )
+        if scale.requires_grad:
+            raise ValueError("scale must not require a gradient: it is a constant")
+    elif (type(scale) is not float and not isinstance(scale, Real)) or not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
+
+
+def check_embedding(name: str, value: Tensor) -> None:
+    """TypeError or ValueError unless ``value`` is a floating-point [N, D] with D > 0."""
+    check_tensor(name, value, (None, None), EMBEDDING_DTYPES, None)
+    if value.shape[1] == 0:
+        raise ValueError(f"{name} must have D > 0 features, got shape {list(value.shape)}")
+
+
+def check_tensor(
+    name: str,
+    value: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None,
+) -> None:
+    """TypeError or ValueError that names the argument, what was expected and what came."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    found = value.shape
+    fits = len(found) == len(shape)
+    if fits:
+        for expected_size, size in zip(shape, found, strict=True):
+            if expected_size is not None and expected_size != size:
+                fits = False
+    if not fits:
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{expected}], got {list(found)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
