@@ -18,7 +18,8 @@ from torch import Tensor
 
 import sst_fast
 from bench.problems import MARGINS, SCALE, Inputs, Problem
-from sst_fast.backends.choose import implementation
+from sst_fast.backends.backend import Problem as SelectionProblem
+from sst_fast.backends.choose import BACKENDS
 from sst_fast.functional import margin_softmax
 
 Run = Callable[[], list[Tensor]]
@@ -54,16 +55,15 @@ def ours(backend: str) -> Provider:
     """The fused loss by one backend."""
 
     def why_not(problem: Problem, device: torch.device) -> str:
-        state = sst_fast.backends(device)["margin_softmax"].implementations.get(backend, "unknown")
-        if not state.startswith("available"):
-            return state
+        asked = SelectionProblem(
+            "margin_softmax", device, problem.torch_dtype, problem.torch_dtype, problem.d, window=problem.sst,
+            trains_prototypes=problem.task == "prototypes", normalize=problem.task == "prototypes",
+        )  # fmt: skip
+        reason = BACKENDS[backend].why_not(asked)
+        if reason:
+            return reason
         if backend == "triton" and device.type == "cpu":
             return "its interpreter is not for timing"
-        if backend == "cuda":
-            fits = implementation("cuda", "fits")
-            prototypes, trained = torch.empty(0, problem.d, dtype=problem.torch_dtype), problem.task == "prototypes"
-            if not fits(prototypes, trained, trained, 0.0):
-                return "left to Triton"
         if backend == "reference" and problem.n * problem.k > 2**24:
             return "the reference is for small sizes"
         return ""

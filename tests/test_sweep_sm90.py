@@ -339,7 +339,7 @@ def kernel_on_cpu(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("margin", [AMSoftmax(0.35), MVSoftmax(), NPCFace(), CircleLoss(), ArcNegFace()], ids=repr)
 def test_the_kernel_on_cpu_threads(through, kernel_on_cpu, margin):
-    through(through, kernel_on_cpu)
+    through(kernel_on_cpu)
     problem = make(66, 200, 128, start=190, identities=150, empty=0.2)
     check(
         problem.to(torch.bfloat16), margin, 16.0, 2e-2
@@ -351,7 +351,7 @@ def test_the_kernel_on_cpu_threads(through, kernel_on_cpu, margin):
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "k", "start"), [(1, 1, None), (3, 70, None), (65, 450, 0), (128, 128, 5)])
 def test_the_kernel_on_cpu_threads_of_any_size(through, kernel_on_cpu, n, k, start):
-    through(through, kernel_on_cpu)
+    through(kernel_on_cpu)
     problem = make(n, k, 128, start=start, identities=2 * k, masks=k != 70)
     check(problem.to(torch.float16), AMSoftmax(0.35), 30.0, 5e-3)
     check(problem.to(torch.float32, torch.float8_e4m3fn), AMSoftmax(0.35), 30.0, 5e-3)
@@ -362,7 +362,7 @@ def test_the_kernel_on_cpu_threads_of_any_size(through, kernel_on_cpu, n, k, sta
 @pytest.mark.slow
 @pytest.mark.parametrize(("dim", "dtype"), [(256, torch.bfloat16), (512, torch.bfloat16), (512, torch.float8_e4m3fn)])
 def test_the_kernel_on_cpu_threads_of_any_dimension(through, kernel_on_cpu, dim, dtype):
-    through(through, kernel_on_cpu)
+    through(kernel_on_cpu)
     embedding = torch.float32 if dtype == torch.float8_e4m3fn else dtype
     check(make(30, 300, dim, start=290, identities=200).to(embedding, dtype), AMSoftmax(0.35), 16.0, 1e-2)
 
