@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sst_fast
 from bench.problems import MARGINS, SCALE, Inputs, Problem
 from sst_fast.backends.backend import Problem as SelectionProblem
 from sst_fast.backends.choose import BACKENDS
