@@ -284,26 +284,32 @@ at::Tensor prototype_gradient_autograd(
 
 // --- the queue -------------------------------------------------------------------------------------------------------
 
-void enqueue_shapes(const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, bool) {}
+void enqueue_shapes(
+    const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, bool, const OptionalTensor&) {}
 
 at::Tensor dequeue_shape(int64_t count, at::Tensor& queue_identities, at::Tensor&) {
   return at::empty({count}, queue_identities.options());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> window_shapes(
-    const at::Tensor& features, const at::Tensor& state, int64_t, at::ScalarType dtype) {
+WindowTensors window_shapes(
+    at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t, at::ScalarType dtype) {
+  const c10::SymInt H(static_cast<int64_t>(groups.size())), B = identities.sym_size(0);
+  const auto numbers = [&](c10::SymIntArrayRef shape) { return at::empty_symint(shape, state.options()); };
   return {
-      at::empty_symint(features.sym_sizes(), features.options().dtype(dtype)), at::empty({}, state.options()),
-      at::empty_symint({features.sym_size(1)}, state.options())};
+      at::empty_symint({H, B, groups[0].sym_size(1)}, groups[0].options().dtype(dtype)), numbers({}), numbers({H * B}),
+      numbers({H * B}), numbers({B})};
 }
 
 // The same in PyTorch's own operations, where there is no kernel for the device.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> window_plain(
-    const at::Tensor& features, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
-  const at::Tensor wide = features.to(at::kDouble), norm = wide.norm(2, -1, true);
+WindowTensors window_plain(
+    at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
+  const int64_t H = groups.size();
+  const at::Tensor wide = at::stack(groups).to(at::kDouble), norm = wide.norm(2, -1, true);
   const at::Tensor unit = at::where(norm < kMinNorm, at::zeros_like(wide), wide / norm);
   const at::Tensor start = state.select(0, kPosition).clone();
-  return {unit.to(dtype), start, (start + at::arange(features.size(1), state.options())).remainder(size)};
+  const at::Tensor slots = (start + at::arange(identities.size(0), state.options())).remainder(size);
+  const at::Tensor finite = norm.squeeze(-1).isfinite().all(0);
+  return {unit.to(dtype), start, slots.repeat({H}), identities.repeat({H}), at::where(finite, identities, -1)};
 }
 
 }  // namespace
@@ -326,13 +332,14 @@ TORCH_LIBRARY(sst_fast, m) {
     m.def((backend + "_margin_softmax(" SST_LOSS ") -> " SST_RESULTS).c_str());
     m.def((backend + "_prototype_gradient(Tensor grad_loss, Tensor[] found, " SST_LOSS ") -> Tensor").c_str());
   }
-  // unit: the features are unit rows already.
+  // What the queue's operators take and give: ops.h.
   m.def(
       "enqueue(Tensor features, Tensor identities, Tensor(a!) queue, Tensor(b!) queue_identities, Tensor(c!) state, "
-      "bool unit=False) -> ()");
+      "bool unit=False, Tensor? group=None) -> ()");
   m.def("dequeue(int count, Tensor(a!) queue_identities, Tensor(b!) state) -> Tensor");
   m.def(
-      "window(Tensor features, Tensor state, int size, ScalarType dtype) -> (Tensor unit, Tensor start, Tensor slots)");
+      "window(Tensor[] groups, Tensor identities, Tensor state, int size, ScalarType dtype) -> "
+      "(Tensor unit, Tensor start, Tensor targets, Tensor owners, Tensor held)");
 }
 
 TORCH_LIBRARY_IMPL(sst_fast, CompositeExplicitAutograd, m) {

@@ -19,6 +19,11 @@ namespace sst_fast {
       AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, __VA_ARGS__) \
           AT_DISPATCH_CASE(at::kFloat8_e4m3fn, __VA_ARGS__))
 
+// The slots that a batch is about to take: unit rows [H, B, D] of the H groups' features [B, D] in `dtype`; the first
+// slot, 0-d; slot and identity of every group's rows, [H * B]; the identities that others see, [B], -1 where a row is
+// not finite.
+using WindowTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
 namespace cpu {
 
 Results margin_softmax(const Arguments&);
@@ -34,13 +39,13 @@ at::Tensor prototype_gradient(
 at::Tensor scaled_rows(
     const at::Tensor& grad_loss, const at::Tensor& row_weight, const at::Tensor& gradient, at::ScalarType dtype);
 
+// unit: the features are unit rows already. group, 0-d: which of features [H, B, D] is written.
 void enqueue(
     const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,
-    at::Tensor& state, bool unit);
+    at::Tensor& state, bool unit, const OptionalTensor& group);
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state);
-// Unit rows of features [H, B, D] in `dtype`, the slot that is written next (0-d), and the B slots from there on.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> window(
-    const at::Tensor& features, const at::Tensor& state, int64_t size, at::ScalarType dtype);
+WindowTensors window(
+    at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t size, at::ScalarType dtype);
 
 const char* instruction_set();
 
@@ -50,7 +55,7 @@ const char* instruction_set();
 namespace cuda {
 void enqueue(
     const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,
-    at::Tensor& state, bool unit);
+    at::Tensor& state, bool unit, const OptionalTensor& group);
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state);
 
 // The loss's sweep on Hopper: partial results of each split of the tiles, as kernels/margin_softmax.py combines them.

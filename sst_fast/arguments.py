@@ -48,15 +48,18 @@ class Window:
 
     Attributes:
         features: [H, B, D]: probes are split into H equal groups, group h sees ``features[h]`` in these slots. No gradient.
-        identities: int64 [B].
+        identities: int64 [B]; -1 where a row is not finite: it is no other probe's negative then.
         start: int64, 0-d: first of the B slots; they wrap round the end of the queue.
-        slots: int64 [B]: their numbers, the targets of the batch's probes.
+        slots: int64 [B]: their numbers, the targets of each group's probes.
+        targets, owners: int64 [H B] or None: slots and identities of the probes of all groups.
     """
 
     features: Tensor
     identities: Tensor
     start: Tensor
     slots: Tensor
+    targets: Tensor | None = None
+    owners: Tensor | None = None
 
 
 class Statistics(NamedTuple):

@@ -1,7 +1,7 @@
 """Several processes: what Semi-Siamese Training exchanges between ranks, and how losses over queue shards are combined.
 
 W ranks, each with its own batch of B identities; every rank must bring the same B (as DistributedSampler with
-``drop_last`` does).
+``drop_last`` does), which :func:`assert_same_batch` checks.
 """
 
 from __future__ import annotations
@@ -53,6 +53,27 @@ def begin_gather(x: Tensor, group: Group = None) -> Callable[[], Tensor]:
 def gather(x: Tensor, group: Group = None) -> Tensor:
     """Tensors [B, ...] of all ranks as [W B, ...], in order of rank, without gradient. Any dtype."""
     return begin_gather(x, group)()
+
+
+def assert_same_batch(batch: Tensor, group: Group = None) -> None:
+    """Every rank must bring as many rows: backends end the process, or hang, where shapes differ.
+
+    Asked on the host, so that no device is waited for; where the group has no backend for the host, nothing is asked.
+
+    Raises:
+        ValueError: on every rank, naming the sizes.
+    """
+    if ranks(group)[1] == 1 or (batch.device.type != "cpu" and not _speaks_on_the_host(group)):
+        return
+    counts = gather(torch.tensor([batch.shape[0]]), group).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"every rank must bring a batch of the same size, got {counts} on ranks 0 to {len(counts) - 1}"
+        )
+
+
+def _speaks_on_the_host(group: Group) -> bool:
+    return "cpu" in str(dist.get_backend_config(group))
 
 
 def from_first(x: Tensor, group: Group = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -154,35 +155,53 @@ class SemiSiameseLoss(nn.Module):
             if value.shape != probe_a.shape:
                 raise ValueError(f"{name} must have shape {list(probe_a.shape)} like probe_a, got {list(value.shape)}")
         rank, world = distributed.ranks(self.group) if self.gather or self.shard else (0, 1)
-        count = len(identity)
+        count = identity.shape[0]
+        groups: Sequence[Tensor] = (gallery_b.detach(), gallery_a.detach())  # what probes a and probes b see
+        kept = self._kept(identity.device)
         own = slice(rank * count, (rank + 1) * count)
-        gallery = torch.stack([gallery_b, gallery_a], 1).detach()  # [B, H, D]: what probes a and b see
-        # Tossed on the device: the host neither waits nor decides. Rank 0's toss counts.
-        coin = torch.rand((), device=gallery.device) < 0.5 if self.keep == "coin" else gallery.new_zeros(()).bool()
         if world > 1:
-            gallery = distributed.gather(gallery, self.group)
-            rows = distributed.gather(torch.cat([identity, coin[None].to(identity.dtype)]), self.group)
-            rows = rows.view(world, count + 1)
-            identity, coin = rows[:, :count].flatten(), rows[0, count] != 0
-        gallery = gallery.transpose(0, 1)
+            distributed.assert_same_batch(identity, self.group)
+            gathered = distributed.gather(torch.stack(tuple(groups), 1), self.group)
+            rows = distributed.gather(torch.cat([identity, kept[None]]), self.group).view(world, count + 1)
+            groups, identity, kept = (
+                gathered.unbind(1),
+                rows[:, :count].flatten(),
+                rows[0, count],
+            )  # rank 0's toss counts
         if self.shard:
-            loss, window = self._over_shards(torch.stack([probe_a, probe_b], 1), gallery, identity, own)
+            loss, window = self._over_shards(torch.stack([probe_a, probe_b], 1), groups, identity, own)
         else:
-            window = self.queue.window(gallery, identity)
-            loss = self._loss(
-                torch.cat([probe_a, probe_b]), window.slots[own].repeat(2), identity[own].repeat(2), window,
-                self.queue.features[: self.queue.size], self.queue.identities[: self.queue.size], "mean",
-            )  # fmt: skip
+            window = self.queue.window(groups, identity)
+            assert window.targets is not None
+            assert window.owners is not None
+            targets, owners = window.targets, window.owners
+            if world > 1:
+                targets, owners = window.slots[own].repeat(2), identity[own].repeat(2)
+            spare, features, held = self.queue.spare, self.queue.features, self.queue.identities
+            if spare:
+                features, held = features[:-spare], held[:-spare]
+            loss = self._loss(torch.cat([probe_a, probe_b]), targets, owners, window, features, held, "mean")
         if self.training:
-            mine = own if self.shard else slice(None)
-            ids = identity[mine]
-            if self.keep == "mean":
-                sums = [reference.normalize(g.float()) for g in gallery[:, mine]]
-                self.queue.enqueue(sums[0] + sums[1], ids)
-            else:  # the window's rows are unit vectors already
-                kept = self._kept(window.features[1, mine], window.features[0, mine], coin)
-                self.queue.enqueue(kept, ids.repeat(2) if self.keep == "both" else ids, unit=True)
+            self._enqueue(window, groups, kept, own if self.shard else slice(None))
         return loss
+
+    def _kept(self, device: torch.device) -> Tensor:
+        """Which group enters the queue, int64 0-d; tossed on the device, so that the host neither waits nor decides."""
+        if self.keep == "coin":
+            return torch.randint(2, (), device=device)
+        return torch.full((), int(self.keep == "first"), device=device)
+
+    def _enqueue(self, window: Window, groups: Sequence[Tensor], kept: Tensor, mine: slice) -> None:
+        features, ids = window.features, window.identities
+        if self.shard:
+            features, ids = features[:, mine], ids[mine]
+        if self.keep == "mean":
+            sums = [reference.normalize(group[mine].float()) for group in groups]
+            self.queue.enqueue(sums[0] + sums[1], ids.clamp_min(0))
+        elif self.keep == "both":
+            self.queue.enqueue(features.flip(0).flatten(0, 1), ids.repeat(2), unit=True)
+        else:
+            self.queue.enqueue_window(Window(features, ids, window.start, window.slots), kept)
 
     def _loss(
         self, embedding: Tensor, target: Tensor, identity: Tensor, window: Window, features: Tensor,
@@ -205,8 +224,10 @@ class SemiSiameseLoss(nn.Module):
         )  # fmt: skip
         return loss
 
-    def _over_shards(self, probes: Tensor, gallery: Tensor, identity: Tensor, own: slice) -> tuple[Tensor, Window]:
-        """Probes [B, 2, D] of this rank, gallery [2, W B, D] and identity [W B] of all. The loss, and the window it saw."""
+    def _over_shards(
+        self, probes: Tensor, gallery: Sequence[Tensor], identity: Tensor, own: slice
+    ) -> tuple[Tensor, Window]:
+        """Probes [B, 2, D] of this rank, gallery 2 x [W B, D] and identity [W B] of all. The loss, and the window it saw."""
         window, held = self.queue.shard_window(gallery, identity, own)
         everyone = distributed.gather_with_gradient(probes, self.group).transpose(0, 1).flatten(0, 1)
         # Rows are the probes a of all ranks, then the probes b.
@@ -214,17 +235,6 @@ class SemiSiameseLoss(nn.Module):
             everyone, window.slots.repeat(2), identity.repeat(2), window, self.queue.features, held, "none"
         )
         return distributed.combine_shards(mine, self.group).view(2, -1)[:, own].mean(), window
-
-    def _kept(self, gallery_a: Tensor, gallery_b: Tensor, coin: Tensor) -> Tensor:
-        if self.keep == "first":
-            return gallery_a
-        if self.keep == "second":
-            return gallery_b
-        if self.keep == "both":
-            return torch.cat([gallery_a, gallery_b])
-        if gallery_a.dtype == torch.float8_e4m3fn:  # PyTorch moves its bytes only
-            return torch.where(coin, gallery_a.view(torch.uint8), gallery_b.view(torch.uint8)).view(gallery_a.dtype)
-        return torch.where(coin, gallery_a, gallery_b)
 
 
 class MarginSoftmaxHead(nn.Module):

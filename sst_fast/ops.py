@@ -5,6 +5,8 @@ They are called after the arguments have been checked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,16 @@ def _plain(operation: str, tensor: Tensor, queue_dtype: torch.dtype, backend: st
 
 
 def enqueue(
-    features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor, unit: bool, backend: str | None
+    features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor, unit: bool,
+    group: Tensor | None, backend: str | None,
 ) -> None:  # fmt: skip
-    """Writes ``features`` [B, D], normalised unless they are ``unit``, into the ring in place, and advances it."""
+    """Writes ``features`` [B, D], normalised unless they are ``unit``, into the ring in place, and advances it.
+
+    ``group``, 0-d: which of ``features`` [H, B, D] is written.
+    """
     plain = _plain("enqueue", features, queue.dtype, backend)
     run = reference.enqueue if plain else torch.ops.sst_fast.enqueue
-    run(features, identities, queue, queue_identities, state, unit)
+    run(features, identities, queue, queue_identities, state, unit, group)
 
 
 def dequeue(count: int, queue_identities: Tensor, state: Tensor, backend: str | None) -> Tensor:
@@ -34,9 +40,9 @@ def dequeue(count: int, queue_identities: Tensor, state: Tensor, backend: str | 
 
 
 def window(
-    features: Tensor, state: Tensor, size: int, dtype: torch.dtype, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows of ``features`` [H, B, D] in ``dtype``, the slot that is written next (0-d), and the B slots from there on."""
-    run = reference.window if _plain("window", features, dtype, backend) else torch.ops.sst_fast.window
-    unit, start, slots = run(features, state, size, dtype)
-    return unit, start, slots
+    groups: Sequence[Tensor], identities: Tensor, state: Tensor, size: int, dtype: torch.dtype, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The slots that a batch is about to take; csrc/ops.h says what the five tensors are."""
+    run = reference.window if _plain("window", groups[0], dtype, backend) else torch.ops.sst_fast.window
+    unit, start, targets, owners, held = run(groups, identities, state, size, dtype)
+    return unit, start, targets, owners, held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +92,23 @@ class GalleryQueue(nn.Module):
             TypeError, ValueError: wrong dtype, shape, device or value, or more rows than the queue has slots.
         """
         self._check(features, identities, QUEUE_DTYPES if unit else EMBEDDING_DTYPES)
-        ring, held = (self.features, self.identities) if self.spare == 0 else self._slots()
-        ops.enqueue(features.detach(), identities, ring, held, self.state, unit, self.backend)
+        self._write(features.detach(), identities, unit, None)
+
+    def enqueue_window(self, window: Window, group: Tensor | int = 0) -> None:
+        """Writes what one group sees in a window that :meth:`window` gave, before anything else is enqueued.
+
+        Args:
+            window: its rows are unit vectors in the queue's dtype already, so they are copied.
+            group: which of the H groups: a number, or a 0-d tensor that stays on the device.
+        """
+        if isinstance(group, int):
+            self._write(window.features[group], window.identities, True, None)
+        else:
+            self._write(window.features, window.identities, True, group)
+
+    def _write(self, features: Tensor, identities: Tensor, unit: bool, group: Tensor | None) -> None:
+        ring, held = self._slots() if self.spare else (self.features, self.identities)
+        ops.enqueue(features, identities, ring, held, self.state, unit, group, self.backend)
 
     def _slots(self) -> tuple[Tensor, Tensor]:
         """Features and identities without the spare rows."""
@@ -152,19 +167,22 @@ class GalleryQueue(nn.Module):
         self.state[0], self.state[1] = len(mine) % self.size, len(mine)
         return min(len(newest), self.size * world), len(newest)
 
-    def window(self, features: Tensor, identities: Tensor) -> Window:
+    def window(self, features: Tensor | Sequence[Tensor], identities: Tensor) -> Window:
         """The slots that the next :meth:`enqueue` of B rows will take, as the loss needs them.
 
         Take it before the batch is enqueued; it stays valid afterwards.
 
         Args:
-            features: [H, B, D] (or [B, D] for H = 1): what each group of probes shall see there; normalised here.
-            identities: int64 [B].
+            features: [H, B, D], a sequence of H tensors [B, D], or [B, D] for H = 1: what each group of probes shall see
+                there; normalised here. A row that is not finite is masked for all but the probes whose target it is.
+            identities: int64 [B], >= 0.
         """
-        unit, start, slots = self._unit(features, identities)
-        return Window(unit, identities, start, slots)
+        unit, start, targets, owners, held = self._unit(features, identities)
+        return Window(unit, held, start, targets[: identities.shape[0]], targets, owners)
 
-    def shard_window(self, features: Tensor, identities: Tensor, own: slice) -> tuple[Window, Tensor]:
+    def shard_window(
+        self, features: Tensor | Sequence[Tensor], identities: Tensor, own: slice
+    ) -> tuple[Window, Tensor]:
         """The same for a queue that is one shard of several: all ranks' features in the spare rows, as targets.
 
         Args:
@@ -180,23 +198,34 @@ class GalleryQueue(nn.Module):
         """
         if len(identities) > self.spare:
             raise ValueError(f"spare must be at least {len(identities)}, the batch of all ranks, got {self.spare}")
-        unit, start, _ = self._unit(features, identities)
+        unit, start, _, owners, seen = self._unit(features, identities)
         mine = torch.full_like(identities, -1)
-        mine[own] = identities[own]
+        mine[own] = seen[own]
         held = self.identities.clone()
         held.index_fill_(0, reference.window_slots(start, len(identities[own]), self.size), -1)
         slots = torch.arange(self.size, self.size + len(identities), device=self.state.device)
-        return Window(unit, mine, slots[0].clone(), slots), held
+        return Window(unit, mine, slots[0].clone(), slots, slots.repeat(len(unit)), owners), held
 
-    def _unit(self, features: Tensor, identities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Checked features [H, B, D], normalised, in the queue's dtype; where the queue stands; its next B slots."""
-        grouped = features[None] if features.dim() == 2 else features
-        if grouped.dim() != 3:
-            raise ValueError(f"features must have shape [H, B, D] or [B, D], got {list(features.shape)}")
-        if grouped.shape[0] == 0:
+    def _unit(
+        self, features: Tensor | Sequence[Tensor], identities: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Checks the batch; see the operator ``window`` (csrc/ops.h) for the result."""
+        if isinstance(features, Tensor):
+            if features.dim() not in (2, 3):
+                raise ValueError(f"features must have shape [H, B, D] or [B, D], got {list(features.shape)}")
+            features = [features] if features.dim() == 2 else features.unbind(0)
+        if not len(features):
             raise ValueError("features must have at least one group, got [0, B, D]")
-        self._check(grouped[0], identities)
-        return ops.window(grouped.detach(), self.state, self.size, self.features.dtype, self.backend)
+        first = features[0]
+        self._check(first, identities, EMBEDDING_DTYPES, count_only=True)
+        for other in features[1:]:
+            if other.shape != first.shape or other.dtype != first.dtype or other.device != first.device:
+                raise ValueError(
+                    f"features: every group must be {first.dtype} {list(first.shape)} on {first.device}, "
+                    f"got {other.dtype} {list(other.shape)} on {other.device}"
+                )
+        with torch.no_grad():
+            return ops.window(features, identities, self.state, self.size, self.features.dtype, self.backend)
 
     def age(self) -> Tensor:
         """int64 [K]: how many features were written after each slot's; -1 for an empty slot."""
@@ -207,10 +236,16 @@ class GalleryQueue(nn.Module):
         """bool, same shape as ``identities`` (int64): which of them the queue holds. Does not leave the device."""
         return torch.isin(identities, self.identities) & (identities >= 0)
 
-    def _check(self, features: Tensor, identities: Tensor, dtypes: tuple[torch.dtype, ...] = EMBEDDING_DTYPES) -> None:
-        check_tensor("features", features, (None, self.dim), dtypes, self.features.device)
-        check_tensor("identities", identities, (len(features),), (torch.int64,), self.features.device)
-        if len(features) > self.size:
+    def _check(
+        self, features: Tensor, identities: Tensor, dtypes: tuple[torch.dtype, ...], count_only: bool = False
+    ) -> None:  # fmt: skip
+        """``count_only``: the operator looks at the identities' values itself."""
+        device = self.features.device
+        check_tensor("features", features, (None, self.dim), dtypes, device)
+        check_tensor("identities", identities, (features.shape[0],), (torch.int64,), device)
+        if features.shape[0] > self.size:
             raise ValueError(f"features: a batch of {len(features)} does not fit into a queue of {self.size} slots")
-        if identities.device.type == "cpu" and not torch.compiler.is_compiling() and bool((identities < 0).any()):
+        if count_only or device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if bool((identities < 0).any()):
             raise ValueError(f"identities must be >= 0 (-1 marks an empty slot), got {int(identities.min())}")

@@ -5,6 +5,7 @@ Sizes: N probes, K slots, D features, B slots in the batch window, H groups of p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -157,18 +158,32 @@ def _plain(
     return MarginSoftmax(loss.to(c.dtype), lse, near, hardest, slot.masked_fill(alone, -1), beats)
 
 
-def window(features: Tensor, state: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows of ``features`` [H, B, D] in ``dtype``, the slot that is written next (0-d), and the B slots from there on."""
+def window(
+    groups: Sequence[Tensor], identities: Tensor, state: Tensor, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator ``sst_fast::window``: unit rows, start, targets, owners, identities that others see (csrc/ops.h)."""
+    features = torch.stack(list(groups))
     wide = torch.promote_types(features.dtype, torch.float32)
-    unit = normalize(features.flatten(0, 1).to(wide)).view_as(features).to(dtype)
+    unit = normalize(features.flatten(0, 1).to(wide)).view_as(features)
     start = state[0].clone()
-    return unit, start, window_slots(start, features.shape[1], size)
+    slots = window_slots(start, len(identities), size)
+    held = identities.where(features.isfinite().all(2).all(0), -1)
+    return unit.to(dtype), start, slots.repeat(len(features)), identities.repeat(len(features)), held
 
 
 def enqueue(
-    features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor, unit: bool = False
-) -> None:
-    """Writes rows, normalised unless they are ``unit``, and identities into the ring at ``state[0]`` and advances it."""
+    features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor, unit: bool = False,
+    group: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes rows, normalised unless they are ``unit``, and identities into the ring at ``state[0]`` and advances it.
+
+    ``group``, 0-d: which of features [H, B, D] is written.
+    """
+    if group is not None:
+        moved = (
+            features.view(torch.uint8) if features.dtype == torch.float8_e4m3fn else features
+        )  # PyTorch moves its bytes only
+        features = moved.index_select(0, group.long().view(1))[0].view(features.dtype)
     wide = torch.promote_types(features.dtype, torch.float32)
     slots = window_slots(state[0], len(features), len(queue))
     rows = (features if unit else normalize(features.to(wide))).to(queue.dtype)

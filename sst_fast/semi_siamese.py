@@ -151,6 +151,7 @@ class SemiSiamese(nn.Module):
             return direct
         group = self.criterion.group
         rank, world = distributed.ranks(group)
+        distributed.assert_same_batch(image, group)
         images = distributed.begin_gather(image, group)
         order = torch.randperm(world * len(image), device=image.device)
         order = distributed.from_first(order, group)

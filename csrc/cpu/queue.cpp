@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -15,8 +16,10 @@ namespace sst_fast::cpu {
 
 void enqueue(
     const at::Tensor& features_, const at::Tensor& identities_, at::Tensor& queue, at::Tensor& queue_identities,
-    at::Tensor& state, bool unit) {
-  const at::Tensor features = features_.contiguous(), identities = identities_.contiguous();
+    at::Tensor& state, bool unit, const OptionalTensor& group) {
+  const at::Tensor features =
+      (group ? features_.select(0, *group->to(at::kLong).const_data_ptr<int64_t>()) : features_).contiguous();
+  const at::Tensor identities = identities_.contiguous();
   const int64_t B = features.size(0), D = features.size(1), K = queue.size(0);
   TORCH_CHECK(queue.is_contiguous() && queue.size(1) == D && B <= K, "enqueue: shapes disagree");
   int64_t* ring = state.mutable_data_ptr<int64_t>();
@@ -61,27 +64,47 @@ at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& stat
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> window(
-    const at::Tensor& features_, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
-  const at::Tensor features = features_.contiguous();
-  const int64_t B = features.size(1), D = features.size(2), rows = features.size(0) * B;
+WindowTensors window(
+    at::TensorList groups, const at::Tensor& identities_, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
+  const at::Tensor identities = identities_.contiguous();
+  const int64_t H = groups.size(), B = identities.numel(), D = groups[0].size(1);
   const int64_t position = state.const_data_ptr<int64_t>()[kPosition];
-  TORCH_CHECK(position >= 0 && position < size, "window: the queue's position is outside the queue");
-  at::Tensor unit = at::empty(features.sizes(), features.options().dtype(dtype));
-  at::Tensor start = at::empty({}, state.options()), slots = at::empty({B}, state.options());
-  const auto& sweep = sweeps().f64;
-  const Storage from = storage_of(features), to = storage_of(unit);
-  at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
-    std::vector<double> scale(end - begin);
-    sweep.norms(features.const_data_ptr(), from, D, begin, end, scale.data());
-    for (double& norm : scale) norm = normaliser(norm);
-    sweep.scaled_rows(
-        features.const_data_ptr(), from, D, begin, end, scale.data(), unit.mutable_data_ptr(), to, 0, rows);
-  });
+  TORCH_CHECK(position >= 0 && position < size && B <= size, "window: the queue's position is outside the queue");
+  const auto numbers = [&](at::IntArrayRef shape) { return at::empty(shape, state.options()); };
+  WindowTensors out{
+      at::empty({H, B, D}, groups[0].options().dtype(dtype)), numbers({}), numbers({H * B}), numbers({H * B}),
+      numbers({B})};
+  auto& [unit, start, targets, owners, held] = out;
   *start.mutable_data_ptr<int64_t>() = position;
-  int64_t* slot = slots.mutable_data_ptr<int64_t>();
-  for (int64_t b = 0; b < B; b++) slot[b] = (position + b) % size;
-  return {unit, start, slots};
+  int64_t *slot = targets.mutable_data_ptr<int64_t>(), *owner = owners.mutable_data_ptr<int64_t>(),
+          *seen = held.mutable_data_ptr<int64_t>();
+  const int64_t* identity = identities.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < B; b++) {
+    TORCH_CHECK_VALUE(
+        identity[b] >= 0, "identities must be >= 0 (-1 marks an empty slot), got ", identity[b], " at row ", b);
+    seen[b] = identity[b];
+    for (int64_t h = 0; h < H; h++) slot[h * B + b] = ring_slot(position, b, size), owner[h * B + b] = identity[b];
+  }
+  const auto& rows = sweeps().f64;
+  const Storage to = storage_of(unit);
+  for (int64_t h = 0; h < H; h++) {
+    const at::Tensor features = groups[h].contiguous();
+    TORCH_CHECK(features.size(0) == B && features.size(1) == D, "window: shapes disagree");
+    const Storage from = storage_of(features);
+    char* group = static_cast<char*>(unit.mutable_data_ptr()) + h * B * D * unit.element_size();
+    at::parallel_for(0, B, std::max<int64_t>(1, 32768 / D), [&](int64_t begin, int64_t end) {
+      std::vector<double> scale(end - begin);
+      rows.norms(features.const_data_ptr(), from, D, begin, end, scale.data());
+      for (int64_t b = begin; b < end; b++) {
+        const double norm = scale[b - begin];
+        // A row that is not finite is the target of its own probe, whose loss tells of it, but nobody's negative.
+        if (!std::isfinite(norm)) seen[b] = -1;
+        scale[b - begin] = normaliser(norm);
+      }
+      rows.scaled_rows(features.const_data_ptr(), from, D, begin, end, scale.data(), group, to, 0, B);
+    });
+  }
+  return out;
 }
 
 }  // namespace sst_fast::cpu

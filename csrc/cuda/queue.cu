@@ -89,8 +89,10 @@ __global__ void dequeue_kernel(int64_t* identities, int64_t* gone, int64_t* stat
 // state: int64 [3], position, fill and the launch's counter.
 void enqueue(
     const at::Tensor& features_, const at::Tensor& identities_, at::Tensor& queue, at::Tensor& queue_identities,
-    at::Tensor& state, bool unit) {
-  const at::Tensor features = features_.contiguous(), identities = identities_.contiguous();
+    at::Tensor& state, bool unit, const OptionalTensor& group) {
+  const at::Tensor features =
+      (group ? features_.index_select(0, group->to(at::kLong).view({1})).squeeze(0) : features_).contiguous();
+  const at::Tensor identities = identities_.contiguous();
   const int64_t B = features.size(0), D = features.size(1), K = queue.size(0);
   TORCH_CHECK(queue.is_contiguous() && queue.size(1) == D && B <= K, "enqueue: shapes disagree");
   if (B == 0) return;
