@@ -54,6 +54,7 @@ class Row:
     data: tuple[float, ...]
     extra_mib: float | None
     error: float | None
+    counts: dict[str, int]
 
     @property
     def median(self) -> float:
@@ -90,6 +91,7 @@ class Run:
                 Row(
                     b["extra_info"]["suite"], b["group"], b["extra_info"]["provider"], b["extra_info"]["problem"],
                     tuple(b["stats"]["data"]), b["extra_info"].get("extra_mib"), b["extra_info"].get("error"),
+                    b["extra_info"].get("counts", {}),
                 )
                 for b in content["benchmarks"]
             ]  # fmt: skip
@@ -165,11 +167,22 @@ def rates(rows: list[Row]) -> str:
     return f"Identities/s: {', '.join(parts)}."
 
 
+def host(rows: list[Row]) -> str:
+    """Microseconds of every contender, and what it asks PyTorch for."""
+    parts = [
+        f"{row.provider} {1e6 * row.median:,.0f} us"
+        + (f" ({', '.join(f'{number} {name}' for name, number in row.counts.items())})" if row.counts else "")
+        for row in rows
+    ]
+    return f"{'; '.join(parts)}."
+
+
 # suite -> title, limit, what 'ours' is, a line under each table
 SUITES: dict[str, tuple[str, str, str, Callable[[list[Row]], str] | None]] = {
     "loss": ("Loss", BARE, OURS, None),
     "queue": ("Queue and gallery update", "copy of the bytes", OURS, None),
     "step": ("Training step", "networks", "whole step", added),
+    "host": ("Host", "eager", OURS, host),
     "scaling": ("Several processes", BARE, OURS, rates),
 }
 
