@@ -77,6 +77,8 @@ def each(a: Arguments) -> MarginSoftmax:
         if bool(wrong.any()):
             bad = int(wrong.nonzero()[0])
             raise IndexError(f"target[{bad}] is {int(target[bad])}, expected a row number of prototypes in [0, {k})")
+        if a.window is not None and not 0 <= int(a.window.start) < k:
+            raise IndexError(f"window.start is {int(a.window.start)}, expected a slot in [0, {k})")
     target = target.where(valid, least)
     prototypes, window, positive = a.prototypes.to(wide, copy=True), None, a.positive  # a copy: the queue changes
     if a.window is not None:  # held as the queue is that it will be written to
