@@ -5,18 +5,28 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs import config
+from runs import config, make_faces
 
 from sst_fast import data
 from sst_fast.train import backbones, export, loop
 from sst_fast.train.cli import main
 
 
-@pytest.fixture
-def run(faces, tmp_path):
-    settings = config(faces, tmp_path / "run", epochs=1, lr=0.001)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    return make_faces(tmp_path_factory.mktemp("data") / "faces")
+
+
+@pytest.fixture(scope="module")
+def run(faces, tmp_path_factory):
+    """A trained one; tests leave it as it is."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    settings = config(faces, out, epochs=1, lr=0.001)
     loop.train(settings, *loop.split(settings))
-    return tmp_path / "run"
+    return out
 
 
 def images_and_embeddings(run, faces):
@@ -30,7 +40,7 @@ def test_safetensors_load_again(run, faces, tmp_path):
     assert main(["export", str(run), str(tmp_path / "probe.safetensors")]) == 0
     with safetensors.safe_open(tmp_path / "probe.safetensors", "pt") as opened:
         notes = json.loads(opened.metadata()["preprocessing"])
-    assert (notes["mean"], notes["std"], notes["size"], notes["color"]) == (127.5, 128.0, [32, 32], "gray")
+    assert (notes["mean"], notes["std"], notes["size"], notes["layout"]) == (127.5, 128.0, [32, 32], "NCHW")
     images, expected = images_and_embeddings(run, faces)
     network, _ = export.load_probe(tmp_path / "probe.safetensors")
     assert torch.equal(backbones.embed(network, [images]), expected)

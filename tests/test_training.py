@@ -12,24 +12,13 @@ from PIL import Image
 from runs import config
 
 from sst_fast import data, evaluation
+from sst_fast.margins import ArcSoftmax
 from sst_fast.train import backbones, loop
 from sst_fast.train.cli import main
 from sst_fast.train.config import Config
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"queue_size": 2}, "batch: 3 identities do not fit into a queue of queue_size=2"),
-        ({"batch": 1}, "batch must be at least 2"),
-        ({"epochs": 0}, "epochs must be > 0, got 0"),
-        ({"backbone": "resnet"}, "backbone must be 'mobilefacenet' or 'timm:NAME', got 'resnet'"),
-    ],
-)
-def test_impossible_configurations_are_named(faces, tmp_path, changes, message):
-    bad = config(faces, tmp_path / "run", **changes)
-    with pytest.raises(ValueError, match=message):
-        loop.train(bad, *loop.split(bad))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +28,7 @@ def test_impossible_configurations_are_named(faces, tmp_path, changes, message):
         {"precision": "float16", "accumulate": 2},
         {"sampler": "spaced", "keep": "mean", "batchnorm": "copy", "queue_dtype": "bfloat16"},
         {"sampler": "left_out", "galleries": 2, "momentum_warmup": 3, "schedule": "cosine"},
-        {"method": "conventional", "precision": "bfloat16", "margin": "arc", "scale": 16.0},
+        {"method": "conventional", "precision": "bfloat16", "margin": ArcSoftmax(0.3), "scale": 16.0},
     ],
 )
 def test_settings_train_and_resume_exactly(faces, tmp_path, changes):
@@ -63,7 +52,7 @@ def test_accumulated_batches_are_one_large_batch(faces, tmp_path):
     gradients = []
     for parts in (1, 2):
         torch.manual_seed(0)
-        model = loop.start(settings, 12, torch.device("cpu")).model.eval()
+        model = loop.start(settings, range(12), torch.device("cpu")).model.eval()
         for part in zip(*(x.chunk(parts) for x in batch), strict=True):
             (model(*part) / parts).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -73,8 +62,8 @@ def test_accumulated_batches_are_one_large_batch(faces, tmp_path):
 def test_two_identities_are_enough(faces, tmp_path):
     tiny = data.folder(faces).subset([0, 1])
     for scheme in ("shuffle", "spaced", "left_out"):
-        run = config(faces, tmp_path / scheme, batch=2, queue_size=50, sampler=scheme, lr=0.001)
-        assert len(loop.train(run, tiny, None).history) == 4
+        run = config(faces, tmp_path / scheme, batch=2, queue_size=50, sampler=scheme, lr=0.001, epochs=3)
+        assert len(loop.train(run, tiny, None).history) == 3
 
 
 def test_list_file(faces, tmp_path):
@@ -131,7 +120,7 @@ def test_command_line_trains_and_evaluates(faces, tmp_path, capsys, suffix):
     assert list((out / "tensorboard").iterdir())
     capsys.readouterr()
     assert main(["eval", str(out), str(faces)]) == 0
-    assert "rank-1" in capsys.readouterr().out
+    assert "rank1" in capsys.readouterr().out
 
 
 def test_info(capsys):
@@ -217,7 +206,7 @@ def test_recipes_are_the_authors(file, epochs, steps):
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Config)
     path = Path(__file__).parent.parent / "examples" / f"{file}.yaml"
-    values = parser.instantiate_classes(parser.parse_args(["--config", str(path)]))
+    values = parser.instantiate(parser.parse_args(["--config", str(path)]))
     recipe = Config(**{name: value for name, value in vars(values).items() if name != "config"})
     assert recipe.epochs == epochs
     recipe.check(72778)
