@@ -133,7 +133,7 @@ def read(path: Path) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever a file of another kind leads zipfile and PyTorch to
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported (global|class)", str(error)):
             raise ValueError(
                 f"{path} holds Python objects (a whole pickled module?), and loading those could run any code; "
                 "save the network's state_dict() instead"
