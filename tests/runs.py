@@ -75,7 +75,7 @@ def _run(arguments, errors, environment):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     with errors.open("w") as file:
         os.dup2(file.fileno(), 2)
-    sys.stderr = open(2, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w")
     torch.set_num_threads(1)
     from sst_fast.train.cli import main
 

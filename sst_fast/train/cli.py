@@ -6,10 +6,12 @@ A command is a function in COMMANDS: its parameters and their description in its
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -147,15 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parser, configs = _parser("toml" if any(a.endswith(".toml") for a in argv) else "yaml")
         try:
-            settings = parser.parse_args(_long_margin_names(argv))
+            settings = parser.parse_args(_with_margin_spelled_out(argv))
             values = vars(parser.instantiate(settings)[settings.command])
+            values = {option: value for option, value in values.items() if option != "config"}
+            if settings.command in configs:
+                values = {"config": configs[settings.command](**values)}
         except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
             told = re.sub(r'Parser key "([^"]+)":', r"\1:", str(error))  # the parser's words for an option and a type
             told = re.sub(r"<class '([\w.]+)'>", r"\1", told).removesuffix(".")
             return fail(f"{told} ('{who} --help' explains the options)", 2)
-        values = {option: value for option, value in values.items() if option != "config"}
-        if settings.command in configs:
-            values = {"config": configs[settings.command](**values)}
         COMMANDS[settings.command](**values)
     except Stopped as stopped:
         return fail(stopped, 128 + stopped.signal)
@@ -169,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(mode: str) -> tuple[Any, dict[str, type]]:
     """The parser of all commands, and the dataclass of those that have one."""
     import jsonargparse
+    import yaml
     from torch import Tensor
 
     import sst_fast
@@ -177,19 +180,27 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
     from sst_fast.train.demo import DemoConfig
 
     jsonargparse.set_parsing_settings(subclasses_enabled=[Margin], subclasses_disabled=[Tensor])
-    plain = jsonargparse.get_loader(mode)
-    # A mode of our own, so that the program around us keeps its own.
-    own = f"sst-fast-{mode}"
-    jsonargparse.set_loader(own, lambda text: _long_margin_name(plain(text)), exceptions=(ValueError,))
+
+    def load(text: str) -> Any:
+        try:
+            content = jsonargparse.get_loader(mode)(text)
+        except Exception:  # single values are as in YAML, whatever the file is
+            content = jsonargparse.get_loader("yaml")(text)
+        if isinstance(content, dict) and "margin" in content:
+            content = content | {"margin": _spelled_out(content["margin"])}
+        return content
+
+    own = f"sst-fast-{mode}"  # so that a program around us keeps its own
+    jsonargparse.set_loader(own, load, exceptions=(ValueError, yaml.YAMLError))
     parser = jsonargparse.ArgumentParser(
         prog="sst-fast", description="Semi-Siamese Training.", parser_mode=own, exit_on_error=False,
-        version=sst_fast.__version__,
+        allow_abbrev=False, version=sst_fast.__version__,
     )  # fmt: skip
     commands = parser.add_subcommands(required=True, dest="command")
     configs: dict[str, type] = {"train": Config, "demo": DemoConfig}
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").splitlines()[0]
-        sub = jsonargparse.ArgumentParser(parser_mode=own, exit_on_error=False, description=summary)
+        sub = jsonargparse.ArgumentParser(parser_mode=own, exit_on_error=False, allow_abbrev=False, description=summary)
         if name in configs:
             sub.add_argument("--config", action="config", help="a YAML or TOML file with these settings")
             sub.add_class_arguments(configs[name])
@@ -199,36 +210,36 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
     return parser, configs
 
 
-def _long_margin_names(argv: Sequence[str]) -> list[str]:
-    """Short names of margins, as in ``--margin arc``, replaced by those of their classes."""
+def _with_margin_spelled_out(argv: Sequence[str]) -> list[str]:
+    """``--margin arc`` or ``--margin ArcSoftmax`` replaced by what :func:`_spelled_out` makes of it."""
     out: list[str] = []
     for argument in argv:
         option, equals, value = argument.partition("=")
         if out and out[-1] == "--margin":
-            argument = _class_name(argument)
+            argument = json.dumps(_spelled_out(argument))
         elif option == "--margin" and equals:
-            argument = f"{option}={_class_name(value)}"
+            argument = f"{option}={json.dumps(_spelled_out(value))}"
         out.append(argument)
     return out
 
 
-def _long_margin_name(content: Any) -> Any:
-    """The same in what a configuration file holds."""
-    if isinstance(content, dict) and isinstance(margin := content.get("margin"), str):
-        return content | {"margin": _class_name(margin)}
-    return content
+def _spelled_out(margin: Any) -> dict[str, Any]:
+    """A margin by its short name, its class or as a mapping with 'class_path', with every field of it.
 
-
-def _class_name(margin: str) -> str:
+    The parser would carry fields of the same name over from the margin chosen before: ArcFace's radians from AM-softmax's
+    cosine.
+    """
     from sst_fast.margins import MARGINS
 
-    classes = {name: kind.__name__ for name, kind in MARGINS.items()}
-    if margin in classes.values() or margin.startswith("{"):
-        return margin
-    if margin not in classes:
-        known = ", ".join(f"{kind} ({name})" for name, kind in classes.items())
-        raise ValueError(f"margin must be one of {known}, got {margin!r}")
-    return {str(name): kind for name, kind in classes.items()}[margin]
+    if isinstance(margin, str) and margin.startswith("{"):
+        margin = json.loads(margin)
+    given = margin if isinstance(margin, dict) else {"class_path": margin}
+    name = str(given.get("class_path")).rpartition(".")[2]
+    kind = next((kind for short, kind in MARGINS.items() if name in (short, kind.__name__)), None)
+    if kind is None:
+        known = ", ".join(f"{kind.__name__} ({short})" for short, kind in MARGINS.items())
+        raise ValueError(f"margin must be one of {known}, got {name!r}")
+    return {"class_path": f"sst_fast.{kind.__name__}", "init_args": asdict(kind()) | given.get("init_args", {})}
 
 
 def _wanted(backbone: str, dim: int, width: float, size: int, channels: int) -> ProbeInfo | None:

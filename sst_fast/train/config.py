@@ -87,7 +87,7 @@ class Config:
         batch: identities per step over all processes, two images each.
         accumulate: batches per optimizer step.
         lr: learning rate of SGD with momentum 0.9.
-        weight_decay: of SGD.
+        weight_decay: of SGD, on all weights.
         warmup: epochs over which the learning rate rises.
         schedule: 'step' (the rate falls tenfold at each of milestones) or 'cosine'.
         milestones: shares of all epochs, each in (0, 1].

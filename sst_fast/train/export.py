@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,9 +44,9 @@ class ProbeInfo:
             "crop": "centred square of side s = min(width, height); its left edge (width - s) / 2 and its upper edge "
             "(height - s) / 2 are not rounded to whole pixels",
             "size": [self.size, self.size],
-            "resize": "bilinear with antialiasing: output pixel i is the mean of input pixels x with weights "
-            "max(0, 1 - |x + 0.5 - left - (i + 0.5) s / size| / max(1, s / size)), the weights beyond the crop's outermost "
-            "pixels left out; along rows, rounded to 8 bits, then along columns, rounded to 8 bits",
+            "resize": "bilinear with antialiasing: output pixel i is the mean of the image's pixels x (beyond the crop too) with "
+            "weights max(0, 1 - |x + 0.5 - left - (i + 0.5) s / size| / max(1, s / size)); along rows, rounded to 8 bits "
+            "(halves up), then along columns, rounded to 8 bits",
             "layout": "NCHW",
             "dtype": "float32",
             "mean": data.MEAN,
@@ -172,17 +176,34 @@ def export(run: str | Path, out: str | Path, wanted: ProbeInfo | None = None) ->
         batch = torch.export.Dim("batch")
         if out.suffix == ".pt2":
             exported = torch.export.export(program, (example,), dynamic_shapes=({0: batch},))
-            torch.export.save(exported, temporary, extra_files=notes)
+            buffer = io.BytesIO()  # it warns of a path that does not end in .pt2
+            torch.export.save(exported, buffer, extra_files=notes)
+            temporary.write_bytes(buffer.getbuffer())
             return
-        made = torch.onnx.export(
-            program, (example,), input_names=["image"], output_names=["embedding"], dynamic_shapes=({0: batch},),
-            dynamo=True, verbose=False,
-        )  # fmt: skip
+        with _quiet_onnx():
+            made = torch.onnx.export(
+                program, (example,), input_names=["image"], output_names=["embedding"], dynamic_shapes=({0: batch},),
+                dynamo=True, verbose=False,
+            )  # fmt: skip
         assert made is not None
         proto = made.model_proto
         for name, value in notes.items():
             proto.metadata_props.append(onnx.StringStringEntryProto(key=name, value=value))
         onnx.save_model(proto, str(temporary))
+
+
+@contextlib.contextmanager
+def _quiet_onnx() -> Iterator[None]:
+    """Keeps back what PyTorch's exporter says of itself: that there is no torchvision, that it calls what it deprecates."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def embed_folder(
