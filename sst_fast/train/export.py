@@ -45,8 +45,8 @@ class ProbeInfo:
             "(height - s) / 2 are not rounded to whole pixels",
             "size": [self.size, self.size],
             "resize": "bilinear with antialiasing: output pixel i is the mean of the image's pixels x (beyond the crop too) with "
-            "weights max(0, 1 - |x + 0.5 - left - (i + 0.5) s / size| / max(1, s / size)); along rows, rounded to 8 bits "
-            "(halves up), then along columns, rounded to 8 bits",
+            "weights max(0, 1 - |x + 0.5 - left - (i + 0.5) s / size| / max(1, s / size)); along each axis in turn, rounded to 8 "
+            "bits each time, which is right to 1 of 255",
             "layout": "NCHW",
             "dtype": "float32",
             "mean": data.MEAN,
