@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,15 +11,16 @@ if not torch.cuda.is_available():
 
 @pytest.fixture
 def faces(tmp_path):
-    """Twelve people with three images each: a fixed noise pattern a person, and a little more an image."""
-    from PIL import Image  # what GPU tests do not need may be missing on a GPU machine
+    """Twelve people with three images each, for this test alone."""
+    from runs import make_faces
 
-    rng = np.random.default_rng(0)
-    root = tmp_path / "faces"
-    for person in range(12):
-        (root / f"p{person}").mkdir(parents=True)
-        base = rng.integers(40, 200, (8, 8))
-        for i in range(3):
-            pixels = np.kron(base, np.ones((4, 4))) + rng.normal(0, 10, (32, 32))
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"p{person}" / f"{i}.png")
-    return root
+    return make_faces(tmp_path / "faces")
+
+
+@pytest.fixture
+def one_thread():
+    """Networks this small lose by a second thread, and very much so where tests already use every core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,13 +1,95 @@
-"""Small training runs for tests."""
+"""Small training runs for tests, in this process or in others."""
 
+import multiprocessing
+import os
+import signal
+import socket
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from sst_fast.train.config import Config, DataConfig
+
+
+def make_faces(root, people=12):
+    """People with three images each: a fixed noise pattern a person, and a little more an image."""
+    from PIL import Image  # what GPU tests do not need may be missing on a GPU machine
+
+    rng = np.random.default_rng(0)
+    for person in range(people):
+        (root / f"p{person}").mkdir(parents=True)
+        base = rng.integers(40, 200, (8, 8))
+        for i in range(3):
+            pixels = np.kron(base, np.ones((4, 4))) + rng.normal(0, 10, (32, 32))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"p{person}" / f"{i}.png")
+    return root
 
 
 def config(root, out, **changes) -> Config:
     base = Config(
         data=DataConfig(str(root), 32, 1, test_share=0.25), dim=16, width=0.125, queue_size=7, momentum=0.9,
-        epochs=4, batch=3, lr=0.05, out=str(out), device="cpu",
+        epochs=4, batch=3, lr=0.005, out=str(out), device="cpu",
     )  # fmt: skip
     return replace(base, **changes)
+
+
+def options(root, out, **changes) -> list[str]:
+    """Nearly the same for the command line."""
+    settings = {"data.root": root, "data.size": 32, "data.channels": 1, "dim": 16, "width": 0.125, "queue_size": 7,
+                "momentum": 0.9, "epochs": 60, "batch": 4, "lr": 0.005, "device": "cpu", "out": out} | changes  # fmt: skip
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+class Command:
+    """``sst-fast ...`` in a process of its own, forked from one that has imported everything already."""
+
+    def __init__(self, arguments, errors: Path, environment=None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["sst_fast.train.loop", "sst_fast.train.demo", "jsonargparse"])
+        self.errors = errors
+        self.process = context.Process(target=_run, args=(list(arguments), errors, environment or {}))
+        self.process.start()
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self):
+        self.process.join(120)
+        return self.process.exitcode
+
+    def told(self) -> str:
+        return self.errors.read_text()
+
+
+def _run(arguments, errors, environment):
+    import sys
+
+    import torch
+
+    os.environ.update(environment)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w")
+    torch.set_num_threads(1)
+    from sst_fast.train.cli import main
+
+    sys.exit(main(arguments))
+
+
+def ranks(arguments, errors: Path, count: int):
+    """The same as so many processes, with what torchrun tells each of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
+    return [
+        Command(arguments, errors.with_suffix(f".{rank}"), together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]

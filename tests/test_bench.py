@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from bench import problems, providers, report
+from bench import problems, providers, report, timing
 from bench.problems import Problem
 from sst_fast.backends.extension import compiled
 
@@ -50,11 +50,13 @@ def test_a_wrong_result_is_named():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The suite itself, smallest form."""
+    """The suite itself, smallest form; memory, which takes a process for each problem, has a test of its own."""
     path = tmp_path_factory.mktemp("bench") / "run.json"
     command = [sys.executable, "-m", "pytest", "bench", "--size", "smoke", "-q", "--device", "cpu", "--benchmark-json", path,
-               "-k", "not compile", "-p", "no:cacheprovider"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+               "-k", "not compile", "-p", "no:cacheprovider", "--no-memory"]  # fmt: skip
+    # Each problem measures all its contenders, selected or not; torch.compile, which takes seconds, then does nothing.
+    quick = {"TRITON_INTERPRET": "0", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quick)
     assert done.returncode == 0, done.stdout[-3000:]
     return path
 
@@ -95,6 +97,15 @@ def test_comparison_flags_what_became_slower(run, tmp_path, capsys):
     assert "| ours (cpu) | 2.00 | REGRESSION |" in told
     assert report.main([str(steady), "--compare", str(slow)]) == 0
     assert "faster" in capsys.readouterr().out
+
+
+def test_memory_is_measured_in_a_process_of_its_own():
+    problem = Problem(256, 4096, 64)
+    found = timing.peak_memory("bench.test_loss:ready", [asdict(problem), ["ours (reference)"]], CPU)
+    logits = 256 * 4096 * 4 / 2**20
+    assert set(found) == {"bare products", "ours (reference)"}
+    assert 0 <= found["bare products"] < found["ours (reference)"]
+    assert logits < found["ours (reference)"] < 20 * logits
 
 
 def test_other_files_are_refused(tmp_path):

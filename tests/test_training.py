@@ -1,7 +1,9 @@
 """From a folder of images to a report: data, backbones, verification, resuming, command line."""
 
+import csv
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,27 +11,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import config
+from runs import config, make_faces
 
+import sst_fast
 from sst_fast import data, evaluation
+from sst_fast.margins import MARGINS, AMSoftmax, ArcSoftmax, CombinedMargin, MagFace, Margin
 from sst_fast.train import backbones, loop
-from sst_fast.train.cli import main
-from sst_fast.train.config import Config
+from sst_fast.train.cli import COMMANDS, main
+from sst_fast.train.config import Config, DataConfig
+from sst_fast.train.progress import Progress
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"queue_size": 2}, "batch: 3 identities do not fit into a queue of queue_size=2"),
-        ({"batch": 1}, "batch must be at least 2"),
-        ({"epochs": 0}, "epochs must be > 0, got 0"),
-        ({"backbone": "resnet"}, "backbone must be 'mobilefacenet' or 'timm:NAME', got 'resnet'"),
-    ],
-)
-def test_impossible_configurations_are_named(faces, tmp_path, changes, message):
-    bad = config(faces, tmp_path / "run", **changes)
-    with pytest.raises(ValueError, match=message):
-        loop.train(bad, *loop.split(bad))
+@pytest.fixture(scope="module")
+def shared_faces(tmp_path_factory):
+    return make_faces(tmp_path_factory.mktemp("shared") / "faces", people=4)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +36,7 @@ def test_impossible_configurations_are_named(faces, tmp_path, changes, message):
         {"precision": "float16", "accumulate": 2},
         {"sampler": "spaced", "keep": "mean", "batchnorm": "copy", "queue_dtype": "bfloat16"},
         {"sampler": "left_out", "galleries": 2, "momentum_warmup": 3, "schedule": "cosine"},
-        {"method": "conventional", "precision": "bfloat16", "margin": "arc", "scale": 16.0},
+        {"method": "conventional", "precision": "bfloat16", "margin": ArcSoftmax(0.3), "scale": 16.0},
     ],
 )
 def test_settings_train_and_resume_exactly(faces, tmp_path, changes):
@@ -63,7 +60,7 @@ def test_accumulated_batches_are_one_large_batch(faces, tmp_path):
     gradients = []
     for parts in (1, 2):
         torch.manual_seed(0)
-        model = loop.start(settings, 12, torch.device("cpu")).model.eval()
+        model = loop.start(settings, range(12), torch.device("cpu")).model.eval()
         for part in zip(*(x.chunk(parts) for x in batch), strict=True):
             (model(*part) / parts).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -73,8 +70,8 @@ def test_accumulated_batches_are_one_large_batch(faces, tmp_path):
 def test_two_identities_are_enough(faces, tmp_path):
     tiny = data.folder(faces).subset([0, 1])
     for scheme in ("shuffle", "spaced", "left_out"):
-        run = config(faces, tmp_path / scheme, batch=2, queue_size=50, sampler=scheme, lr=0.001)
-        assert len(loop.train(run, tiny, None).history) == 4
+        run = config(faces, tmp_path / scheme, batch=2, queue_size=50, sampler=scheme, lr=0.001, epochs=3)
+        assert len(loop.train(run, tiny, None).history) == 3
 
 
 def test_list_file(faces, tmp_path):
@@ -131,7 +128,7 @@ def test_command_line_trains_and_evaluates(faces, tmp_path, capsys, suffix):
     assert list((out / "tensorboard").iterdir())
     capsys.readouterr()
     assert main(["eval", str(out), str(faces)]) == 0
-    assert "rank-1" in capsys.readouterr().out
+    assert "rank1" in capsys.readouterr().out
 
 
 def test_info(capsys):
@@ -210,17 +207,213 @@ def test_a_diverged_network_is_named():
 @pytest.mark.parametrize(
     ("file", "epochs", "steps"), [("first_release", 100, (48, 72, 90)), ("facex_zoo", 250, (150, 200, 230))]
 )
-def test_recipes_are_the_authors(file, epochs, steps):
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser()
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(Config)
-    path = Path(__file__).parent.parent / "examples" / f"{file}.yaml"
-    values = parser.instantiate_classes(parser.parse_args(["--config", str(path)]))
-    recipe = Config(**{name: value for name, value in vars(values).items() if name != "config"})
+def test_recipes_are_the_authors(monkeypatch, file, epochs, steps):
+    recipe = parsed(monkeypatch, "--config", str(Path(__file__).parent.parent / "examples" / f"{file}.yaml"))
+    assert (recipe.margin, recipe.momentum_warmup) == (AMSoftmax(0.35), 0)
     assert recipe.epochs == epochs
     recipe.check(72778)
     for i, step in enumerate(steps):
         assert recipe.lr_factor(step - 1) == pytest.approx(0.1**i)
         assert recipe.lr_factor(step) == pytest.approx(0.1 ** (i + 1))
+
+
+def failing(capsys, *arguments):
+    """The one line that a command says, and its status."""
+    capsys.readouterr()
+    code = main(list(arguments))
+    (line,) = capsys.readouterr().err.splitlines()
+    return code, line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 1}, "batch must be at least 2"),
+        ({"epochs": 0}, "epochs must be > 0, got 0"),
+        ({"epochs": 2.5}, "epochs must be of the type int, got 2.5"),
+        ({"epochs": True}, "epochs must be of the type int, got True"),
+        ({"lr": "0.1"}, "lr must be of the type float, got '0.1'"),
+        ({"lr": float("nan")}, "lr must be > 0 and finite, got nan"),
+        ({"scale": 0.0}, "scale must be > 0 and finite, got 0.0"),
+        ({"width": -1.0}, "width must be > 0 and finite"),
+        ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
+        ({"milestones": (10, 20)}, r"milestones must be shares of all epochs in \(0, 1\]"),
+        ({"method": "moco"}, "method must be one of 'sst', 'conventional', got 'moco'"),
+        ({"margin": Margin()}, "margin must be one of Softmax, AMSoftmax"),
+        ({"margin": "am"}, "margin must be of the type Margin, got 'am'"),
+        ({"backbone": "resnet"}, "backbone must be 'mobilefacenet' or 'timm:NAME', got 'resnet'"),
+        ({"out": ""}, "out must be a folder, got ''"),
+        ({"data": {"size": 100}}, "data.size must be a multiple of 16 for mobilefacenet, got 100"),
+        ({"data": {"channels": 2}}, r"data.channels must be 1 \(gray\) or 3 \(RGB\), got 2"),
+        ({"data": {"test_share": 1.0}}, r"data.test_share must be in \[0, 1\), got 1.0"),
+        ({"shard": True, "method": "conventional"}, "shard needs method='sst'"),
+        ({"verify_every": 1}, "verify_every needs data.test_share or data.test_root"),
+    ],
+)
+def test_impossible_settings_are_named_at_once(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes | {"data": DataConfig(**changes.get("data", {}))})
+
+
+def test_settings_depend_on_the_data(faces, tmp_path):
+    bad = config(faces, tmp_path / "run", queue_size=2)
+    with pytest.raises(ValueError, match="batch: 3 identities do not fit into a queue of queue_size=2"):
+        loop.train(bad, *loop.split(bad))
+    with pytest.raises(ValueError, match="batch must be a multiple of the 2 processes, two for each, got 3"):
+        bad.check(9, world=2)
+
+
+def test_numbers_of_other_libraries_are_taken():
+    """A checkpoint holds the settings as JSON, long after the start."""
+    found = Config(epochs=np.int64(3), lr=torch.tensor(0.5), out=Path("a/b"), margin=AMSoftmax(torch.tensor(0.25)))
+    again = json.loads(json.dumps(found.as_dict()))
+    assert (again["epochs"], again["lr"], again["out"]) == (3, 0.5, "a/b")
+    assert again["margin"] == {"class_path": "AMSoftmax", "init_args": {"margin": 0.25}}
+
+
+def test_an_epochs_last_shorter_group_of_batches_counts_as_much(faces, tmp_path):
+    """Three batches by two: the second step's gradient is its one batch's, as without accumulation."""
+    seen = {}
+    for accumulate in (1, 2):
+        settings = config(faces, tmp_path, method="conventional", accumulate=accumulate, lr=1e-12, weight_decay=0.0)
+        torch.manual_seed(0)
+        state = loop.start(settings, range(9), torch.device("cpu"))
+        gradients = seen.setdefault(accumulate, [])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                state.optimizer, "step",
+                lambda into=gradients, s=state: into.append(
+                    torch.cat([p.grad.flatten().clone() for p in s.model.parameters()])
+                ),
+            )  # fmt: skip
+            pairs = data.Pairs(data.folder(faces).subset(list(range(9))), 32, 1, seed=0)
+            quiet = type("", (), {"advance": lambda *_: None, "agreed": lambda _: ""})()
+            loop.train_epoch(state, state.model, pairs, 0, torch.device("cpu"), quiet, quiet)
+    one, two = seen[1], seen[2]
+    assert (len(one), len(two)) == (3, 2)
+    torch.testing.assert_close(two[0], (one[0] + one[1]) / 2)
+    torch.testing.assert_close(two[1], one[2])
+
+
+def test_a_run_too_short_for_its_momentum_says_so(faces, tmp_path, capsys):
+    run = config(faces, tmp_path / "a", epochs=1, momentum=0.999, momentum_warmup=0)
+    loop.train(run, *loop.split(run))
+    told = capsys.readouterr().err
+    assert "momentum=0.999 is high for so short a run: after its 3 updates" in told
+    assert "to 100 % what it was untrained" in told
+    assert Config().momentum_warmup > 0
+    for settings in (Config(), Config(epochs=1)):
+        assert not loop.too_short(replace(settings, batch=10), 200)  # 20 updates
+    assert loop.too_short(Config(momentum_warmup=0, epochs=80, batch=30), 30)  # 0.999^80 = 0.92
+    assert not loop.too_short(Config(momentum_warmup=0, epochs=250), 72778)
+
+
+def test_help_explains_every_option(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        text = capsys.readouterr().out.split("\noptions:\n")[1]
+        # An option, its value if any, and then words that are not the parser's own.
+        for option, words in re.findall(r"^  (-\S+|[a-z]+)\b(.*(?:\n {8,}.*)*)", text, re.MULTILINE):
+            explained = re.sub(r"\((type|required|default).*", "", " ".join(words.split()), flags=re.DOTALL)
+            assert len(re.findall(r"[a-z]{2,}", explained)) >= 2, (name, option, words)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"sst-fast {sst_fast.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "sst-fast: expected"),
+        (["paint"], 2, "sst-fast: argument command: invalid choice: 'paint'"),
+        (["train"], 1, "sst-fast train: data.root must be given: a folder of identities, a list file or 'orl'"),
+        (["train", "--epoch", "3"], 2, "sst-fast train: unrecognized arguments: --epoch 3"),
+        (["train", "--epochs", "x"], 2, "sst-fast train: epochs: Expected a int. Got value: x"),
+        (["train", "--config", "nofile.yaml"], 2, "sst-fast train: config: File does not exist"),
+        (["train", "--scale", "-3"], 2, "sst-fast train: scale must be > 0 and finite, got -3.0"),
+        (["train", "--milestones", "[10,20]"], 2, "sst-fast train: milestones must be shares of all epochs"),
+        (["train", "--out", ""], 2, "sst-fast train: out must be a folder, got ''"),
+        (["train", "--margin", "arcc"], 2, "sst-fast train: margin must be one of Softmax (softmax), AMSoftmax (am)"),
+        (["train", "--margin", "MagFace", "--margin.m3", "1"], 2, "Option 'm3' is not accepted"),
+        (
+            ["train", "--margin", "arc", "--margin.margin", "50"],
+            2,
+            "ArcSoftmax: margin must be radians in [0, 3.14159]",
+        ),
+        (["train", "--data.size", "100"], 2, "sst-fast train: data.size must be a multiple of 16"),
+        (["train", "--data.root", "nowhere"], 1, "sst-fast train: data.root: nowhere is not a folder"),
+        (["train", "--data.root", "{faces}", "--data.test_root", "no"], 1, "train: data.test_root: no is not a folder"),
+        (["train", "--data.root", "{faces}", "--device", "gpu"], 1, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        (["train", "--data.root", "{faces}", "--device", "cuda:99"], 1, "device: 'cuda:99' was asked for"),
+        (["train", "--data.root", "{faces}", "--init", "no", "--out", "{out}"], 1, "train: init: no does not exist"),
+        (["eval", "no", "{faces}"], 1, "sst-fast eval: run: no does not exist"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_one_line(shared_faces, tmp_path, capsys, arguments, code, message):
+    got, line = failing(capsys, *(a.format(faces=shared_faces, out=tmp_path / "out") for a in arguments))
+    assert message in line
+    assert got == code
+
+
+def parsed(monkeypatch, *arguments):
+    """The configuration that ``sst-fast train`` would run."""
+    found = []
+
+    def train(config):
+        """Nothing but to look."""
+        found.append(config)
+
+    monkeypatch.setitem(COMMANDS, "train", train)
+    assert main(["train", *arguments]) == 0
+    return found[0]
+
+
+def test_margins_by_class_or_short_name_with_their_fields(monkeypatch, tmp_path):
+    assert parsed(monkeypatch).margin == AMSoftmax(0.35)
+    assert parsed(monkeypatch, "--margin", "AMSoftmax", "--margin.margin", "0.4").margin == AMSoftmax(0.4)
+    assert parsed(monkeypatch, "--margin=combined", "--margin.m3=0.1").margin == CombinedMargin(m3=0.1)
+    assert parsed(monkeypatch, "--margin", "magface", "--margin.lower_norm", "5").margin == MagFace(lower_norm=5)
+    for name, kind in MARGINS.items():
+        assert parsed(monkeypatch, "--margin", name).margin == kind()
+        assert parsed(monkeypatch, "--margin", kind.__name__).margin == kind()
+    file = tmp_path / "run.yaml"
+    file.write_text("margin: arc\nepochs: 7\n")
+    found = parsed(monkeypatch, "--config", str(file), "--margin.margin", "0.3")
+    assert (found.margin, found.epochs) == (ArcSoftmax(0.3), 7)
+    file = tmp_path / "run.toml"
+    file.write_text('epochs = 7\n[margin]\nclass_path = "ArcSoftmax"\n[margin.init_args]\neasy = true\n')
+    assert parsed(monkeypatch, "--config", str(file)).margin == ArcSoftmax(easy=True)
+    assert parsed(monkeypatch, "--config", str(file), "--margin", "am").margin == AMSoftmax(0.35)
+    given = '{"class_path": "sst_fast.ArcSoftmax", "init_args": {"easy": true}}'
+    assert parsed(monkeypatch, "--margin", given, "--margin.margin=0.2").margin == ArcSoftmax(0.2, easy=True)
+
+
+def test_a_run_folder_tells_what_was_done(faces, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    run = config(faces, out, epochs=2, verify_every=1, margin=CombinedMargin(m3=0.1))
+    done = loop.train(run, *loop.split(run))
+    told = capsys.readouterr().err
+    assert f"epoch 2/2, accuracy {done.scores.accuracy:.4f}" in told
+    assert f"rank1 {done.scores.rank1:.4f}" in told
+    assert "epoch 2/2, 6 steps, 36 images" in told
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6")]
+    assert 0 < float(rows[0]["seconds"]) < float(rows[1]["seconds"])
+    scores = json.loads((out / "scores.json").read_text())
+    assert (scores["epoch"], scores["accuracy"], scores["rank1"]) == (2, done.scores.accuracy, done.scores.rank1)
+    assert scores["tar"] == {str(far): tar for far, tar in done.scores.tar.items()}
+    assert parsed(monkeypatch, "--config", str(out / "config.yaml")) == run
+
+
+def test_the_bar_counts_epochs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Progress("sst", tmp_path, epochs=4, epoch=1.5, step=3, images=30) as progress:
+        progress.advance(2.0, 20, {"loss": torch.tensor(3.0)})
+        assert (progress.bar.n, progress.bar.total) == (2.0, 4)
+        assert "epoch 2.0/4" in str(progress.bar)
+    assert "sst: epoch 2/4, 4 steps, 50 images" in capsys.readouterr().err

@@ -42,13 +42,14 @@ class MobileFaceNet(nn.Module):
     Maps images [B, channels, input_size, input_size] to embeddings [B, dim].
     """
 
+    STRIDE = 16  # the input's side is divided by it
     # expansion, channels, repeats, stride of the first
     STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
 
     def __init__(self, dim: int = 512, width: float = 1.0, input_size: int = 112, channels: int = 3) -> None:
         super().__init__()
-        if input_size < 16 or input_size % 16:
-            raise ValueError(f"input_size must be a multiple of 16, got {input_size}")
+        if input_size < 1 or input_size % self.STRIDE:
+            raise ValueError(f"input_size must be a multiple of {self.STRIDE}, got {input_size}")
         if width <= 0:
             raise ValueError(f"width must be > 0, got {width}")
         if dim < 1 or channels < 1:
@@ -66,7 +67,7 @@ class MobileFaceNet(nn.Module):
         top = scaled(512)
         self.features = nn.Sequential(*layers, _conv(c, top, 1))
         self.head = nn.Sequential(
-            nn.Conv2d(top, top, input_size // 16, groups=top, bias=False),  # global depthwise convolution
+            nn.Conv2d(top, top, input_size // self.STRIDE, groups=top, bias=False),  # global depthwise convolution
             nn.BatchNorm2d(top),
             nn.Conv2d(top, dim, 1, bias=False),
             nn.Flatten(),

@@ -1,109 +1,120 @@
-"""The command ``sst-fast``: train, eval, embed, export, demo, info. Settings come from a YAML or TOML file plus overrides."""
+"""The command ``sst-fast``: train, eval, embed, export, demo, info. Settings come from a YAML or TOML file plus overrides.
+
+A command is a function in COMMANDS: its parameters and their description in its docstring are its options, but for
+``train`` and ``demo``, whose options are the fields of a dataclass.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; one line on stderr and status 1 for what the user can mend."""
-    try:
-        from jsonargparse import ArgumentParser
-    except ImportError:
-        print("sst-fast: the command line needs the extra: pip install 'sst-fast[train]'", file=sys.stderr)
-        return 1
-    from sst_fast.train import export as probes
+if TYPE_CHECKING:
     from sst_fast.train.config import Config
     from sst_fast.train.demo import DemoConfig
-    from sst_fast.train.loop import Stopped
-
-    argv = list(sys.argv[1:] if arguments is None else arguments)
-    # A TOML file is read as TOML; YAML (and JSON) otherwise.
-    mode = "toml" if any(a.endswith(".toml") for a in argv) else "yaml"
-    parser = ArgumentParser(prog="sst-fast", parser_mode=mode, description=__doc__)
-    commands = parser.add_subcommands(required=True, dest="command")
-
-    def command(name: str, config: type | None, help: str) -> ArgumentParser:
-        sub = ArgumentParser(parser_mode=mode, description=help)
-        if config is not None:
-            sub.add_argument("--config", action="config", help="a YAML or TOML file with these settings")
-            sub.add_class_arguments(config)
-        commands.add_subcommand(name, sub, help=help)
-        return sub
-
-    command("train", Config, "train on a folder of one sub-folder per identity")
-    evaluate = command("eval", None, "evaluate a trained run on a folder of one sub-folder per identity")
-    evaluate.add_argument("run", type=str, help="the run's folder, a checkpoint or an exported .safetensors")
-    evaluate.add_argument("root", type=str, help="folder of identities, a list file, or 'orl'")
-    embed = command("embed", None, "write the embeddings of all images below a folder")
-    embed.add_argument("run", type=str, help="the run's folder, a checkpoint or an exported .safetensors")
-    embed.add_argument("root", type=str, help="folder of images, searched to the bottom")
-    embed.add_argument("out", type=str, help="a .npy (paths beside it as .txt) or .parquet file")
-    embed.add_argument("--device", type=str, default="cpu", help="where the network runs")
-    embed.add_argument("--workers", type=int, default=0, help="processes that read images")
-    export = command("export", None, "write the probe network alone, its preprocessing recorded")
-    export.add_argument("run", type=str, help="the run's folder, a checkpoint or an exported .safetensors")
-    export.add_argument("out", type=str, help="a .safetensors (weights), .pt2 (torch.export) or .onnx file")
-    command("demo", DemoConfig, "compare Semi-Siamese with conventional training on the embedded faces")
-    command("info", None, "versions, device, backends")
-
-    settings = parser.parse_args(argv)
-    try:
-        chosen = settings[settings.command]
-        if settings.command == "info":
-            info()
-        elif settings.command == "eval":
-            evaluate_run(chosen.run, chosen.root)
-        elif settings.command == "embed":
-            count = probes.embed_folder(
-                chosen.run, chosen.root, chosen.out, device=chosen.device, workers=chosen.workers
-            )
-            print(f"{count} embeddings in {chosen.out}")
-        elif settings.command == "export":
-            probes.export(chosen.run, chosen.out)
-            print(f"{chosen.out}")
-        else:
-            chosen.pop("config", None)
-            kind = Config if settings.command == "train" else DemoConfig
-            run(commands.choices[settings.command].instantiate(chosen), kind)
-    except Stopped as stopped:
-        print(f"sst-fast {settings.command}: {stopped}", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except (ValueError, OSError, ImportError) as error:
-        print(f"sst-fast {settings.command}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    from sst_fast.train.export import OnError, ProbeInfo
 
 
-def run(values: object, kind: type) -> None:
-    """Trains, or runs the demo."""
-    from sst_fast.train import config, demo, loop
+def train(config: Config) -> None:
+    """Train on a folder of one sub-folder per identity; an interrupted run goes on."""
+    from sst_fast.train import loop
 
-    fields = {name: value for name, value in vars(values).items() if not name.startswith("_")}
-    if kind is demo.DemoConfig:
-        demo.run(demo.DemoConfig(**fields))
-        return
-    settings = config.Config(**fields)
-    done = loop.train(settings, *loop.split(settings))
-    if done.history and done.rank == 0:
-        print(", ".join(f"{name} {value:.4g}" for name, value in done.history[-1].items()))
+    done = loop.train(config, *loop.split(config))
+    if done.rank == 0 and done.history:
+        print(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in done.history[-1].items()))
     if done.scores:
-        _print_scores(done.scores)
+        print(loop.told(done.scores))
 
 
-def evaluate_run(run: str, root: str) -> None:
-    """Verification and identification of a folder's identities by a run's probe network."""
-    from sst_fast import data
-    from sst_fast.train import export, loop
+def evaluate(
+    run: str, root: str, device: str = "auto", workers: int = 0, backbone: str = "", dim: int = 512, width: float = 1.0,
+    size: int = 112, channels: int = 3,
+) -> None:  # fmt: skip
+    """Evaluate a trained run on a folder of one sub-folder per identity.
 
-    network, info = export.load_probe(run)
-    _print_scores(loop.verify(network, data.faces(root), info.size, info.channels))
+    Args:
+        run: the run's folder, a checkpoint, an exported .safetensors or a file of plain weights
+        root: folder of identities, a list file, or 'orl'
+        device: where the network runs: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
+        workers: processes that read images
+        backbone: of plain weights: 'mobilefacenet' or 'timm:NAME'
+        dim: of plain weights: size of the embedding
+        width: of plain weights: factor on MobileFaceNet's channel counts
+        size: of plain weights: side of the square input in pixels
+        channels: of plain weights: 1 (gray) or 3 (RGB)
+    """
+    from sst_fast.train import config, export, loop
+
+    place = config.device_named(device)
+    faces = loop.identities(root, "root")
+    network, info = export.load_probe(run, _wanted(backbone, dim, width, size, channels))
+    print(loop.told(loop.verify(network.to(place), faces, info.size, info.channels, workers)))
+
+
+def embed(
+    run: str, root: str, out: str, device: str = "auto", workers: int = 0, on_error: OnError = "stop", backbone: str = "",
+    dim: int = 512, width: float = 1.0, size: int = 112, channels: int = 3,
+) -> None:  # fmt: skip
+    """Write the embeddings of all images below a folder.
+
+    Args:
+        run: the run's folder, a checkpoint, an exported .safetensors or a file of plain weights
+        root: folder of images, searched to the bottom
+        out: a .npy (paths beside it as .txt) or .parquet file
+        device: where the network runs: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
+        workers: processes that read images
+        on_error: what an image that cannot be read does: 'stop' all, or 'skip' itself
+        backbone: of plain weights: 'mobilefacenet' or 'timm:NAME'
+        dim: of plain weights: size of the embedding
+        width: of plain weights: factor on MobileFaceNet's channel counts
+        size: of plain weights: side of the square input in pixels
+        channels: of plain weights: 1 (gray) or 3 (RGB)
+    """
+    from sst_fast.train import export
+
+    wanted = _wanted(backbone, dim, width, size, channels)
+    count, left_out = export.embed_folder(
+        run, root, out, device=device, workers=workers, on_error=on_error, wanted=wanted
+    )
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    print(f"{count} embeddings in {out}")
+
+
+def export(
+    run: str, out: str, backbone: str = "", dim: int = 512, width: float = 1.0, size: int = 112, channels: int = 3
+) -> None:
+    """Write the probe network alone, its preprocessing recorded.
+
+    Args:
+        run: the run's folder, a checkpoint, an exported .safetensors or a file of plain weights
+        out: a .safetensors (weights), .pt2 (torch.export) or .onnx file
+        backbone: of plain weights: 'mobilefacenet' or 'timm:NAME'
+        dim: of plain weights: size of the embedding
+        width: of plain weights: factor on MobileFaceNet's channel counts
+        size: of plain weights: side of the square input in pixels
+        channels: of plain weights: 1 (gray) or 3 (RGB)
+    """
+    from sst_fast.train import export
+
+    export.export(run, out, _wanted(backbone, dim, width, size, channels))
+    print(out)
+
+
+def demo(config: DemoConfig) -> None:
+    """Compare Semi-Siamese with conventional training on the embedded faces."""
+    from sst_fast.train import demo
+
+    demo.run(config)
 
 
 def info() -> None:
-    """Prints versions, device and, for each operation, the implementations there are and the one that is chosen."""
+    """Print versions, device and, for each operation, the implementations there are and the one that is chosen."""
     import sst_fast
     from sst_fast.train.report import versions
 
@@ -113,12 +124,129 @@ def info() -> None:
         print(choice)
 
 
-def _print_scores(scores: object) -> None:
-    from sst_fast.evaluation import Scores
-    from sst_fast.train.report import figures_of
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train, "eval": evaluate, "embed": embed, "export": export, "demo": demo, "info": info,
+}  # fmt: skip
 
-    assert isinstance(scores, Scores)
-    print(", ".join(f"{name} {value:.2f}" for name, value in figures_of(scores).items()))
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; one line on stderr for what the user can mend: status 2 for the command line itself, 1 for the
+    rest."""
+    try:
+        import jsonargparse
+    except ImportError:
+        print("sst-fast: the command line needs the extra: pip install 'sst-fast[train]'", file=sys.stderr)
+        return 1
+    from sst_fast.train.loop import Stopped
+
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    who = f"sst-fast {argv[0]}" if argv and argv[0] in COMMANDS else "sst-fast"
+
+    def fail(message: object, status: int) -> int:
+        print(f"{who}: {' '.join(str(message).split())}", file=sys.stderr)
+        return status
+
+    try:
+        parser, configs = _parser("toml" if any(a.endswith(".toml") for a in argv) else "yaml")
+        try:
+            settings = parser.parse_args(_with_margin_spelled_out(argv))
+            values = vars(parser.instantiate(settings)[settings.command])
+            values = {option: value for option, value in values.items() if option != "config"}
+            if settings.command in configs:
+                values = {"config": configs[settings.command](**values)}
+        except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+            told = re.sub(r'Parser key "([^"]+)":', r"\1:", str(error))  # the parser's words for an option and a type
+            told = re.sub(r"<class '([\w.]+)'>", r"\1", told).removesuffix(".")
+            return fail(f"{told} ('{who} --help' explains the options)", 2)
+        COMMANDS[settings.command](**values)
+    except Stopped as stopped:
+        return fail(stopped, 128 + stopped.signal)
+    except KeyboardInterrupt:
+        return fail("interrupted", 128 + signal.SIGINT)
+    except (ValueError, OSError, ImportError) as error:
+        return fail(error, 1)
+    return 0
+
+
+def _parser(mode: str) -> tuple[Any, dict[str, type]]:
+    """The parser of all commands, and the dataclass of those that have one."""
+    import jsonargparse
+    import yaml
+    from torch import Tensor
+
+    import sst_fast
+    from sst_fast.margins import Margin
+    from sst_fast.train.config import Config
+    from sst_fast.train.demo import DemoConfig
+
+    jsonargparse.set_parsing_settings(subclasses_enabled=[Margin], subclasses_disabled=[Tensor])
+
+    def load(text: str) -> Any:
+        try:
+            content = jsonargparse.get_loader(mode)(text)
+        except Exception:  # single values are as in YAML, whatever the file is
+            content = jsonargparse.get_loader("yaml")(text)
+        if isinstance(content, dict) and "margin" in content:
+            content = content | {"margin": _spelled_out(content["margin"])}
+        return content
+
+    own = f"sst-fast-{mode}"  # so that a program around us keeps its own
+    jsonargparse.set_loader(own, load, exceptions=(ValueError, yaml.YAMLError))
+    parser = jsonargparse.ArgumentParser(
+        prog="sst-fast", description="Semi-Siamese Training.", parser_mode=own, exit_on_error=False,
+        allow_abbrev=False, version=sst_fast.__version__,
+    )  # fmt: skip
+    commands = parser.add_subcommands(required=True, dest="command")
+    configs: dict[str, type] = {"train": Config, "demo": DemoConfig}
+    for name, function in COMMANDS.items():
+        summary = (function.__doc__ or "").splitlines()[0]
+        sub = jsonargparse.ArgumentParser(parser_mode=own, exit_on_error=False, allow_abbrev=False, description=summary)
+        if name in configs:
+            sub.add_argument("--config", action="config", help="a YAML or TOML file with these settings")
+            sub.add_class_arguments(configs[name])
+        else:
+            sub.add_function_arguments(function, as_positional=True)
+        commands.add_subcommand(name, sub, help=summary)
+    return parser, configs
+
+
+def _with_margin_spelled_out(argv: Sequence[str]) -> list[str]:
+    """``--margin arc`` or ``--margin ArcSoftmax`` replaced by what :func:`_spelled_out` makes of it."""
+    out: list[str] = []
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        if out and out[-1] == "--margin":
+            argument = json.dumps(_spelled_out(argument))
+        elif option == "--margin" and equals:
+            argument = f"{option}={json.dumps(_spelled_out(value))}"
+        out.append(argument)
+    return out
+
+
+def _spelled_out(margin: Any) -> dict[str, Any]:
+    """A margin by its short name, its class or as a mapping with 'class_path', with every field of it.
+
+    The parser would carry fields of the same name over from the margin chosen before: ArcFace's radians from AM-softmax's
+    cosine.
+    """
+    from sst_fast.margins import MARGINS
+
+    if isinstance(margin, str) and margin.startswith("{"):
+        margin = json.loads(margin)
+    given = margin if isinstance(margin, dict) else {"class_path": margin}
+    name = str(given.get("class_path")).rpartition(".")[2]
+    kind = next((kind for short, kind in MARGINS.items() if name in (short, kind.__name__)), None)
+    if kind is None:
+        known = ", ".join(f"{kind.__name__} ({short})" for short, kind in MARGINS.items())
+        raise ValueError(f"margin must be one of {known}, got {name!r}")
+    return {"class_path": f"sst_fast.{kind.__name__}", "init_args": asdict(kind()) | given.get("init_args", {})}
+
+
+def _wanted(backbone: str, dim: int, width: float, size: int, channels: int) -> ProbeInfo | None:
+    """How the user says that a network is built, if so."""
+    from sst_fast.train.export import ProbeInfo
+
+    return ProbeInfo(backbone, dim, width, size, channels) if backbone else None
 
 
 if __name__ == "__main__":

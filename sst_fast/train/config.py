@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Literal
+import operator
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from sst_fast.loss import Keep
-from sst_fast.margins import MARGINS, Margin, MarginName
+from sst_fast.margins import MARGINS, AMSoftmax, Margin
 from sst_fast.samplers import Scheme
 from sst_fast.semi_siamese import BatchNorm
+from sst_fast.train import backbones
 
 Method = Literal["sst", "conventional"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -25,16 +28,16 @@ class DataConfig:
 
     Attributes:
         root: folder with one sub-folder per identity, a list file (.txt or .lst, 'relative/path label' a line), or 'orl' for
-            the embedded faces.
+            the embedded faces; must be given.
         size: side of the square input in pixels.
         channels: 1 (gray) or 3 (RGB).
         images_per_identity: keep so many of each identity, chosen by seed; 0 keeps all.
-        test_share: share of identities held out for verification.
+        test_share: share of identities held out for verification, in [0, 1).
         test_root: folder or list file to verify on instead.
         workers: processes that read images (for each training process); -1: up to 8 with a GPU, else none.
     """
 
-    root: str = "orl"
+    root: str = ""
     size: int = 112
     channels: int = 3
     images_per_identity: int = 0
@@ -42,30 +45,65 @@ class DataConfig:
     test_root: str = ""
     workers: int = -1
 
+    def __post_init__(self) -> None:
+        _settle(self, "data.")
+        _check(self, "data.", "size", self.size >= 1, "> 0")
+        _check(self, "data.", "channels", self.channels in (1, 3), "1 (gray) or 3 (RGB)")
+        _check(self, "data.", "images_per_identity", self.images_per_identity >= 0, ">= 0")
+        _check(self, "data.", "test_share", 0 <= self.test_share < 1, "in [0, 1)")
+        _check(self, "data.", "workers", self.workers >= -1, ">= -1")
+
 
 @dataclass
 class Config:
-    """A training run.
+    """The settings of a training run.
+
+    Numbers may be numpy's or 0-d tensors, folders paths; they are kept as Python's own.
+
+    Raises:
+        ValueError: a value is impossible; names the setting.
 
     Attributes:
-        method: 'sst' or 'conventional' (learned class weights).
-        backbone, dim, width: see sst_fast.train.backbones.build.
-        margin: its name; margin_value: its first parameter, in its unit (default: the paper's); scale: inverse temperature.
-        queue_size: slots K, over all processes; queue_dtype; momentum: of the gallery network.
-        momentum_warmup, batchnorm, galleries: see sst_fast.SemiSiamese; keep, shard: see sst_fast.SemiSiameseLoss.
-        sampler: how queued identities are kept out of a batch, see sst_fast.IdentitySampler.
-        epochs, batch (identities per step over all processes, two images each), lr, weight_decay, warmup (epochs), seed.
+        data: what is trained on.
+        method: 'sst' (Semi-Siamese Training) or 'conventional' (learned class weights).
+        backbone: 'mobilefacenet' or 'timm:NAME'.
+        dim: size D of the embedding.
+        width: factor on MobileFaceNet's channel counts.
+        margin: a class of sst_fast.margins, its fields as --margin.FIELD ('--margin.help CLASS' lists them), or a short name
+            (softmax, am, arc, combined, sphereface, mv, curricular, npc, circle, arc_neg, adacos, magface, adaface).
+        scale: inverse temperature s > 0 of the softmax.
+        queue_size: slots K of the gallery queue, over all processes.
+        queue_dtype: of the queue's features.
+        momentum: m of the gallery network's moving average, in [0, 1].
+        momentum_warmup: updates over which m rises: update number t uses min(m, t / (t + momentum_warmup)), so that short runs
+            move the gallery network too; 0: m from the start, as in the authors' codes.
+        batchnorm: how the gallery network normalises: 'own' (by its own batch), 'copy' or 'average' (by the probe network's
+            running statistics, copied or averaged).
+        galleries: number of gallery networks, which take turns.
+        keep: which gallery feature of an identity enters the queue.
+        shard: each process keeps its part of the queue instead of the whole.
+        sampler: how identities that the queue holds are kept out of a batch, see sst_fast.IdentitySampler.
+        epochs: passes over the identities.
+        batch: identities per step over all processes, two images each.
         accumulate: batches per optimizer step.
-        schedule: 'step': the learning rate falls tenfold after each of milestones (shares of all epochs); 'cosine'.
-        precision: of the networks, by autocast; float16 with a gradient scaler. compile: the networks, by torch.compile.
+        lr: learning rate of SGD with momentum 0.9.
+        weight_decay: of SGD, on all weights.
+        warmup: epochs over which the learning rate rises.
+        schedule: 'step' (the rate falls tenfold at each of milestones) or 'cosine'.
+        milestones: shares of all epochs, each in (0, 1].
+        precision: of the networks, by autocast; float16 with a gradient scaler.
+        compile: the networks, by torch.compile.
         channels_last: memory format of images and weights.
-        init: a run's folder, checkpoint or exported .safetensors whose probe network is the start (fine-tuning).
-        out: folder for checkpoint, logs and metrics; an interrupted run there is resumed.
-        device: 'cpu', 'cuda' or 'auto'.
+        seed: every random choice follows from it.
+        init: a run's folder, checkpoint, exported .safetensors or file of plain weights whose probe network is the start
+            (fine-tuning).
+        out: folder for checkpoint, logs and metrics; an interrupted run there goes on.
+        device: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one).
         verify_every: epochs between verifications on the test identities; 0: at the end only. The best state by accuracy
             is kept as best.pt.
-        checkpoint_every: epochs between checkpoints; checkpoint_minutes: minutes (0: never). SIGTERM writes one at once, in
-            the middle of an epoch, and stops.
+        checkpoint_every: epochs between checkpoints. SIGTERM and SIGINT (Ctrl-C) write one at once, in the middle of an epoch,
+            and stop.
+        checkpoint_minutes: minutes between checkpoints within an epoch; 0: none.
         keep_checkpoints: how many epochs' checkpoints are kept.
     """
 
@@ -74,13 +112,12 @@ class Config:
     backbone: str = "mobilefacenet"
     dim: int = 512
     width: float = 1.0
-    margin: MarginName = "am"
-    margin_value: float | None = None
+    margin: Margin = field(default_factory=AMSoftmax)
     scale: float = 30.0
     queue_size: int = 16384
     queue_dtype: QueueDtype = "float32"
     momentum: float = 0.999
-    momentum_warmup: int = 0
+    momentum_warmup: int = 20
     batchnorm: BatchNorm = "own"
     galleries: int = 1
     keep: Keep = "coin"
@@ -106,42 +143,68 @@ class Config:
     checkpoint_minutes: float = 15.0
     keep_checkpoints: int = 1
 
+    def __post_init__(self) -> None:
+        _settle(self, "")
+        for name in (
+            "dim", "queue_size", "galleries", "epochs", "accumulate", "checkpoint_every", "keep_checkpoints",
+        ):  # fmt: skip
+            _check(self, "", name, getattr(self, name) >= 1, "> 0")
+        for name in ("width", "scale", "lr"):
+            _check(self, "", name, 0 < getattr(self, name) < math.inf, "> 0 and finite")
+        for name in ("weight_decay", "checkpoint_minutes"):
+            _check(self, "", name, 0 <= getattr(self, name) < math.inf, ">= 0 and finite")
+        for name in ("verify_every", "warmup", "momentum_warmup"):
+            _check(self, "", name, getattr(self, name) >= 0, ">= 0")
+        _check(self, "", "batch", self.batch >= 2, "at least 2 (BatchNorm)")
+        _check(self, "", "momentum", 0 <= self.momentum <= 1, "in [0, 1]")
+        shares = all(0 < share <= 1 for share in self.milestones)
+        _check(self, "", "milestones", shares, "shares of all epochs in (0, 1], as [0.5, 0.8]")
+        _check(self, "", "out", bool(self.out), "a folder")
+        named = type(self.margin) in MARGINS.values()
+        _check(self, "", "margin", named, f"one of {', '.join(kind.__name__ for kind in MARGINS.values())}")
+        stride = backbones.MobileFaceNet.STRIDE
+        if self.backbone == "mobilefacenet":
+            _check(
+                self.data, "data.", "size", self.data.size % stride == 0, f"a multiple of {stride} for mobilefacenet"
+            )
+        else:
+            timm = self.backbone.startswith("timm:")
+            _check(self, "", "backbone", timm, "'mobilefacenet' or 'timm:NAME'")
+        if self.shard and self.method != "sst":
+            raise ValueError("shard needs method='sst': class weights are not sharded")
+        if self.verify_every and not (self.data.test_share or self.data.test_root):
+            raise ValueError("verify_every needs data.test_share or data.test_root")
+
     def check(self, identities: int, world: int = 1) -> None:
         """ValueError that names the setting, unless the run is possible with so many identities and processes."""
-        for name in (
-            "epochs", "dim", "queue_size", "accumulate", "galleries", "checkpoint_every", "keep_checkpoints",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("verify_every", "checkpoint_minutes", "warmup", "momentum_warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.batch < 2 * world or self.batch % world:
-            need = "at least 2 (BatchNorm)" if world == 1 else f"a multiple of the {world} processes, two for each"
-            raise ValueError(f"batch must be {need}, got {self.batch}")
+            raise ValueError(f"batch must be a multiple of the {world} processes, two for each, got {self.batch}")
         rows = min(self.batch, identities) * (2 if self.keep == "both" else 1)
         if self.method == "sst" and rows > self.queue_size:
             raise ValueError(f"batch: {rows} identities do not fit into a queue of queue_size={self.queue_size}")
-        if self.shard and self.method != "sst":
-            raise ValueError("shard needs method='sst': class weights are not sharded")
         if self.shard and self.queue_size % world:
             raise ValueError(
                 f"queue_size must be a multiple of the {world} processes with shard, got {self.queue_size}"
             )
-        if self.data.channels not in (1, 3):
-            raise ValueError(f"data.channels must be 1 or 3, got {self.data.channels}")
-        if self.verify_every and not (self.data.test_share or self.data.test_root):
-            raise ValueError("verify_every needs data.test_share or data.test_root")
 
-    def margin_with_value(self) -> Margin:
-        """The margin, with its first parameter set to ``margin_value`` if there is one."""
-        kind = MARGINS[self.margin]
-        if self.margin_value is None:
-            return kind()
-        names = [field.name for field in fields(kind)]
-        if not names:
-            raise ValueError(f"margin_value: the margin {self.margin!r} has no parameter, got {self.margin_value}")
-        return kind(**{names[0]: self.margin_value})
+    def untrained_share(self, updates: int) -> float:
+        """How much of its untrained start a gallery network still is after so many updates: the product of their momenta."""
+        left = 1.0
+        for t in range(1, updates // self.galleries + 1):
+            left *= min(self.momentum, t / (t + self.momentum_warmup))
+            if left < 1e-6:
+                return 0.0
+        return left
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings in types that JSON and YAML know; as a configuration file it gives the same settings again."""
+        found = asdict(self)
+        fields = {
+            name: value.item() if hasattr(value, "item") else value for name, value in asdict(self.margin).items()
+        }
+        found["margin"] = {"class_path": type(self.margin).__name__, "init_args": fields}
+        found["milestones"] = list(self.milestones)
+        return found
 
     def lr_factor(self, epoch: int) -> float:
         """Linear warm-up, then the schedule."""
@@ -156,3 +219,56 @@ class Config:
         """Of the networks' products."""
         dtype: torch.dtype = getattr(torch, self.precision)
         return dtype
+
+
+def device_named(name: str) -> torch.device:
+    """The device by its name: 'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.
+
+    Raises:
+        ValueError: another name, or a GPU that PyTorch does not find.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name!r} was asked for, but PyTorch finds {torch.cuda.device_count()} GPUs here")
+    return found
+
+
+def _settle(settings: DataConfig | Config, prefix: str) -> None:
+    """Gives each setting the type that is declared for it, which JSON and YAML can hold."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        number = not isinstance(value, str | bytes | bool)
+        try:
+            if get_origin(kind) is Literal:
+                _check(
+                    settings, prefix, name, value in get_args(kind), f"one of {', '.join(map(repr, get_args(kind)))}"
+                )
+            elif kind is int:
+                value = operator.index(value) if number else None
+            elif kind is float:
+                value = float(value) if number else None
+            elif kind is str:
+                value = os.fspath(value)
+            elif kind is bool:
+                value = bool(value) if value in (True, False) else None
+            elif get_origin(kind) is tuple:
+                value = tuple(float(each) for each in value) if number else None
+            elif not isinstance(value, kind):
+                value = None
+        except TypeError:
+            value = None
+        expected = getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else "numbers"
+        _check(settings, prefix, name, value is not None, f"of the type {expected}")
+        setattr(settings, name, value)
+
+
+def _check(settings: object, prefix: str, name: str, right: bool, expected: str) -> None:
+    if not right:
+        raise ValueError(f"{prefix}{name} must be {expected}, got {getattr(settings, name)!r}")

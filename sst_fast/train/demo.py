@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from sst_fast import data
+from sst_fast.margins import AMSoftmax
 from sst_fast.train import backbones, report
 from sst_fast.train.config import Config, DataConfig, Method
 from sst_fast.train.loop import train
@@ -18,7 +19,15 @@ from sst_fast.train.loop import train
 
 @dataclass
 class DemoConfig:
-    """The demo's settings: number of folds over identities, epochs of each run, output folder, seed."""
+    """The demo's settings.
+
+    Attributes:
+        folds: how many of the four folds over identities are trained.
+        epochs: of each run.
+        out: folder for the runs and the report; an interrupted demo there goes on.
+        seed: every random choice follows from it.
+        device: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one).
+    """
 
     folds: int = 4
     epochs: int = 100
@@ -62,7 +71,7 @@ def run(config: DemoConfig) -> Path:
             assert done.scores is not None
             results[method].append(report.Result(done.history, done.scores))
             crops = {"size": settings_of_run.data.size, "channels": settings_of_run.data.channels}
-            settings = settings or crops | asdict(settings_of_run)
+            settings = settings or crops | asdict(settings_of_run) | {"margin": settings_of_run.margin}
             if fold == 0:
                 images, labels = data.all_images(test_faces, settings_of_run.data.size, settings_of_run.data.channels)
                 embeddings[method] = backbones.embed(done.network, images.split(256)).cpu()
@@ -80,7 +89,7 @@ def run(config: DemoConfig) -> Path:
 def settings_for(config: DemoConfig, method: Method, fold: int) -> Config:
     """One run: a narrow MobileFaceNet on 48-pixel gray crops."""
     common = Config(
-        data=DataConfig(size=48, channels=1), dim=128, width=0.5, margin="am", margin_value=0.35, scale=30.0,
+        data=DataConfig(size=48, channels=1), dim=128, width=0.5, margin=AMSoftmax(0.35), scale=30.0,
         queue_size=20, momentum=0.99, epochs=config.epochs, batch=10, lr=0.05, weight_decay=5e-4, warmup=5,
         milestones=(0.6, 0.85), seed=config.seed + fold, device=config.device, checkpoint_every=10,
     )  # fmt: skip

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Mapping
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sst_fast import data
-from sst_fast.train import backbones
+from sst_fast.train import backbones, checkpoint
 from sst_fast.train.checkpoint import replacing
+from sst_fast.train.config import device_named
+
+OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,17 @@ class ProbeInfo:
     channels: int
 
     def preprocessing(self) -> dict[str, Any]:
-        """From an image file to the network's input, in words and numbers."""
+        """From an image file to the network's input, in words and numbers: enough to repeat it in another language."""
+        gray = "gray, 8 bits: (19595 R + 38470 G + 7471 B + 32768) / 65536, rounded down"
         return {
-            "crop": "centred square, resized bilinearly",
+            "orientation": "upright, as EXIF says",
+            "color": "RGB, 8 bits" if self.channels == 3 else gray,
+            "crop": "centred square of side s = min(width, height); its left edge (width - s) / 2 and its upper edge "
+            "(height - s) / 2 are not rounded to whole pixels",
             "size": [self.size, self.size],
-            "color": "RGB" if self.channels == 3 else "gray",
+            "resize": "bilinear with antialiasing: output pixel i is the mean of the image's pixels x (beyond the crop too) with "
+            "weights max(0, 1 - |x + 0.5 - left - (i + 0.5) s / size| / max(1, s / size)); along each axis in turn, rounded to 8 "
+            "bits each time, which is right to 1 of 255",
             "layout": "NCHW",
             "dtype": "float32",
             "mean": data.MEAN,
@@ -57,38 +71,83 @@ class UnitEmbedding(nn.Module):
         return nn.functional.normalize(self.probe(image).float())
 
 
-def load_probe(path: str | Path) -> tuple[nn.Module, ProbeInfo]:
-    """The probe network of a run's folder, a checkpoint or an exported .safetensors, in evaluation mode.
+def load_probe(
+    path: str | Path, wanted: ProbeInfo | None = None, *, option: str = "run"
+) -> tuple[nn.Module, ProbeInfo]:
+    """The probe network of a run's folder, a checkpoint, an exported .safetensors or a file of plain weights.
+
+    Args:
+        path: plain weights are a state dict (.pt, .pth, .safetensors), or one under 'state_dict', of the backbone or of a
+            model that holds it as ``probe``; the prefixes of DistributedDataParallel and torch.compile are taken off.
+        wanted: how the network is built; needed for plain weights, which do not know it.
+        option: what the user calls ``path``, for errors.
+
+    Returns:
+        The network in evaluation mode, and how it is built.
 
     Raises:
-        FileNotFoundError: there is none. ImportError: safetensors is not installed.
+        OSError: there is none. ValueError: it is another kind of file, cut short or damaged, does not fit the network, or is
+            not what is ``wanted``. ImportError: safetensors is not installed.
     """
     path = Path(path)
     file = path / "checkpoint.pt" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"run: {file} does not exist")
+        raise FileNotFoundError(f"{option}: {file} does not exist")
+    info: ProbeInfo | None = None
     if file.suffix == ".safetensors":
         safetensors = _safetensors()
-        with safetensors.safe_open(file, "pt") as opened:
-            info = ProbeInfo(**json.loads(opened.metadata()["probe"]))
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                notes = opened.metadata() or {}
+                weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{option}: {file} is no whole .safetensors file: {error}") from None
+        if "probe" in notes:
+            info = ProbeInfo(**json.loads(notes["probe"]))
     else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        config = json.loads(state["config"])
-        crops = {name: config["data"][name] for name in ("size", "channels")}
-        info = ProbeInfo(**{name: config[name] for name in ("backbone", "dim", "width")}, **crops)
-        weights = probe_weights(state["model"])
+        try:
+            weights = checkpoint.read(file)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
+        if isinstance(weights, dict) and "config" in weights and "model" in weights:
+            config = json.loads(weights["config"])
+            crops = {name: config["data"][name] for name in ("size", "channels")}
+            info = ProbeInfo(**{name: config[name] for name in ("backbone", "dim", "width")}, **crops)
+            weights = weights["model"]
+    if info is None and wanted is None:
+        raise ValueError(
+            f"{option}: {file} holds weights alone; say what network they belong to (--backbone, --dim, --width, --size, --channels)"
+        )
+    if info is not None and wanted is not None and info != wanted:
+        raise ValueError(f"{option}: {file} holds {info}, the configuration asks for {wanted}")
+    info = info or wanted
+    assert info is not None
     network = info.build()
-    network.load_state_dict(weights)
+    try:
+        network.load_state_dict(probe_weights(weights))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{option}: {file} does not fit {info}: {told[:300]}{' ...' * (len(told) > 300)}") from None
     return network.eval(), info
 
 
-def probe_weights(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a whole model's state dict, the probe network's."""
-    return {name.removeprefix("probe."): value for name, value in model.items() if name.startswith("probe.")}
+def probe_weights(model: Any) -> Any:
+    """Of a state dict, the probe network's part under the backbone's own names."""
+    if isinstance(model, Mapping) and isinstance(model.get("state_dict"), Mapping):
+        model = model["state_dict"]
+    while isinstance(model, Mapping) and model:
+        for prefix in ("module.", "_orig_mod.", "probe."):
+            if prefix == "probe." and any(name.startswith(prefix) for name in model):
+                model = {name: value for name, value in model.items() if name.startswith(prefix)}
+            if all(name.startswith(prefix) for name in model):
+                model = {name.removeprefix(prefix): value for name, value in model.items()}
+                break
+        else:
+            break
+    return model
 
 
-def export(run: str | Path, out: str | Path) -> None:
+def export(run: str | Path, out: str | Path, wanted: ProbeInfo | None = None) -> None:
     """Writes a run's probe network: weights (.safetensors), torch.export's program (.pt2) or ONNX (.onnx).
 
     Programs take preprocessed images [N, channels, size, size] (any N) and give unit embeddings [N, D]. All three record
@@ -97,30 +156,35 @@ def export(run: str | Path, out: str | Path) -> None:
     Raises:
         ValueError: another suffix. ImportError: what the format needs is not installed.
     """
-    out = Path(out)
-    if out.suffix not in (".safetensors", ".pt2", ".onnx"):
-        raise ValueError(f"out must end in .safetensors, .pt2 or .onnx, got {out}")
-    network, info = load_probe(run)
-    notes = {"probe": json.dumps(asdict(info)), "preprocessing": json.dumps(info.preprocessing())}
-    with replacing(out) as temporary:
-        if out.suffix == ".safetensors":
-            _safetensors().torch.save_file(network.state_dict(), temporary, metadata=notes)
-            return
-        program, example = UnitEmbedding(network).eval(), torch.zeros(2, info.channels, info.size, info.size)
-        batch = torch.export.Dim("batch")
-        if out.suffix == ".pt2":
-            exported = torch.export.export(program, (example,), dynamic_shapes=({0: batch},))
-            torch.export.save(exported, temporary, extra_files=notes)
-            return
+    out = _target(out, ".safetensors", ".pt2", ".onnx")
+    if out.suffix == ".safetensors":
+        safetensors = _safetensors()
+    if out.suffix == ".onnx":
         try:
             import onnx
             import onnxscript  # noqa: F401 (torch needs it)
         except ImportError as error:
             raise ImportError(f"ONNX needs the extra: pip install 'sst-fast[export]' ({error})") from error
-        made = torch.onnx.export(
-            program, (example,), input_names=["image"], output_names=["embedding"], dynamic_shapes=({0: batch},),
-            dynamo=True, verbose=False,
-        )  # fmt: skip
+    network, info = load_probe(run, wanted)
+    notes = {"probe": json.dumps(asdict(info)), "preprocessing": json.dumps(info.preprocessing())}
+    with replacing(out) as temporary:
+        if out.suffix == ".safetensors":
+            # Written by us, with the mode that the user's umask gives; its own save_file lets nobody else read it.
+            temporary.write_bytes(safetensors.torch.save(network.state_dict(), metadata=notes))
+            return
+        program, example = UnitEmbedding(network).eval(), torch.zeros(2, info.channels, info.size, info.size)
+        batch = torch.export.Dim("batch")
+        if out.suffix == ".pt2":
+            exported = torch.export.export(program, (example,), dynamic_shapes=({0: batch},))
+            buffer = io.BytesIO()  # it warns of a path that does not end in .pt2
+            torch.export.save(exported, buffer, extra_files=notes)
+            temporary.write_bytes(buffer.getbuffer())
+            return
+        with _quiet_onnx():
+            made = torch.onnx.export(
+                program, (example,), input_names=["image"], output_names=["embedding"], dynamic_shapes=({0: batch},),
+                dynamo=True, verbose=False,
+            )  # fmt: skip
         assert made is not None
         proto = made.model_proto
         for name, value in notes.items():
@@ -128,40 +192,86 @@ def export(run: str | Path, out: str | Path) -> None:
         onnx.save_model(proto, str(temporary))
 
 
-def embed_folder(
-    run: str | Path, root: str | Path, out: str | Path, *, device: str = "cpu", batch: int = 256, workers: int = 0
-) -> int:
-    """Writes the unit embeddings of all images below ``root``, in order of path; returns how many.
+@contextlib.contextmanager
+def _quiet_onnx() -> Iterator[None]:
+    """Keeps back what PyTorch's exporter says of itself: that there is no torchvision, that it calls what it deprecates."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
-    ``out``: .npy, float32 [M, D], beside it .txt with the paths relative to ``root``, a line each; or .parquet with the
-    columns path and embedding.
+
+def embed_folder(
+    run: str | Path, root: str | Path, out: str | Path, *, device: str = "auto", batch: int = 256, workers: int = 0,
+    on_error: OnError = "stop", wanted: ProbeInfo | None = None,
+) -> tuple[int, list[str]]:  # fmt: skip
+    """Writes the unit embeddings of all images below ``root``, in order of path.
+
+    ``out``: .npy, float32 [M, D], beside it .txt with the paths relative to ``root``, a line each, in the file system's own
+    bytes; or .parquet with the columns path and embedding.
+
+    Returns:
+        How many were written, and why others were left out (``on_error`` 'skip').
 
     Raises:
-        FileNotFoundError: no run, no folder. ValueError: no image, an unreadable one, or another suffix. ImportError:
-            Parquet without pyarrow.
+        FileNotFoundError: no run, no folder. ValueError: no image, another suffix, an image that cannot be read or a name
+            that the output cannot hold. ImportError: Parquet without pyarrow.
     """
-    root, out = Path(root), Path(out)
-    if out.suffix not in (".npy", ".parquet"):
-        raise ValueError(f"out must end in .npy or .parquet, got {out}")
+    place = device_named(device)
+    root, out = Path(root), _target(out, ".npy", ".parquet")
     if not root.is_dir():
         raise FileNotFoundError(f"root: {root} is not a folder")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in data.EXTENSIONS)
-    if not paths:
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise ImportError(f"Parquet needs the extra: pip install 'sst-fast[export]' ({error})") from error
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in data.EXTENSIONS)
+    if not found:
         raise ValueError(f"root: no image below {root}")
-    network, info = load_probe(run)
-    images = data.image_batches(paths, info.size, info.channels, batch=batch, workers=workers)
-    embeddings = backbones.embed(network.to(device), images).cpu().numpy()
-    names = [path.relative_to(root).as_posix() for path in paths]
+    paths, left_out = [], []
+    for path in found:
+        if reason := _unfit_name(path.relative_to(root).as_posix(), out.suffix):
+            if on_error == "stop":
+                raise ValueError(f"root: {reason}")
+            left_out.append(reason)
+        else:
+            paths.append(path)
+    network, info = load_probe(run, wanted)
+    network.to(place)
+    read: list[Path] = []
+
+    def batches() -> Iterator[Tensor]:
+        images = _Tried(data.Images(paths, info.size, info.channels))
+        loader = torch.utils.data.DataLoader(images, batch, num_workers=workers, collate_fn=list)
+        for number, tried in enumerate(loader):
+            for path, image in zip(paths[number * batch :], tried, strict=False):
+                if isinstance(image, str):
+                    if on_error == "stop":
+                        raise ValueError(image)
+                    left_out.append(image)
+                else:
+                    read.append(path)
+            if images_read := [image for image in tried if not isinstance(image, str)]:
+                yield torch.stack(images_read)
+        if not read:
+            raise ValueError(f"root: no image below {root} could be read: {left_out[0]}")
+
+    embeddings = backbones.embed(network, batches()).cpu().numpy()
+    if not np.isfinite(embeddings).all():
+        raise ValueError(f"run: {run} gives embeddings that are not finite: the network has diverged")
+    names = [path.relative_to(root).as_posix() for path in read]
     with replacing(out) as temporary:
         if out.suffix == ".npy":
             with temporary.open("wb") as file:
                 np.save(file, embeddings)
         else:
-            try:
-                import pyarrow as pa
-                import pyarrow.parquet as pq
-            except ImportError as error:
-                raise ImportError(f"Parquet needs the extra: pip install 'sst-fast[export]' ({error})") from error
             rows = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
             table = pa.table({"path": pa.array(names), "embedding": rows})
             pq.write_table(
@@ -169,8 +279,45 @@ def embed_folder(
             )
     if out.suffix == ".npy":
         with replacing(out.with_suffix(".txt")) as temporary:
-            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    return len(paths)
+            temporary.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in names))
+    return len(names), left_out
+
+
+class _Tried(torch.utils.data.Dataset[Tensor | str]):
+    """Images, or in words why one cannot be read."""
+
+    def __init__(self, images: data.Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return self.images[index]
+        except (ValueError, OSError) as error:
+            return str(error)
+
+
+def _unfit_name(name: str, suffix: str) -> str:
+    """Why a file of this kind cannot hold the name; '' if it can."""
+    if suffix == ".npy":
+        return f"{name!r} has a line break in its name, which .txt cannot hold: write .parquet" if "\n" in name else ""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return f"{name!r} is no UTF-8, which Parquet cannot hold: write .npy"
+    return ""
+
+
+def _target(out: str | Path, *suffixes: str) -> Path:
+    """``out`` as a path that can be written, as far as can be said before the work."""
+    out = Path(out)
+    if out.suffix not in suffixes:
+        raise ValueError(f"out must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}, got {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"out: {out.parent} is not a folder")
+    return out
 
 
 def _safetensors() -> Any:

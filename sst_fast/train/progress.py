@@ -23,23 +23,26 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A bar with ETA on a terminal, a log line now and then elsewhere, and the same values for TensorBoard.
+    """A bar in epochs with ETA on a terminal, a log line now and then elsewhere, and the same values for TensorBoard.
 
     Args:
-        label: what runs; out: the run's folder; step: where it begins; images: so many have been seen before.
+        label: what runs; out: the run's folder; epochs: of the whole run; epoch: where it begins (2.5: in the middle of the
+            third); step, images: so many have been seen before.
     """
 
-    def __init__(self, label: str, out: Path, step: int, images: int) -> None:
+    def __init__(self, label: str, out: Path, *, epochs: int, epoch: float, step: int, images: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.label, self.out, self.step, self.images, self.first = label, out, step, images, images
-        self.total = 0
+        self.label, self.out, self.step, self.images = label, out, step, images
+        self.epochs, self.now = epochs, epoch
+        self.first = (epoch, images)
         self.speaks = distributed.ranks()[0] == 0
         self.begin = self.spoke = time.monotonic()
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) if self.speaks else None
         self.bar = tqdm(
-            initial=images, desc=label, unit="img", leave=False, disable=not (self.speaks and sys.stderr.isatty())
-        )
+            initial=epoch, total=epochs, desc=label, leave=False, disable=not (self.speaks and sys.stderr.isatty()),
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]",
+        )  # fmt: skip
 
     def __enter__(self) -> Progress:
         return self
@@ -48,39 +51,46 @@ class Progress:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
-        say(f"{self.label}: {self.images} images, {self.step} steps, {time.monotonic() - self.begin:.1f} s")
+        say(
+            f"{self.label}: epoch {self.now:.4g}/{self.epochs}, {self.step} steps, {self.images} images, {self.seconds:.1f} s"
+        )
 
-    def expect(self, images: int) -> None:
-        """So many are still to come."""
-        self.total = self.bar.total = self.images + images
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self.begin
 
-    def advance(self, images: int, values: Mapping[str, Tensor]) -> None:
-        """A batch of so many images is done. ``values`` leave the device only when they are shown."""
+    def advance(self, epoch: float, images: int, values: Mapping[str, Tensor]) -> None:
+        """A batch of so many images is done, and so many epochs. ``values`` leave the device only when they are shown."""
         self.step += 1
         self.images += images
-        self.bar.update(images)
+        self.bar.update(epoch - self.now)
+        self.now = epoch
         now = time.monotonic()
         if self.writer is None or now - self.spoke < (10 if self.bar.disable else 0.5):
             return
         self.spoke = now
-        rate = (self.images - self.first) / (now - self.begin)
         shown = {name: value.item() for name, value in values.items()}
         for name, value in shown.items():
             self.writer.add_scalar(f"batch/{name}", value, self.step)
+        rate = (self.images - self.first[1]) / self.seconds
         if not self.bar.disable:
-            self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+            self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | {"images/s": f"{rate:.0f}"})
             return
         told = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown.items())
-        eta = (self.total - self.images) / rate
-        say(f"{self.label}: image {self.images}/{self.total}, {told}, {rate:.0f} images/s, ETA {eta:.0f} s")
+        eta = (self.epochs - epoch) * self.seconds / (epoch - self.first[0])
+        say(
+            f"{self.label}: epoch {epoch:.2f}/{self.epochs}, step {self.step}, {told}, {rate:.0f} images/s, ETA {eta:.0f} s"
+        )
 
-    def epoch(self, history: list[dict[str, float]]) -> None:
-        """An epoch is done, the last row of ``history``."""
+    def epoch(self, history: list[dict[str, float]], seconds: list[float]) -> None:
+        """An epoch is done, the last row of ``history``; ``seconds`` trained at the end of each."""
         if self.writer is None:
             return
         for name, value in history[-1].items():
             self.writer.add_scalar(name, value, self.step)
+        rows = [{**row, "seconds": round(time, 3)} for row, time in zip(history, seconds, strict=True)]
         with replacing(self.out / "metrics.csv") as path, path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(dict.fromkeys(name for row in history for name in row)), restval="")
+            table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), restval="")
             table.writeheader()
-            table.writerows(history)
+            table.writerows(rows)
