@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sst_fast
 from sst_fast import data
-from sst_fast.evaluation import Scores
+from sst_fast.evaluation import PairScores, Scores
 from sst_fast.train.checkpoint import replacing
 from sst_fast.train.config import Method
 
@@ -159,9 +159,11 @@ def _histograms(axes: list[Axes], results: Mapping[Method, list[Result]]) -> Non
     bins = np.linspace(-0.6, 1, 60).tolist()
     for axis, (method, folds) in zip(axes, results.items(), strict=True):
         for kind, colour in (("impostor", "#8d99ae"), ("genuine", COLOURS[method])):
+            pairs = PairScores.together([f.scores.pairs for f in folds])
             axis.hist(
-                np.concatenate([getattr(f.scores, kind) for f in folds]),
+                pairs.scores,
                 bins,
+                weights=getattr(pairs, kind),
                 density=True,
                 alpha=0.7,
                 color=colour,
