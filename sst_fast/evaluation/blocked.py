@@ -130,7 +130,7 @@ def search(
     if probes.shape[1] != gallery.shape[1]:
         raise ValueError(f"probes and gallery must be of one dimension, got {probes.shape[1]} and {gallery.shape[1]}")
     device = probes.device
-    theirs, mine = gallery_labels.to(device), probe_labels.to(device)
+    theirs, mine = gallery_labels.to(device), probe_labels.to(device).contiguous()
     sorted_labels, order = torch.sort(theirs)
     first, after = (torch.searchsorted(sorted_labels, mine, right=right) for right in (False, True))
     alone = first == after

@@ -5,6 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sst_fast.evaluation.targets import Options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("sst-fast: the command line needs the extra: pip install 'sst-fast[train]'", file=sys.stderr)
         return 1
+    from sst_fast.evaluation.targets import Options
     from sst_fast.train import export as probes
     from sst_fast.train.config import Config
     from sst_fast.train.demo import DemoConfig
@@ -34,9 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return sub
 
     command("train", Config, "train on a folder of one sub-folder per identity")
-    evaluate = command("eval", None, "evaluate a trained run on a folder of one sub-folder per identity")
+    evaluate = command("eval", None, "evaluate a trained run on the test sets of the field, by what each file is")
     evaluate.add_argument("run", type=str, help="the run's folder, a checkpoint or an exported .safetensors")
-    evaluate.add_argument("root", type=str, help="folder of identities, a list file, or 'orl'")
+    evaluate.add_argument(
+        "targets", type=str, nargs="+",
+        help="a folder of identities, a list, 'orl', a .bin, a list of pairs, BLUFR's .mat, IJB's folder",
+    )  # fmt: skip
+    evaluate.add_class_arguments(Options)
     embed = command("embed", None, "write the embeddings of all images below a folder")
     embed.add_argument("run", type=str, help="the run's folder, a checkpoint or an exported .safetensors")
     embed.add_argument("root", type=str, help="folder of images, searched to the bottom")
@@ -55,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.command == "info":
             info()
         elif settings.command == "eval":
-            evaluate_run(chosen.run, chosen.root)
+            chosen.pop("config", None)
+            evaluate_run(chosen.pop("run"), chosen.pop("targets"), Options(**vars(chosen)))
         elif settings.command == "embed":
             count = probes.embed_folder(
                 chosen.run, chosen.root, chosen.out, device=chosen.device, workers=chosen.workers
@@ -93,13 +104,18 @@ def run(values: object, kind: type) -> None:
         _print_scores(done.scores)
 
 
-def evaluate_run(run: str, root: str) -> None:
-    """Verification and identification of a folder's identities by a run's probe network."""
-    from sst_fast import data
-    from sst_fast.train import export, loop
+def evaluate_run(run: str, targets: Sequence[str], options: Options) -> None:
+    """Prints what a run's probe network achieves on each target, and writes it as JSON."""
+    from sst_fast.evaluation.targets import evaluate_targets, write_json
+    from sst_fast.train import export
 
     network, info = export.load_probe(run)
-    _print_scores(loop.verify(network, data.faces(root), info.size, info.channels))
+    results = evaluate_targets(network, info.size, info.channels, targets, options)
+    print("\n\n".join(result.table() for result in results))
+    path = Path(run)
+    out = Path(options.json) if options.json else (path if path.is_dir() else path.parent) / "evaluation.json"
+    write_json(out, run, results, options)
+    print(f"\n{out}")
 
 
 def info() -> None:
