@@ -208,8 +208,8 @@ class _Triangle:
 
         def compare(part: tuple[slice, slice, Tensor]) -> tuple[slice, slice, Tensor, Tensor]:
             r, c, columns = part
-            scores, same = self._scores(r, c, columns)
-            assert same is not None
+            c = slice(c.start, c.start + self._near(r, c))
+            scores, same = self._scores(r, c, columns[: c.stop - c.start])
             scores.masked_fill_(~same, -torch.inf)
             return r, c, scores.amax(1), scores.amax(0)
 
@@ -231,9 +231,10 @@ class _Triangle:
             r, c, columns = part
             scores, same = self._scores(r, c, columns)
             counted = []
-            if same is not None:
-                counted.append(tally.look_at(0, scores[same]))
-                scores.masked_fill_(same, -torch.inf)
+            if same.numel():
+                near = scores[:, : same.shape[1]]
+                counted.append(tally.look_at(0, near[same]))
+                near.masked_fill_(same, -torch.inf)
             counted.append(tally.look_at(1, scores.view(-1)))
             return r, c, [_best(scores, 1, wanted[r], rank[r]), _best(scores, 0, wanted[c], rank[c])], counted
 
@@ -257,20 +258,22 @@ class _Triangle:
             cut = ((r, slice(max(outer.start, r.start), outer.stop)) for r in _parts(outer.stop, self.size))
             yield ((r, c, columns[c.start - outer.start :]) for r, c in cut)
 
-    def _scores(self, r: slice, c: slice, columns: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A block, and where its pairs are genuine, if any can be. On and below the diagonal it holds -inf."""
+    def _scores(self, r: slice, c: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """A block, with -inf on and below the diagonal, and where its pairs are genuine, in the columns in which any can be."""
         scores = self._rows(r) @ columns.T
-        if not self._near(r, c):
-            return scores, None
-        same = self.numbers[r][:, None] == self.numbers[c][None]
+        width = self._near(r, c)
+        same = self.numbers[r][:, None] == self.numbers[c.start : c.start + width][None]
         if r.start == c.start:
             lower = torch.ones_like(same).tril_()
-            scores.masked_fill_(lower, -torch.inf)
+            scores[:, :width].masked_fill_(lower, -torch.inf)
             same &= ~lower
         return scores, same
 
-    def _near(self, r: slice, c: slice) -> bool:
-        return bool(self.numbers[r.stop - 1] >= self.numbers[c.start])
+    def _near(self, r: slice, c: slice) -> int:
+        """How many columns, from the first, can be of an identity of these rows."""
+        end = int(torch.searchsorted(self.numbers, self.numbers[r.stop - 1], right=True))
+        width: int = max(0, min(end, c.stop) - c.start)
+        return width
 
     def _rows(self, part: slice) -> Tensor:
         return self.embeddings[part if self.in_order else self.order[part]].float()
