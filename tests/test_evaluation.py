@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
+from bench import timing
 from sst_fast import evaluation
 from sst_fast.evaluation import blocked
 
@@ -201,6 +202,13 @@ def test_collapse_in_chunks(monkeypatch):
     whole = evaluation.collapse(x, labels).figures()
     monkeypatch.setattr(importlib.import_module("sst_fast.evaluation.collapse"), "CHUNK", 7)
     assert evaluation.collapse(x, labels).figures() == pytest.approx(whole, rel=1e-9)
+
+
+def test_memory_does_not_grow_with_the_square():
+    """The matrix of these cosines alone would take 550 MiB, what was made of it five times that."""
+    x, labels = embeddings(12_000, 8, 3000)
+    evaluation.evaluate(x[:3000], labels[:3000])
+    assert timing.extra_memory(lambda: evaluation.evaluate(x, labels), torch.device("cpu")) < 400
 
 
 def test_evaluation_leaves_the_number_of_threads_alone():

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.io import savemat
 from torch import nn
 
 from sst_fast import data, evaluation
 from sst_fast.evaluation import targets
 from sst_fast.evaluation.folds import fold_numbers
+from sst_fast.train.cli import main
+from sst_fast.train.export import ProbeInfo
 
 # --- folds ---
 
@@ -494,3 +498,36 @@ def test_json_holds_everything(pictures, tmp_path):
     assert content["results"][0]["figures"] == found.figures
     assert content["results"][0]["details"]["intervals"].keys() == {"TAR at FAR 0.1", "TAR at FAR 0.01"}
     assert len(content["results"][0]["details"]["cmc"]) == 100
+
+
+@pytest.fixture
+def probe(tmp_path):
+    """An untrained network, exported."""
+    info = ProbeInfo("mobilefacenet", 16, 0.125, 32, 1)
+    torch.manual_seed(0)
+    path = tmp_path / "probe.safetensors"
+    save_file(info.build().state_dict(), path, metadata={"probe": json.dumps(asdict(info))})
+    return path
+
+
+def test_eval_takes_several_targets_and_writes_json(pictures, probe, tmp_path, capsys):
+    bin_file(pictures, tmp_path / "set.bin")
+    out = tmp_path / "found.json"
+    arguments = ["eval", str(probe), str(pictures), str(tmp_path / "set.bin"), "--flip", "true", "--json", str(out)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert content["results"][0]["protocol"] == "all pairs, identification"
+    assert content["results"][1]["protocol"].startswith("10-fold verification of 20 pairs")
+    assert content["options"]["flip"] is True
+    assert "rank-5" in shown
+    assert "standard error" in shown
+
+
+def test_eval_refuses_a_hostile_file_in_one_line(probe, tmp_path, capsys):
+    (tmp_path / "set.bin").write_bytes(b"cos\nsystem\n(S'touch MARK'\ntR.")
+    assert main(["eval", str(probe), str(tmp_path / "set.bin")]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "the pickle wants os.system, which is not admitted" in said
+    assert "\n" not in said
+    assert not (tmp_path / "evaluation.json").exists()

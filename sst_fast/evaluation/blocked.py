@@ -23,6 +23,7 @@ from sst_fast.evaluation.distribution import FARS, PairScores
 
 HALF = 1 << 16  # values of half of a float32's bits
 MOST_BINS = 512  # told apart in one pass; a bin takes 1 MiB
+MOST_MIXED = 64  # of them, for the best balanced accuracy
 SAMPLE = 4096  # images from which the bins are guessed
 BUFFER = 1 << 24  # scores of such bins that wait to be counted
 MAX_RANK = 100
@@ -106,14 +107,14 @@ def all_pairs(
     best_genuine = triangle.best_genuine()
     best_impostor, rank = triangle.count(tally, best_genuine, progress)
     genuine, impostor = tally.counts()
-    tallies = [tally]
-    missed = np.setdiff1d(_critical(genuine, impostor, fars), tally.bins)
+    tallies, critical = [tally], _critical(genuine, impostor, fars)
+    missed = np.setdiff1d(critical, tally.bins)
     if len(missed):
         tallies.append(_Tally(missed))
         triangle.count(tallies[1], best_genuine, progress)
     back = torch.argsort(triangle.order)
     found = (t[back].cpu().numpy() for t in (best_genuine, best_impostor, rank))
-    return Comparisons(_pair_scores(genuine, impostor, tallies), *found)
+    return Comparisons(_pair_scores(genuine, impostor, critical, tallies), *found)
 
 
 @torch.no_grad()
@@ -357,20 +358,23 @@ def _no_bins() -> NDArray[np.int64]:
     return np.zeros(0, np.int64)
 
 
-def _pair_scores(genuine: NDArray[np.int64], impostor: NDArray[np.int64], tallies: Sequence[_Tally]) -> PairScores:
-    """One entry for each value in the bins told apart, one for each other bin."""
+def _pair_scores(
+    genuine: NDArray[np.int64], impostor: NDArray[np.int64], critical: NDArray[np.int64], tallies: Sequence[_Tally]
+) -> PairScores:
+    """One entry for each value in the critical bins, one for each other bin."""
     counts = np.stack([genuine, impostor])
-    for tally in tallies:
-        counts[:, tally.bins] = 0
+    counts[:, critical] = 0
     rest = np.flatnonzero(counts.any(0))
     scores, found = [_value(rest)], [counts[:, rest]]
     for tally in tallies:
-        keys = np.flatnonzero(tally.by_value.any(0))
-        scores.append(_value(tally.bins[keys // HALF], keys % HALF))
-        found.append(tally.by_value[:, keys])
-    values, numbers = np.concatenate(scores), np.concatenate(found, 1)
+        for slot in np.flatnonzero(np.isin(tally.bins, critical)):
+            numbers = tally.by_value[:, slot * HALF : (slot + 1) * HALF]
+            low = np.flatnonzero(numbers.any(0))
+            scores.append(_value(np.full_like(low, tally.bins[slot]), low))
+            found.append(numbers[:, low])
+    values, both = np.concatenate(scores), np.concatenate(found, 1)
     order = np.argsort(values)
-    return PairScores(values[order], numbers[0][order], numbers[1][order])
+    return PairScores(values[order], both[0][order], both[1][order])
 
 
 def _critical(genuine: NDArray[np.int64], impostor: NDArray[np.int64], fars: Sequence[float]) -> NDArray[np.int64]:
@@ -382,7 +386,7 @@ def _critical(genuine: NDArray[np.int64], impostor: NDArray[np.int64], fars: Seq
     best = max(float(above.max()), 0.0)
     possible = above + (tar - np.append(tar[1:], 0))  # as if the bin's genuine pairs came before its impostors
     mixed = np.flatnonzero((possible > best) & (genuine > 0) & (impostor > 0))
-    mixed = mixed[np.argsort(-possible[mixed], kind="stable")][: MOST_BINS // 2]
+    mixed = mixed[np.argsort(-possible[mixed], kind="stable")][:MOST_MIXED]
     return np.array(sorted(bins | set(mixed.tolist())), np.int64)
 
 
@@ -421,7 +425,7 @@ def _guess(embeddings: Tensor, labels: Tensor, fars: Sequence[float]) -> NDArray
         expected = wanted * i[0] / 1.15 - 10
         highest = _first_above(i, expected) if expected > 0 else top + 48
         found |= set(range(max(0, lowest - 2), min(HALF, highest + 3)))
-    for number in _critical(genuine, impostor, ())[: MOST_BINS // 8]:
+    for number in _critical(genuine, impostor, ()):
         found |= set(range(max(0, number - 12), min(HALF, number + 13)))
     return np.array(sorted(found) if len(found) <= MOST_BINS else [], np.int64)
 

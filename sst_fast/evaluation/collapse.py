@@ -47,6 +47,11 @@ class Collapse:
             "uniformity": self.uniformity,
         }
 
+    def row(self) -> dict[str, float]:
+        """The numbers that exist, named as columns of a training's metrics."""
+        found = {name.replace(" ", "_").replace("-", "_"): value for name, value in self.figures().items()}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
 
 @torch.no_grad()
 def collapse(embeddings: Tensor, labels: Tensor) -> Collapse:

@@ -66,7 +66,7 @@ def evaluate(
 ) -> Scores:
     """Scores of unit ``embeddings`` [M, D] with identity ``labels`` [M]; at least two images of two identities.
 
-    Memory beside the embeddings is bounded whatever M (below 1 GiB); see :func:`all_pairs` for what is exact.
+    Memory beside the embeddings is bounded whatever M (below 2 GiB); see :func:`all_pairs` for what is exact.
 
     Raises:
         ValueError: shapes do not fit, embeddings are not finite, or there is no genuine or no impostor pair.

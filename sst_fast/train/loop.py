@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sst_fast import data, distributed, functional
-from sst_fast.evaluation import Scores, effective_rank, evaluate
+from sst_fast.evaluation import Scores, collapse, evaluate
 from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
 from sst_fast.margins import Margin
 from sst_fast.queue import GalleryQueue
@@ -29,7 +29,7 @@ from sst_fast.train.config import Config
 from sst_fast.train.progress import Progress, say
 
 METRICS = ("loss", "target_cosine", "hardest_cosine")
-WATCHED = 512  # images whose embeddings' effective rank is told each epoch
+WATCHED = 512  # images whose embeddings' collapse is told each epoch
 
 
 class Conventional(nn.Module):
@@ -108,9 +108,8 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
         workers = config.data.workers
         if workers < 0:
             workers = min(8, (os.cpu_count() or 1) // world) if device.type == "cuda" else 0
-        watched = torch.cat(
-            list(data.image_batches(data.flat(test_faces or train_faces)[0][:WATCHED], *crops, workers=workers))
-        )
+        paths, identities = data.flat(test_faces or train_faces)
+        watched = torch.cat(list(data.image_batches(paths[:WATCHED], *crops, workers=workers)))
         scores = None
         with Progress(label or config.method, out, state.step, state.images) as progress:
             for epoch in range(state.sampler.epoch, config.epochs):
@@ -130,7 +129,7 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
                 state.sampler.set_epoch(epoch + 1)
                 state.sums, state.count = [0.0] * len(METRICS), 0
                 if rank == 0:
-                    row["effective_rank"] = effective_rank(backbones.embed(state.model.probe, watched.split(256)))
+                    row |= collapse(backbones.embed(state.model.probe, watched.split(256)), identities[:WATCHED]).row()
                     if test_faces and config.verify_every and ((epoch + 1) % config.verify_every == 0 or last):
                         scores = verify(state.model.probe, test_faces, *crops, workers=workers)
                         row["accuracy"], row["tar_at_far_1e-3"] = scores.accuracy, scores.tar[0.001]
