@@ -197,6 +197,12 @@ def test_collapse_by_definition():
     assert found.effective_rank == evaluation.effective_rank(x)
 
 
+def test_columns_of_metrics_are_finite():
+    row = evaluation.collapse(torch.eye(3), torch.arange(3)).row()  # no pair of one identity
+    assert list(row) == ["effective_rank", "inter_class_cosine", "uniformity"]
+    assert row["uniformity"] == pytest.approx(-4)
+
+
 def test_collapse_in_chunks(monkeypatch):
     x, labels = embeddings(90, 6, 20)
     whole = evaluation.collapse(x, labels).figures()
