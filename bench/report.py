@@ -183,6 +183,7 @@ SUITES: dict[str, tuple[str, str, str, Callable[[list[Row]], str] | None]] = {
     "queue": ("Queue and gallery update", "copy of the bytes", OURS, None),
     "step": ("Training step", "networks", "whole step", added),
     "host": ("Host", "eager", OURS, host),
+    "evaluation": ("Comparing all pairs of images", "bare products, M x M", OURS, None),
     "scaling": ("Several processes", BARE, OURS, rates),
 }
 

@@ -101,7 +101,7 @@ def test_embed_writes_every_image_of_a_folder(run, faces, tmp_path, suffix, caps
         (["export", "{run}", "{out}/none/probe.pt2"], "out: {out}/none is not a folder"),
         (["embed", "{run}", "{faces}", "{out}/e.npy", "--device", "gpu"], "device must be 'auto', 'cpu', 'cuda'"),
         (["eval", "{run}", "{faces}", "--device", "cuda:99"], "device: 'cuda:99' was asked for, but PyTorch finds"),
-        (["eval", "{run}", "nofolder"], "root: nofolder is not a folder"),
+        (["eval", "{run}", "nofolder"], "target: nofolder does not exist"),
         (["eval", "{run}", "{faces}", "--backbone", "mobilefacenet"], "the configuration asks for"),
         (["export", "{run}", "{out}/probe.h5"], "out must end in .safetensors, .pt2 or .onnx"),
         (["embed", "{run}", "{faces}", "{out}/e.csv"], "out must end in .npy or .parquet"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -16,17 +17,18 @@ from sst_fast.data.identities import Faces, flat
 MEAN, STD = 127.5, 128.0  # a network sees (pixel - MEAN) / STD
 
 
-def read(path: Path, size: int, channels: int) -> Image.Image:
-    """The image as gray (1 channel) or RGB (3), centre-cropped to a square and resized to ``size`` pixels.
+def read(path: Path | BinaryIO, size: int, channels: int) -> Image.Image:
+    """The image as gray (1 channel) or RGB (3), upright by its EXIF data, centre-cropped to a square and resized to ``size``
+    pixels.
 
     Raises:
         ValueError: the file is no readable image; names it.
     """
     try:
         with Image.open(path) as image:
-            converted = image.convert("L" if channels == 1 else "RGB")
+            converted = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
             return ImageOps.fit(converted, (size, size), Image.Resampling.BILINEAR)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 

@@ -1,14 +1,17 @@
-"""Open-set evaluation of embeddings: verification over all pairs, identification, rank of the features."""
+"""Open-set evaluation of embeddings: all pairs of images compared, each image searched among the others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from sklearn.metrics import roc_curve
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from sst_fast.evaluation.blocked import all_pairs
+from sst_fast.evaluation.collapse import effective_rank
+from sst_fast.evaluation.distribution import PairScores, Rate
 
 
 @dataclass(frozen=True)
@@ -16,65 +19,60 @@ class Scores:
     """Cosines of all pairs of test images, and what follows from them (fractions, not percent).
 
     Attributes:
-        genuine, impostor: cosines of pairs of one identity, and of two.
-        accuracy: best over all thresholds of the mean of true accept and true reject rate (balanced accuracy; the
-            threshold is chosen on the same pairs, so it is optimistic).
-        tar: true accept rate at each false accept rate asked for, interpolated linearly on the ROC.
-        rank1: share of images whose nearest other image is of the same identity.
-        effective_rank: exp of the entropy of the normalised singular values of the centred embeddings
-            (Roy and Vetterli, EUSIPCO 2007).
+        pairs: how many pairs of one identity, and of two, have each cosine.
+        accuracy: best balanced accuracy over all thresholds, see :meth:`PairScores.accuracy`.
+        eer: equal error rate.
+        rates: true accept rate at each false accept rate asked for, with its interval, see :meth:`PairScores.tar_at`.
+        cmc: float64 [100], identification among all other images at rank 1, 2, ...; see :func:`cmc`.
+        effective_rank: see :func:`effective_rank`.
     """
 
-    genuine: NDArray[np.float32]
-    impostor: NDArray[np.float32]
+    pairs: PairScores
     accuracy: float
-    tar: dict[float, float]
-    rank1: float
+    eer: float
+    rates: dict[float, Rate]
+    cmc: NDArray[np.float64]
     effective_rank: float
+
+    @property
+    def tar(self) -> dict[float, float]:
+        """True accept rate at each false accept rate asked for."""
+        return {far: rate.value for far, rate in self.rates.items()}
+
+    @property
+    def rank1(self) -> float:
+        """Share of images, of those that have a genuine partner, whose nearest other image is of the same identity."""
+        return float(self.cmc[0])
+
+    @property
+    def rank5(self) -> float:
+        """Share of images with fewer than five impostors nearer than the nearest image of the same identity."""
+        return float(self.cmc[4])
 
     def roc(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """False and true accept rates over all thresholds."""
-        return roc(self.genuine, self.impostor)
+        far, tar, _ = self.pairs.roc()
+        return far, tar
 
 
-def roc(genuine: NDArray[np.float32], impostor: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """False and true accept rates over all thresholds, from cosines of genuine and impostor pairs."""
-    far, tar, _ = roc_curve(np.r_[np.ones(len(genuine)), np.zeros(len(impostor))], np.r_[genuine, impostor])
+def roc(genuine: ArrayLike, impostor: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """False and true accept rates over all thresholds, from cosines of genuine [G] and impostor pairs [I]."""
+    far, tar, _ = PairScores.of(genuine, impostor).roc()
     return far, tar
 
 
-def evaluate(embeddings: Tensor, labels: Tensor, fars: tuple[float, ...] = (0.1, 0.01, 0.001)) -> Scores:
-    """Scores of unit ``embeddings`` [M, D] with identity ``labels`` [M]; at least two images of two identities."""
-    similarity = (embeddings @ embeddings.T).cpu()
-    labels = labels.cpu()
-    same = labels[:, None] == labels[None, :]
-    upper = torch.ones_like(same).triu(1)
-    genuine = similarity[same & upper].numpy()
-    impostor = similarity[~same & upper].numpy()
-    if not len(genuine) or not len(impostor):
-        raise ValueError("evaluation needs at least two identities and two images of one of them")
-    far, tar = roc(genuine, impostor)
-    nearest = similarity.clone().fill_diagonal_(-torch.inf).argmax(1)
-    alone = same.sum(1) == 1
-    return Scores(
-        genuine,
-        impostor,
-        float((0.5 * (tar + 1 - far)).max()),
-        {f: float(np.interp(f, far, tar)) for f in fars},
-        float((labels[nearest] == labels)[~alone].float().mean()),
-        effective_rank(embeddings),
-    )
+def evaluate(
+    embeddings: Tensor, labels: Tensor, fars: Sequence[float] = (0.1, 0.01, 0.001), *, progress: bool = False
+) -> Scores:
+    """Scores of unit ``embeddings`` [M, D] with identity ``labels`` [M]; at least two images of two identities.
 
-
-def effective_rank(embeddings: Tensor) -> float:
-    """exp(entropy of the singular values of the centred embeddings [M, D], as shares of their sum).
+    Memory beside the embeddings is bounded whatever M (below 2 GiB); see :func:`all_pairs` for what is exact.
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: shapes do not fit, embeddings are not finite, or there is no genuine or no impostor pair.
     """
-    if not bool(torch.isfinite(embeddings).all()):
-        raise ValueError("embeddings are not finite: the network has diverged; lower lr or enlarge batch")
-    values = torch.linalg.svdvals((embeddings - embeddings.mean(0)).double())
-    shares = values / values.sum().clamp_min(1e-12)
-    shares = shares[shares > 0]
-    return float(torch.exp(-(shares * shares.log()).sum()))
+    found = all_pairs(embeddings, labels, fars, progress=progress)
+    pairs = found.pairs
+    return Scores(
+        pairs, pairs.accuracy(), pairs.eer(), pairs.tar_at(fars), found.cmc(), effective_rank(embeddings)
+    )  # fmt: skip

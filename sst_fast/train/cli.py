@@ -11,10 +11,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sst_fast.evaluation.targets import Options
     from sst_fast.train.config import Config
     from sst_fast.train.demo import DemoConfig
     from sst_fast.train.export import OnError, ProbeInfo
@@ -32,28 +34,32 @@ def train(config: Config) -> None:
 
 
 def evaluate(
-    run: str, root: str, device: str = "auto", workers: int = 0, backbone: str = "", dim: int = 512, width: float = 1.0,
-    size: int = 112, channels: int = 3,
+    run: str, targets: Sequence[str], options: Options, backbone: str = "", dim: int = 512, width: float = 1.0,
+    channels: int = 3,
 ) -> None:  # fmt: skip
-    """Evaluate a trained run on a folder of one sub-folder per identity.
+    """Evaluate a trained run on the test sets of the field, by what each file is.
 
     Args:
         run: the run's folder, a checkpoint, an exported .safetensors or a file of plain weights
-        root: folder of identities, a list file, or 'orl'
-        device: where the network runs: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
-        workers: processes that read images
-        backbone: of plain weights: 'mobilefacenet' or 'timm:NAME'
+        targets: folders of identities, lists, 'orl', .bin files, lists of pairs, BLUFR's .mat, IJB's folder
+        options: how
+        backbone: of plain weights: 'mobilefacenet' or 'timm:NAME'; --size is then the side of their input, 112 if not given
         dim: of plain weights: size of the embedding
         width: of plain weights: factor on MobileFaceNet's channel counts
-        size: of plain weights: side of the square input in pixels
         channels: of plain weights: 1 (gray) or 3 (RGB)
     """
-    from sst_fast.train import config, export, loop
+    from sst_fast.evaluation.targets import evaluate_targets, write_json
+    from sst_fast.train import config, export
 
-    place = config.device_named(device)
-    faces = loop.identities(root, "root")
-    network, info = export.load_probe(run, _wanted(backbone, dim, width, size, channels))
-    print(loop.told(loop.verify(network.to(place), faces, info.size, info.channels, workers)))
+    wanted = _wanted(backbone, dim, width, options.size or 112, channels)
+    options = replace(options, device=str(config.device_named(options.device)), size=0 if backbone else options.size)
+    network, info = export.load_probe(run, wanted)
+    results = evaluate_targets(network, info.size, info.channels, targets, options)
+    print("\n\n".join(result.table() for result in results))
+    path = Path(run)
+    out = Path(options.json) if options.json else (path if path.is_dir() else path.parent) / "evaluation.json"
+    write_json(out, run, results, options)
+    print(f"\n{out}")
 
 
 def embed(
@@ -137,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("sst-fast: the command line needs the extra: pip install 'sst-fast[train]'", file=sys.stderr)
         return 1
+    from sst_fast.evaluation.targets import Options
     from sst_fast.train.loop import Stopped
 
     argv = list(sys.argv[1:] if arguments is None else arguments)
@@ -152,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = parser.parse_args(_with_margin_spelled_out(argv))
             values = vars(parser.instantiate(settings)[settings.command])
             values = {option: value for option, value in values.items() if option != "config"}
+            if settings.command == "eval":
+                values["options"] = Options(**{field.name: values.pop(field.name) for field in fields(Options)})
             if settings.command in configs:
                 values = {"config": configs[settings.command](**values)}
         except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
@@ -175,6 +184,7 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
     from torch import Tensor
 
     import sst_fast
+    from sst_fast.evaluation.targets import Options
     from sst_fast.margins import Margin
     from sst_fast.train.config import Config
     from sst_fast.train.demo import DemoConfig
@@ -204,6 +214,12 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
         if name in configs:
             sub.add_argument("--config", action="config", help="a YAML or TOML file with these settings")
             sub.add_class_arguments(configs[name])
+        elif name == "eval":
+            sub.add_function_arguments(function, as_positional=True, skip={"targets", "options"})
+            sub.add_argument(
+                "targets", nargs="+", help="folders of identities, lists, 'orl', .bin files, pairs, .mat, IJB's folder"
+            )
+            sub.add_class_arguments(Options)
         else:
             sub.add_function_arguments(function, as_positional=True)
         commands.add_subcommand(name, sub, help=summary)

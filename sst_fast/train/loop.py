@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor, nn
 
 from sst_fast import data, distributed, functional
-from sst_fast.evaluation import Scores, effective_rank, evaluate
+from sst_fast.evaluation import Scores, collapse, evaluate
 from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
 from sst_fast.margins import Margin
 from sst_fast.queue import GalleryQueue
@@ -33,7 +33,7 @@ from sst_fast.train.config import Config, device_named
 from sst_fast.train.progress import Progress, say
 
 METRICS = ("loss", "target_cosine", "hardest_cosine")
-WATCHED = 512  # images whose embeddings' effective rank is told each epoch
+WATCHED = 512  # images whose embeddings' collapse is told each epoch
 
 
 class Conventional(nn.Module):
@@ -145,9 +145,8 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
         workers = config.data.workers
         if workers < 0:
             workers = min(8, (os.cpu_count() or 1) // world) if device.type == "cuda" else 0
-        watched = torch.cat(
-            list(data.image_batches(data.flat(test_faces or train_faces)[0][:WATCHED], *crops, workers=workers))
-        )
+        paths, numbers = data.flat(test_faces or train_faces)
+        watched = torch.cat(list(data.image_batches(paths[:WATCHED], *crops, workers=workers)))
         scores, before = None, state.seconds[-1] if state.seconds else 0.0
         label = label or config.method
         begin = state.sampler.epoch + state.sampler.done / len(state.sampler.order)
@@ -167,7 +166,7 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
                 state.sampler.set_epoch(epoch + 1)
                 state.sums, state.count = [0.0] * len(METRICS), 0
                 if rank == 0:
-                    row["effective_rank"] = effective_rank(backbones.embed(state.model.probe, watched.split(256)))
+                    row |= collapse(backbones.embed(state.model.probe, watched.split(256)), numbers[:WATCHED]).row()
                     if test_faces and config.verify_every and ((epoch + 1) % config.verify_every == 0 or last):
                         scores = verify(state.model.probe, test_faces, *crops, workers=workers)
                         row["accuracy"], row["tar_at_far_1e-3"] = scores.accuracy, scores.tar[0.001]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sst_fast
 from sst_fast import data
-from sst_fast.evaluation import Scores
+from sst_fast.evaluation import PairScores, Scores
 from sst_fast.train.checkpoint import replacing
 from sst_fast.train.config import Method
 
@@ -99,13 +99,15 @@ def write(
         "target_cosine": "Cosine with the target prototype",
         "hardest_cosine": "Cosine with the hardest negative",
         "effective_rank": "Effective rank of the test embeddings",
+        "intra_class_cosine": "Mean cosine of test images of one identity",
+        "uniformity": "Uniformity of the test embeddings (lower: more uniform)",
     }
     template = jinja2.Template(
         resources.files("sst_fast.train").joinpath("templates/report.html").read_text(), autoescape=True
     )
     html = template.render(
         rows={NAMES[m]: row for m, row in table(results).items()},
-        training=_picture(lambda axes: _training(axes, results, curves), 2, 2, (9, 5.6)),
+        training=_picture(lambda axes: _training(axes, results, curves), 3, 2, (9, 8.4)),
         roc=_picture(lambda axes: _roc(axes[0], results), 1, 1, (4.6, 3.8)),
         histograms=_picture(lambda axes: _histograms(axes, results), 1, len(results), (9, 3)),
         samples=[
@@ -136,7 +138,7 @@ def versions() -> dict[str, str]:
 def _training(axes: list[Axes], results: Mapping[Method, list[Result]], curves: dict[str, str]) -> None:
     for axis, (key, title) in zip(axes, curves.items(), strict=True):
         for method, folds in results.items():
-            values = np.array([[row[key] for row in fold.history] for fold in folds])
+            values = np.array([[row.get(key, np.nan) for row in fold.history] for fold in folds])
             x = np.arange(1, values.shape[1] + 1)
             axis.plot(x, values.mean(0), color=COLOURS[method], label=NAMES[method])
             axis.fill_between(x, values.min(0), values.max(0), color=COLOURS[method], alpha=0.15, linewidth=0)
@@ -159,9 +161,11 @@ def _histograms(axes: list[Axes], results: Mapping[Method, list[Result]]) -> Non
     bins = np.linspace(-0.6, 1, 60).tolist()
     for axis, (method, folds) in zip(axes, results.items(), strict=True):
         for kind, colour in (("impostor", "#8d99ae"), ("genuine", COLOURS[method])):
+            pairs = PairScores.together([f.scores.pairs for f in folds])
             axis.hist(
-                np.concatenate([getattr(f.scores, kind) for f in folds]),
+                pairs.scores,
                 bins,
+                weights=getattr(pairs, kind),
                 density=True,
                 alpha=0.7,
                 color=colour,
