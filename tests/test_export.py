@@ -130,7 +130,8 @@ def test_plain_weights_load_where_the_architecture_is_given(run, faces, tmp_path
         content["galleries.0.weight"] = torch.zeros(3)
     torch.save(content, tmp_path / "weights.pth")
     built = ["--backbone", "mobilefacenet", "--dim", "16", "--width", "0.125", "--size", "32", "--channels", "1"]
-    assert main(["eval", str(run), str(faces)]) == 0
+    built += ["--json", str(tmp_path / "evaluation.json")]
+    assert main(["eval", str(run), str(faces), *built[-2:]]) == 0
     expected = capsys.readouterr().out
     assert main(["eval", str(tmp_path / "weights.pth"), str(faces), *built]) == 0
     assert capsys.readouterr().out == expected

@@ -128,7 +128,7 @@ def test_command_line_trains_and_evaluates(faces, tmp_path, capsys, suffix):
     assert list((out / "tensorboard").iterdir())
     capsys.readouterr()
     assert main(["eval", str(out), str(faces)]) == 0
-    assert "rank1" in capsys.readouterr().out
+    assert "rank-1" in capsys.readouterr().out
 
 
 def test_info(capsys):

@@ -45,7 +45,9 @@ class Options:
         on_error: what an unreadable image does: 'stop', or 'skip', which leaves it out and names it.
         rule: how a fold's threshold is chosen, 'accuracy' or 'facexzoo'.
         folds: number of folds, if another than the list says or 10 (0).
-        batch: images at a time; workers: processes that read images; device: where the network runs ('auto': a GPU if there is one).
+        batch: images at a time.
+        workers: processes that read images.
+        device: where the network runs; 'auto': a GPU if there is one.
         json: file for the results; else ``evaluation.json`` in the run's folder or beside its file.
     """
 
