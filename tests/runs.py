@@ -46,7 +46,15 @@ class Command:
 
     def __init__(self, arguments, errors: Path, environment=None) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["sst_fast.train.loop", "sst_fast.train.demo", "jsonargparse"])
+        # The second and third are imported late otherwise, by optimizers and logs, and take longer than the runs.
+        modules = [
+            "sst_fast.train.loop",
+            "torch._dynamo",
+            "torch.utils.tensorboard",
+            "sst_fast.train.demo",
+            "jsonargparse",
+        ]
+        context.set_forkserver_preload(modules)
         self.errors = errors
         self.process = context.Process(target=_run, args=(list(arguments), errors, environment or {}))
         self.process.start()
