@@ -1,8 +1,10 @@
 """Training and test images: which identities there are, and how their images become batches."""
 
-from sst_fast.data.identities import Faces, faces, flat, folder, images_below, listing, orl
+from sst_fast.data.formats import faces
+from sst_fast.data.identities import Faces, flat, folder, images_below, listing, orl
 from sst_fast.data.images import EXTENSIONS, MEAN, STD, DataError, read, to_tensor
-from sst_fast.data.pairs import Images, Pairs, all_images, augment, image_batches
+from sst_fast.data.objects import from_dataset
+from sst_fast.data.pairs import Images, Pairs, Unreadable, all_images, augment, augmentation, image_batches
 
 __all__ = [
     "EXTENSIONS",
@@ -12,11 +14,14 @@ __all__ = [
     "Faces",
     "Images",
     "Pairs",
+    "Unreadable",
     "all_images",
     "augment",
+    "augmentation",
     "faces",
     "flat",
     "folder",
+    "from_dataset",
     "image_batches",
     "images_below",
     "listing",

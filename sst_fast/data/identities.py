@@ -1,4 +1,4 @@
-"""Identities and their images: a folder per identity, a list file, the embedded ORL faces, shallow subsets."""
+"""Identities and their images in files: a folder per identity, a list file, the embedded ORL faces; subsets of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
-from sst_fast.data import lists
+from sst_fast.data import index, lists
 from sst_fast.data.images import kind_of_file, printable
 from sst_fast.data.store import Files, Selected, Store, Strings
 
@@ -95,13 +97,6 @@ def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return out
 
 
-def faces(root: str | Path) -> Faces:
-    """'orl', a list file (.txt, .lst, .csv, .tsv) or a folder of identities."""
-    if str(root) == "orl":
-        return orl()
-    return listing(root) if Path(root).suffix.lower() in lists.SUFFIXES else folder(root)
-
-
 def listing(path: str | Path) -> Faces:
     """A list file, see :func:`sst_fast.data.lists.read_list`; paths are relative to its folder.
 
@@ -110,14 +105,24 @@ def listing(path: str | Path) -> Faces:
             a hundred images spread over the list do not exist.
     """
     path = Path(path)
-    names, paths, identities = lists.read_list(path)
-    if len(names) < 2:
-        raise ValueError(f"data.root: {printable(path)} must name at least two identities, found {len(names)}")
-    store = Files(path.parent, paths, "list file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{printable(path)} is not a file")
+
+    def build() -> index.Arrays:
+        names, paths, identities = lists.read_list(path)
+        if len(names) < 2:
+            raise ValueError(f"{printable(path)} must name at least two identities, found {len(names)}")
+        faces = Faces.by_identity(names, Files(path.parent, paths, ""), identities)
+        return {
+            "numbers": faces.numbers, "ends": faces.ends, **index.packed("names", names), **index.packed("paths", paths),
+        }  # fmt: skip
+
+    arrays: Any = index.cached(path, index.state_of(path), build)
+    store = Files(path.parent, index.unpacked("paths", arrays), "list file")
     for number in np.unique(np.linspace(0, len(store) - 1, 100).astype(int)):
         if not store.path(int(number)).exists():
             raise ValueError(f"{printable(path)}: there is no file {store.name(int(number))}")
-    return Faces.by_identity(names, store, identities)
+    return Faces(index.unpacked("names", arrays), store, arrays["numbers"], arrays["ends"])
 
 
 def folder(root: str | Path) -> Faces:
@@ -132,13 +137,24 @@ def folder(root: str | Path) -> Faces:
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"data.root: {printable(root)} is not a folder")
+        raise FileNotFoundError(f"{printable(root)} is not a folder")
+    people, beside = entries(root)
+    # A folder's date changes with its entries; those of the identities say whether any image came or went.
+    state = np.fromiter((entry.stat().st_mtime_ns for entry in people), np.int64, len(people))
+    state = np.append(state, root.stat().st_mtime_ns)
+    arrays: Any = index.cached(root, state, lambda: _search(root, people, beside))
+    if len(arrays["told"]):
+        warnings.warn(bytes(arrays["told"]).decode(), stacklevel=2)
+    store = Files(root, index.unpacked("paths", arrays), "folder per identity")
+    return Faces(index.unpacked("names", arrays), store, arrays["numbers"], arrays["ends"])
+
+
+def _search(root: Path, people: list[os.DirEntry[str]], beside: list[os.DirEntry[str]]) -> index.Arrays:
     left_out: dict[str, list[str]] = {}
     names, paths, counts = [], [], []
-    people, beside = entries(root)
     for file in beside:
         left_out.setdefault("files beside the identities' folders", []).append(file.path)
-    for person in people:
+    for person in tqdm(people, desc="index", unit="identity", leave=False, disable=len(people) < index.LEAST // 10):
         inner, files = entries(person.path)
         for found in inner:
             left_out.setdefault("folders inside an identity's", []).append(found.path)
@@ -150,22 +166,23 @@ def folder(root: str | Path) -> Faces:
                 images.append(f"{person.name}/{file.name}")
             else:
                 mode = file.stat(follow_symlinks=False).st_mode
-                raise ValueError(f"data.root: {printable(file.path)} is {kind_of_file(mode)}, expected an image file")
+                raise ValueError(f"{printable(file.path)} is {kind_of_file(mode)}, expected an image file")
         if images:
             names.append(person.name)
             paths += images
             counts.append(len(images))
         elif not inner and not files:
             left_out.setdefault("empty folders", []).append(person.path)
-    if left_out:
-        told = "; ".join(f"{len(found)} {what} (as {printable(found[0])})" for what, found in left_out.items())
-        warnings.warn(f"left out of {printable(root)}: {told}", stacklevel=2)
+    told = "; ".join(f"{len(found)} {what} (as {printable(found[0])})" for what, found in left_out.items())
     if len(names) < 2:
-        raise ValueError(
-            f"data.root: {printable(root)} must hold at least two sub-folders with images, found {len(names)}"
-        )
-    store = Files(root, Strings.of(paths), "folder per identity")
-    return Faces(Strings.of(names), store, np.arange(len(paths)), np.cumsum([0, *counts], dtype=np.int64))
+        told = f" (left out: {told})" if told else ""
+        raise ValueError(f"{printable(root)} must hold at least two sub-folders with images, found {len(names)}{told}")
+    told = f"left out of {printable(root)}: {told}" if told else ""
+    return {
+        "numbers": np.arange(len(paths)), "ends": np.cumsum([0, *counts], dtype=np.int64),
+        "told": np.frombuffer(told.encode(), np.uint8),
+        **index.packed("names", Strings.of(names)), **index.packed("paths", Strings.of(paths)),
+    }  # fmt: skip
 
 
 def entries(folder: str | os.PathLike[str]) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:

@@ -95,7 +95,7 @@ def read_list(file: Path) -> tuple[Strings, Strings, NDArray[np.int64]]:
     table with a first line that names the columns. Empty lines are skipped. UTF-8, or UTF-16 with a byte-order mark.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: the form is not clear, or a line has another one; names file and line.
+        ValueError: the form is not clear, or a line has another one; names file and line.
     """
     shown = printable(file)
     numbered = ((number, line) for number, line in enumerate(text(file).split("\n"), 1) if line.strip())
@@ -187,10 +187,8 @@ def text(file: Path) -> str:
     """The file's text, with line ends as ``\\n``.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is neither UTF-8 nor UTF-16 with a byte-order mark; names the line.
+        ValueError: it is neither UTF-8 nor UTF-16 with a byte-order mark; names the line.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"data.root: {printable(file)} is not a file")
     data = file.read_bytes()
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, BinaryIO, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sst_fast.data.images import decode, printable, read_file
+from sst_fast.data.images import MAX_BYTES, DataError, decode, printable, read_file
 
 
 class Strings(Sequence[str]):
@@ -86,6 +86,42 @@ class Store(Protocol):
 
     def name(self, number: int) -> str:
         """For people: the file or record."""
+
+
+class Opened:
+    """Files that are read from at any place, opened at the first read; a pickle of it has none open. The same file may be read
+    from in forked processes, because reading moves no position.
+    """
+
+    MOST = 64  # open at a time
+
+    def __init__(self) -> None:
+        self._files: dict[str, BinaryIO] = {}
+
+    def read(self, path: str | os.PathLike[str], begin: int, size: int, name: str) -> bytes:
+        """These bytes of a file.
+
+        Raises:
+            DataError: it cannot be opened or ends too early, or there are more than MAX_BYTES; the message names ``name``.
+        """
+        if size > MAX_BYTES:
+            raise DataError(f"{name} cannot be read: it has {size:,} bytes, at most {MAX_BYTES:,} are read")
+        try:
+            key = os.fspath(path)
+            file = self._files.get(key)
+            if file is None:
+                if len(self._files) >= self.MOST:
+                    self._files.pop(next(iter(self._files))).close()
+                file = self._files[key] = open(key, "rb", buffering=0)  # noqa: SIM115 (stays open)
+            found = os.pread(file.fileno(), size, begin)
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error.strerror}") from None
+        if len(found) < size:
+            raise DataError(f"{name} cannot be read: the file ends after {len(found):,} of its {size:,} bytes")
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_files": {}}
 
 
 def load(store: Store, number: int, channels: int) -> Image.Image:
