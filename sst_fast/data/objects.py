@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from sst_fast.data.identities import Faces
-from sst_fast.data.images import DataError, eight_bits, printable, read_file
+from sst_fast.data.images import DataError, eight_bits, read_file
 from sst_fast.data.store import Strings
 
 
@@ -67,6 +67,19 @@ def image_of(value: Any) -> bytes | Image.Image:
     raise TypeError(f"expected an image as bytes, path, Pillow image or uint8 array of 1 or 3 channels, got {told}")
 
 
+def package() -> Any:
+    """Hugging Face's package datasets.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"Hugging Face's data sets need the extra: pip install 'sst-fast[data]' ({error})") from error
+    return datasets
+
+
 def from_dataset(
     dataset: Any, *, image: str | int | None = None, label: str | int | None = None, labels: Sequence[Any] | None = None
 ) -> Faces:
@@ -90,8 +103,7 @@ def from_dataset(
         raise ValueError(f"dataset: expected items by number, got the stream {type(dataset).__name__}")
     names = None
     if hasattr(dataset, "column_names") and hasattr(dataset, "cast_column"):
-        import datasets
-
+        datasets = package()
         image, label = image or "image", label or "label"
         for what, column in (("image", image), ("label", label)):
             if column not in dataset.column_names:
@@ -132,8 +144,4 @@ def open_saved(root: Path) -> Faces:
     Raises:
         ImportError: datasets is not installed. ValueError: see :func:`from_dataset`.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{printable(root)} needs the extra: pip install 'sst-fast[data]' ({error})") from error
-    return from_dataset(datasets.load_from_disk(str(root)))
+    return from_dataset(package().load_from_disk(str(root)))

@@ -12,6 +12,7 @@ identities, each with the label (first image, last image + 1). Those that MXNet'
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import warnings
@@ -82,6 +83,24 @@ def joined(raw: bytes) -> bytes:
         if kind in (0, 3):
             return struct.pack("<I", MAGIC).join(parts)
         at += 8 + -(-length // 4) * 4
+
+
+def framed(label: tuple[float, ...], key: int, content: bytes) -> bytes:
+    """A record: one label in the header, several behind it; cut wherever a word of it is MAGIC."""
+    if len(label) == 1:
+        record = struct.pack("<IfQQ", 0, label[0], key, 0) + content
+    else:
+        record = struct.pack(f"<IfQQ{len(label)}f", len(label), 0.0, key, 0, *label) + content
+    magic = struct.pack("<I", MAGIC)
+    words = np.frombuffer(record, "<u4", len(record) // 4)
+    cuts = (4 * np.flatnonzero(words == MAGIC)).tolist()
+    parts = [record[a:b] for a, b in zip([0, *(cut + 4 for cut in cuts)], [*cuts, len(record)], strict=True)]
+    kinds = [0] if len(parts) == 1 else [1, *[2] * (len(parts) - 2), 3]
+    framing = (
+        (magic, struct.pack("<I", kind << 29 | len(part)), part, b"\0" * (-len(part) % 4))
+        for kind, part in zip(kinds, parts, strict=True)
+    )
+    return b"".join(itertools.chain.from_iterable(framing))
 
 
 def open_records(path: Path) -> Faces:

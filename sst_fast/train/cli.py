@@ -14,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("sst-fast: the command line needs the extra: pip install 'sst-fast[train]'", file=sys.stderr)
         return 1
+    from sst_fast.data import commands as data_commands
     from sst_fast.train import export as probes
     from sst_fast.train.config import Config
     from sst_fast.train.demo import DemoConfig
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export = command("export", None, "write the probe network alone, its preprocessing recorded")
     export.add_argument("run", type=str, help="the run's folder, a checkpoint or an exported .safetensors")
     export.add_argument("out", type=str, help="a .safetensors (weights), .pt2 (torch.export) or .onnx file")
+    data_commands.add(command("data", None, "what is in a data set; its shallow subsets; other formats"))
     command("demo", DemoConfig, "compare Semi-Siamese with conventional training on the embedded faces")
     command("info", None, "versions, device, backends")
 
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = settings[settings.command]
         if settings.command == "info":
             info()
+        elif settings.command == "data":
+            data_commands.run(chosen)
         elif settings.command == "eval":
             evaluate_run(chosen.run, chosen.root)
         elif settings.command == "embed":
