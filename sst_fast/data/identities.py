@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import warnings
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 from sst_fast.data import index, lists
 from sst_fast.data.images import kind_of_file, printable
-from sst_fast.data.store import Files, Selected, Store, Strings
+from sst_fast.data.store import Files, Gathered, Selected, Store, Strings
 
 # What file managers, archivers and notebooks leave behind, beside all that begins with a dot; in lower case.
 SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
@@ -117,7 +119,7 @@ def listing(path: str | Path) -> Faces:
             "numbers": faces.numbers, "ends": faces.ends, **index.packed("names", names), **index.packed("paths", paths),
         }  # fmt: skip
 
-    arrays: Any = index.cached(path, index.state_of(path), build)
+    arrays: Any = index.cached(path, lambda _: index.state_of(path), build)
     store = Files(path.parent, index.unpacked("paths", arrays), "list file")
     for number in np.unique(np.linspace(0, len(store) - 1, 100).astype(int)):
         if not store.path(int(number)).exists():
@@ -138,63 +140,76 @@ def folder(root: str | Path) -> Faces:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{printable(root)} is not a folder")
-    people, beside = entries(root)
-    # A folder's date changes with its entries; those of the identities say whether any image came or went.
-    state = np.fromiter((entry.stat().st_mtime_ns for entry in people), np.int64, len(people))
-    state = np.append(state, root.stat().st_mtime_ns)
-    arrays: Any = index.cached(root, state, lambda: _search(root, people, beside))
+    arrays: Any = index.cached(root, lambda arrays: _dates(root, arrays), lambda: _search(root))
     if len(arrays["told"]):
         warnings.warn(bytes(arrays["told"]).decode(), stacklevel=2)
     store = Files(root, index.unpacked("paths", arrays), "folder per identity")
     return Faces(index.unpacked("names", arrays), store, arrays["numbers"], arrays["ends"])
 
 
-def _search(root: Path, people: list[os.DirEntry[str]], beside: list[os.DirEntry[str]]) -> index.Arrays:
+def _dates(root: Path, arrays: index.Arrays) -> NDArray[np.int64]:
+    """When entries last came to or went from ``root`` and the identities' folders."""
+    people = index.unpacked("folders", arrays)
+    opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        dates = (os.stat(name, dir_fd=opened).st_mtime_ns for name in itertools.chain(people, ["."]))
+        return np.fromiter(dates, np.int64, len(people) + 1)
+    finally:
+        os.close(opened)
+
+
+def _search(root: Path) -> index.Arrays:
+    people, beside = entries(root)
     left_out: dict[str, list[str]] = {}
-    names, paths, counts = [], [], []
+    names, paths, ends = Gathered(), Gathered(), array("q", [0])
     for file in beside:
         left_out.setdefault("files beside the identities' folders", []).append(file.path)
     for person in tqdm(people, desc="index", unit="identity", leave=False, disable=len(people) < index.LEAST // 10):
-        inner, files = entries(person.path)
-        for found in inner:
-            left_out.setdefault("folders inside an identity's", []).append(found.path)
-        images = []
+        where = os.path.join(root, person)
+        inner, files = entries(where)
+        for name in inner:
+            left_out.setdefault("folders inside an identity's", []).append(os.path.join(where, name))
+        count = 0
         for file in files:
             if not lists.is_image(file.name):
                 left_out.setdefault("files whose suffix is no image's", []).append(file.path)
             elif file.is_file(follow_symlinks=False) or file.is_symlink():
-                images.append(f"{person.name}/{file.name}")
+                paths.append(f"{person}/{file.name}")
+                count += 1
             else:
                 mode = file.stat(follow_symlinks=False).st_mode
                 raise ValueError(f"{printable(file.path)} is {kind_of_file(mode)}, expected an image file")
-        if images:
-            names.append(person.name)
-            paths += images
-            counts.append(len(images))
+        if count:
+            names.append(person)
+            ends.append(ends[-1] + count)
         elif not inner and not files:
-            left_out.setdefault("empty folders", []).append(person.path)
+            left_out.setdefault("empty folders", []).append(where)
     told = "; ".join(f"{len(found)} {what} (as {printable(found[0])})" for what, found in left_out.items())
-    if len(names) < 2:
+    if len(ends) < 3:
         told = f" (left out: {told})" if told else ""
-        raise ValueError(f"{printable(root)} must hold at least two sub-folders with images, found {len(names)}{told}")
+        raise ValueError(
+            f"{printable(root)} must hold at least two sub-folders with images, found {len(ends) - 1}{told}"
+        )
     told = f"left out of {printable(root)}: {told}" if told else ""
     return {
-        "numbers": np.arange(len(paths)), "ends": np.cumsum([0, *counts], dtype=np.int64),
-        "told": np.frombuffer(told.encode(), np.uint8),
-        **index.packed("names", Strings.of(names)), **index.packed("paths", Strings.of(paths)),
+        "numbers": np.arange(ends[-1]), "ends": np.frombuffer(ends, np.int64), "told": np.frombuffer(told.encode(), np.uint8),
+        **index.packed("folders", Strings.of(people)), **index.packed("names", names.strings()),
+        **index.packed("paths", paths.strings()),
     }  # fmt: skip
 
 
-def entries(folder: str | os.PathLike[str]) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
-    """Sub-folders and all else in a folder, each sorted by name, without hidden and system entries."""
-    folders: list[os.DirEntry[str]] = []
+def entries(folder: str | os.PathLike[str]) -> tuple[list[str], list[os.DirEntry[str]]]:
+    """Names of the sub-folders and all else in a folder, each sorted by name, without hidden and system entries."""
+    folders: list[str] = []
     others: list[os.DirEntry[str]] = []
     with os.scandir(folder) as found:
         for entry in found:
             if not entry.name.startswith(".") and entry.name.lower() not in SYSTEM:
-                (folders if entry.is_dir() else others).append(entry)
-    by_name = lambda entry: entry.name
-    return sorted(folders, key=by_name), sorted(others, key=by_name)
+                if entry.is_dir():
+                    folders.append(entry.name)
+                else:
+                    others.append(entry)
+    return sorted(folders), sorted(others, key=lambda entry: entry.name)
 
 
 def images_below(root: str | os.PathLike[str]) -> list[Path]:
@@ -208,7 +223,7 @@ def images_below(root: str | os.PathLike[str]) -> list[Path]:
         folders, others = entries(folder)
         yield from (Path(file.path) for file in others if lists.is_image(file.name))
         for inner in folders:
-            yield from walk(inner.path)
+            yield from walk(os.path.join(folder, inner))
 
     if not Path(root).is_dir():
         raise FileNotFoundError(f"root: {printable(root)} is not a folder")

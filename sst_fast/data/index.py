@@ -19,32 +19,36 @@ VERSION = 1
 SETTLED = 2 * 10**9  # nanoseconds; a file system may give two changes within this time the same date
 
 
-def cached(root: Path, state: NDArray[np.int64], build: Callable[[], Arrays]) -> Arrays:
+def cached(root: Path, state: Callable[[Arrays], NDArray[np.int64]], build: Callable[[], Arrays]) -> Arrays:
     """What ``build`` finds in ``root``, from the file ``.NAME.sst-fast-index.npz`` beside it where that fits.
 
     Args:
         root: the data set's file or folder.
-        state: sizes and dates (nanoseconds) of all that the index was made from; another state makes a new index.
+        state: of the arrays, sizes and dates (nanoseconds) of all that they were made from; where it has changed, the data set
+            is searched again.
         build: gives the arrays; one of them is ``numbers``, one entry for each image.
 
     Where the file cannot be written, nothing is kept. A data set that has just changed is not kept either: another change at
     once might go unnoticed.
     """
     file = root.with_name(f".{root.name}.sst-fast-index.npz")
-    stamp = np.concatenate([np.array([VERSION], np.int64), state])
     try:
-        with np.load(file, allow_pickle=False) as kept:
-            if np.array_equal(kept["state"], stamp):
-                return {name: kept[name] for name in kept.files}
+        with np.load(file, allow_pickle=False) as opened:
+            kept = {name: opened[name] for name in opened.files}
+        if kept["version"] == VERSION and np.array_equal(kept["state"], state(kept)):
+            return kept
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # none, or none that can be used
     began = time.time_ns()
     arrays = build()
-    if len(arrays["numbers"]) >= LEAST and state.max() < began - SETTLED:
+    if len(arrays["numbers"]) < LEAST:
+        return arrays
+    now = state(arrays)
+    if now.max() < began - SETTLED:
         temporary = file.with_name(f"{file.name}.{os.getpid()}")
         try:
-            with temporary.open("wb") as opened:
-                np.savez(opened, state=stamp, **arrays)  # type: ignore[arg-type]
+            with temporary.open("wb") as target:
+                np.savez(target, version=VERSION, state=now, **arrays)  # type: ignore[arg-type]
             temporary.replace(file)
         except OSError:
             temporary.unlink(missing_ok=True)

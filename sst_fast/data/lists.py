@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import itertools
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sst_fast.data.images import EXTENSIONS, printable
-from sst_fast.data.store import Strings
+from sst_fast.data.store import Gathered, Strings
 
 SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
 # What a first line may call the columns; of several labels one of the first set is meant.
@@ -98,25 +99,26 @@ def read_list(file: Path) -> tuple[Strings, Strings, NDArray[np.int64]]:
         ValueError: the form is not clear, or a line has another one; names file and line.
     """
     shown = printable(file)
-    numbered = ((number, line) for number, line in enumerate(text(file).split("\n"), 1) if line.strip())
-    lines = list(numbered)
-    if not lines:
+    lines = text(file).split("\n")
+    begin = next((number for number, line in enumerate(lines) if line.strip()), None)
+    if begin is None:
         raise ValueError(f"{shown} is an empty list")
-    form, heading = header(lines[0][1], f"{shown}, line {lines[0][0]}")
+    form = header(lines[begin], f"{shown}, line {begin + 1}")
+    heading = form is not None
     if form is None:
         form = detect(lines, shown)
     names: dict[str, int] = {}
-    paths, ends, identities = bytearray(), array("q", [0]), array("q")
-    for number, line in lines[heading:]:
-        found = form.by_suffix(line) if not heading else _named(form, line)
+    paths, identities = Gathered(), array("q")
+    for number, line in enumerate(itertools.islice(lines, begin + heading, None), begin + heading + 1):
+        if not line.strip():
+            continue
+        found = _named(form, line) if heading else form.by_suffix(line)
         if found is None:
             raise refused(shown, number, line, form)
         path, label = found
-        paths += path.encode(errors="surrogateescape")
-        ends.append(len(paths))
+        paths.append(path)
         identities.append(names.setdefault(label, len(names)))
-    strings = Strings(np.frombuffer(paths, np.uint8), np.frombuffer(ends, np.int64))
-    return Strings.of(names), strings, np.frombuffer(identities, np.int64)
+    return Strings.of(names), paths.strings(), np.frombuffer(identities, np.int64)
 
 
 def _named(form: Form, line: str) -> tuple[str, str] | None:
@@ -124,8 +126,8 @@ def _named(form: Form, line: str) -> tuple[str, str] | None:
     return None if found is None else (found[form.path], found[form.label])
 
 
-def header(line: str, where: str) -> tuple[Form | None, int]:
-    """The form that a first line with the columns' names tells, and how many lines it takes (0 or 1).
+def header(line: str, where: str) -> Form | None:
+    """The form that a first line with the columns' names tells; None: it does not name them.
 
     Raises:
         ValueError: two columns may be the path, or two the label.
@@ -144,25 +146,27 @@ def header(line: str, where: str) -> tuple[Form | None, int]:
                 raise ValueError(f"{where}: the columns {' and '.join(names[i] for i in found)} may both be the {what}")
         if separator == " " and len(names) > 2:
             raise ValueError(f"{where}: more than two columns must be separated by tabs or commas, got {line!r}")
-        return Form(separator, paths[0], labels[0], len(names)), 1
-    return None, 0
+        return Form(separator, paths[0], labels[0], len(names))
+    return None
 
 
-def detect(lines: list[tuple[int, str]], shown: str) -> Form:
+def detect(lines: list[str], shown: str) -> Form:
     """The one form that fits the lines, as many as it takes to exclude the others.
 
     Raises:
         ValueError: none fits, or several fit all lines.
     """
     left = TWO_COLUMNS
-    for number, line in lines:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         fitting = [form for form in left if form.by_suffix(line)]
         if not fitting:
             raise refused(shown, number, line, left[0] if len(left) < len(TWO_COLUMNS) else None)
         left = fitting
         if len(left) == 1:
             return left[0]
-    number, line = lines[0]
+    number, line = next((number, line) for number, line in enumerate(lines, 1) if line.strip())
     raise ValueError(
         f"{shown}, line {number}: {line!r} may be read as {' or as '.join(map(str, left))}; write the columns' names, "
         "path and label, into the first line"

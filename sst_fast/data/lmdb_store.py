@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from sst_fast.data import index
 from sst_fast.data.identities import Faces
 from sst_fast.data.images import DataError, printable
-from sst_fast.data.store import Strings
+from sst_fast.data.store import Gathered, Strings
 
 _environments: dict[str, Any] = {}  # by path: LMDB allows a process one of each
 
@@ -86,7 +87,7 @@ def open_lmdb(path: Path) -> Faces:
 
     def build() -> index.Arrays:
         names: dict[bytes, int] = {}
-        keys, identities = [], []
+        keys, identities = Gathered(), array("q")
         try:
             with environment(path).begin() as transaction, transaction.cursor() as cursor:
                 for key in cursor.iternext(values=False):
@@ -101,13 +102,13 @@ def open_lmdb(path: Path) -> Faces:
             raise ValueError(f"{printable(path)} cannot be read as LMDB: {error}") from None
         if len(names) < 2:
             raise ValueError(f"{printable(path)} must hold at least two identities, found {len(names)}")
-        strings = Strings.of(key.decode(errors="surrogateescape") for key in keys)
+        strings = keys.strings()
         found = Strings.of(name.decode(errors="surrogateescape") for name in names)
-        faces = Faces.by_identity(found, Entries(path, strings), np.array(identities))
+        faces = Faces.by_identity(found, Entries(path, strings), np.frombuffer(identities, np.int64))
         return {
             "numbers": faces.numbers, "ends": faces.ends, **index.packed("keys", strings), **index.packed("names", found),
         }  # fmt: skip
 
-    arrays: Any = index.cached(path, index.state_of(file), build)
+    arrays: Any = index.cached(path, lambda _: index.state_of(file), build)
     store = Entries(path, index.unpacked("keys", arrays))
     return Faces(index.unpacked("names", arrays), store, arrays["numbers"], arrays["ends"])

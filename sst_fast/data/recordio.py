@@ -117,7 +117,7 @@ def open_records(path: Path) -> Faces:
     ):
         if not file.is_file():
             raise FileNotFoundError(f"{printable(file)} does not exist: {what}")
-    arrays: Any = index.cached(path, index.state_of(path, idx), lambda: _build(path, idx))
+    arrays: Any = index.cached(path, lambda _: index.state_of(path, idx), lambda: _build(path, idx))
     store = Records(path, arrays["keys"], arrays["begins"], arrays["sizes"])
     names = index.unpacked("names", arrays)
     told = path.with_name("property")

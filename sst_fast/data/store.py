@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, overload
@@ -30,10 +31,10 @@ class Strings(Sequence[str]):
     @classmethod
     def of(cls, strings: Iterable[str]) -> Strings:
         """These strings."""
-        encoded = [string.encode(errors="surrogateescape") for string in strings]
-        ends = np.zeros(len(encoded) + 1, np.int64)
-        np.cumsum([len(string) for string in encoded], out=ends[1:])
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+        gathered = Gathered()
+        for string in strings:
+            gathered.append(string)
+        return gathered.strings()
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -68,6 +69,22 @@ class Strings(Sequence[str]):
 
     def __repr__(self) -> str:
         return f"Strings({list(self[:3])}, {len(self)} in all)"
+
+
+class Gathered:
+    """Strings that come one by one."""
+
+    def __init__(self) -> None:
+        self._data, self._ends = bytearray(), array("q", [0])
+
+    def append(self, string: str | bytes) -> None:
+        """One more."""
+        self._data += string.encode(errors="surrogateescape") if isinstance(string, str) else string
+        self._ends.append(len(self._data))
+
+    def strings(self) -> Strings:
+        """All of them."""
+        return Strings(np.frombuffer(self._data, np.uint8), np.frombuffer(self._ends, np.int64))
 
 
 class Store(Protocol):

@@ -66,7 +66,7 @@ def open_tars(root: Path, shards: list[Path]) -> Faces:
         ValueError: a file is no plain tar, a sample has no or two images or nobody knows whose it is, or there are fewer than
             two identities; names shard and sample.
     """
-    arrays: Any = index.cached(root, index.state_of(*shards), lambda: _build(root, shards))
+    arrays: Any = index.cached(root, lambda _: index.state_of(*shards), lambda: _build(root, shards))
     base = root if root.is_dir() else root.parent
     store = Members(base, index.unpacked("shards", arrays), arrays["shard"], arrays["begins"], arrays["sizes"])
     return Faces(index.unpacked("names", arrays), store, arrays["numbers"], arrays["ends"])
