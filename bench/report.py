@@ -171,6 +171,7 @@ SUITES: dict[str, tuple[str, str, str, Callable[[list[Row]], str] | None]] = {
     "queue": ("Queue and gallery update", "copy of the bytes", OURS, None),
     "step": ("Training step", "networks", "whole step", added),
     "scaling": ("Several processes", BARE, OURS, rates),
+    "data": ("Reading images", "Pillow's decoding", OURS, None),
 }
 
 

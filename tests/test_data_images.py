@@ -209,6 +209,7 @@ def test_what_systems_leave_behind_is_neither_identity_nor_image(faces):
     found = data.faces(faces)
     assert found.names == sorted(f"p{i}" for i in range(12))
     assert [path.name for path in found.paths[0]] == ["0.png", "1.png", "2.png"]
+    (faces / "p0" / "circle").symlink_to(faces)
     assert len(data.images_below(faces)) == 36
 
 

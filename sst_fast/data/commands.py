@@ -41,7 +41,7 @@ def info(root: str, decoded: bool = False, quick: bool = False, workers: int = 0
     loader = torch.utils.data.DataLoader(census, 64, num_workers=workers, collate_fn=list, generator=torch.Generator())
     rows: list[tuple[int, int, int, str]] = []
     try:
-        with tqdm(total=len(images), unit="image", leave=False) as bar:
+        with tqdm(total=len(images), unit="image", leave=False, delay=1) as bar:
             for batch in loader:
                 rows += batch
                 bar.update(len(batch))

@@ -107,7 +107,7 @@ def encoded(faces: Faces, number: int) -> tuple[bytes, str]:
 
 def _records(faces: Faces, skipped: Unreadable | None) -> Iterator[Record]:
     written = 0
-    with tqdm(total=len(faces.numbers), unit="image", leave=False) as bar:
+    with tqdm(total=len(faces.numbers), unit="image", leave=False, delay=1) as bar:
         for identity in range(len(faces.names)):
             name, place = faces.names[identity], 0
             for number in faces.images(identity).tolist():

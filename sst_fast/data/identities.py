@@ -164,7 +164,7 @@ def _search(root: Path) -> index.Arrays:
     names, paths, ends = Gathered(), Gathered(), array("q", [0])
     for file in beside:
         left_out.setdefault("files beside the identities' folders", []).append(file.path)
-    for person in tqdm(people, desc="index", unit="identity", leave=False, disable=len(people) < index.LEAST // 10):
+    for person in tqdm(people, desc="index", unit="identity", leave=False, delay=1):
         where = os.path.join(root, person)
         inner, files = entries(where)
         for name in inner:
@@ -223,7 +223,8 @@ def images_below(root: str | os.PathLike[str]) -> list[Path]:
         folders, others = entries(folder)
         yield from (Path(file.path) for file in others if lists.is_image(file.name))
         for inner in folders:
-            yield from walk(os.path.join(folder, inner))
+            if not os.path.islink(path := os.path.join(folder, inner)):  # links may lead round in a circle
+                yield from walk(path)
 
     if not Path(root).is_dir():
         raise FileNotFoundError(f"root: {printable(root)} is not a folder")

@@ -121,6 +121,8 @@ def eight_bits(image: Image.Image, format: str | None) -> Image.Image:
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """Centre-cropped to a square and resized to ``size`` pixels, bilinearly with antialiasing."""
+    if image.size == (size, size):
+        return image
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
 
 
@@ -135,6 +137,6 @@ def read(path: str | os.PathLike[str], size: int, channels: int) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """(pixel - 127.5) / 128 as float32 [channels, size, size]."""
-    array = np.array(image, dtype=np.float32)
-    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray((array - MEAN) / STD))
+    pixels = np.array(image)
+    pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return torch.from_numpy(pixels).float().sub_(MEAN).mul_(1 / STD)  # exact: STD is a power of two

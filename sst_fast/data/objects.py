@@ -121,7 +121,9 @@ def from_dataset(
             (v for v in (labels, *(getattr(dataset, n, None) for n in ("targets", "labels"))) if v is not None), None
         )
         if labels is None:
-            labels = [dataset[i][label] for i in tqdm(range(len(dataset)), unit="item", desc="labels", leave=False)]
+            labels = [
+                dataset[i][label] for i in tqdm(range(len(dataset)), unit="item", desc="labels", leave=False, delay=1)
+            ]
         names = getattr(dataset, "classes", None)
         format = "map-style dataset"
     values, identities = np.unique(np.asarray(labels), return_inverse=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, overload
 
@@ -50,6 +51,11 @@ class Strings(Sequence[str]):
             raise IndexError(f"index {index} is out of range for {len(self)} strings")
         index %= len(self)
         return self.data[self.ends[index] : self.ends[index + 1]].tobytes().decode(errors="surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        data = self.data.tobytes()
+        for begin, end in itertools.pairwise(self.ends.tolist()):
+            yield data[begin:end].decode(errors="surrogateescape")
 
     def take(self, numbers: NDArray[np.int64]) -> Strings:
         """Those with these numbers, in this order."""

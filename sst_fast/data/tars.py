@@ -76,7 +76,7 @@ def _build(root: Path, shards: list[Path]) -> index.Arrays:
     names: dict[str, int] = {}
     shard, begins, sizes, identities = (array("q") for _ in range(4))
     with tqdm(
-        total=sum(path.stat().st_size for path in shards), unit="B", unit_scale=True, desc="index", leave=False
+        total=sum(path.stat().st_size for path in shards), unit="B", unit_scale=True, desc="index", leave=False, delay=1
     ) as bar:
         for number, path in enumerate(shards):
             for name, image, identity in samples(path):
