@@ -185,6 +185,7 @@ SUITES: dict[str, tuple[str, str, str, Callable[[list[Row]], str] | None]] = {
     "host": ("Host", "eager", OURS, host),
     "evaluation": ("Comparing all pairs of images", "bare products, M x M", OURS, None),
     "scaling": ("Several processes", BARE, OURS, rates),
+    "data": ("Reading images", "Pillow's decoding", OURS, None),
 }
 
 

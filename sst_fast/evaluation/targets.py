@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -93,7 +92,7 @@ class Result:
 # Figures that are no shares.
 PLAIN = {"effective rank", "intra-class cosine", "inter-class cosine", "alignment", "uniformity"}
 
-Source = Path | bytes
+Source = str | Path | bytes
 Evaluator = Callable[["Embedder", Path, Options], Result]
 
 
@@ -154,7 +153,13 @@ class _Pictures(torch.utils.data.Dataset[tuple[Tensor, bool]]):
         channels: int,
         skip: bool,
     ) -> None:
-        self.sources, self.names, self.landmarks = sources, names, landmarks
+        encoded = (
+            [source for source in sources if isinstance(source, bytes)]
+            if not isinstance(sources, data.Selected)
+            else []
+        )
+        self.sources = encoded or data.Selected.of(sources)
+        self.names, self.landmarks = names, landmarks
         self.size, self.channels, self.skip = size, channels, skip
 
     def __len__(self) -> int:
@@ -163,22 +168,19 @@ class _Pictures(torch.utils.data.Dataset[tuple[Tensor, bool]]):
     def __getitem__(self, index: int) -> tuple[Tensor, bool]:
         try:
             return data.to_tensor(self._image(index)), False
-        except ValueError as error:
+        except data.DataError:
             if not self.skip:
-                reason = error.__cause__ or error
-                raise ValueError(f"{self.names[index]} cannot be read as an image: {reason}") from error
+                raise
             return torch.zeros(self.channels, self.size, self.size), True
 
     def _image(self, index: int) -> Image.Image:
-        source = self.sources[index]
-        if self.landmarks is None:
-            return data.read(io.BytesIO(source) if isinstance(source, bytes) else source, self.size, self.channels)
-        assert isinstance(source, Path)
-        try:
-            with Image.open(source) as image:
-                return align(image.convert("L" if self.channels == 1 else "RGB"), self.landmarks[index], self.size)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(str(error)) from error
+        if isinstance(self.sources, data.Selected):
+            image = self.sources.load(index, self.channels)
+        else:
+            image = data.decode(self.sources[index], self.names[index], self.channels)
+        if self.landmarks is not None:
+            return align(image, self.landmarks[index], self.size)
+        return data.square(image, self.size)
 
 
 def align(image: Image.Image, landmarks: NDArray[np.float32], size: int) -> Image.Image:
@@ -255,7 +257,7 @@ def _identities(embedder: Embedder, path: Path, options: Options) -> Result:
     figures = {"balanced accuracy": scores.accuracy, **rates, "rank-1": scores.rank1, "rank-5": scores.rank5}
     if options.distractors:
         root = Path(options.distractors)
-        others = sorted(p for p in root.rglob("*") if p.suffix.lower() in data.EXTENSIONS)
+        others = data.images_below(root)
         if not others:
             raise ValueError(f"distractors: no image below {root}")
         far, bad = embedder.embed(others, [str(p) for p in others])

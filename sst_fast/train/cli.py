@@ -130,8 +130,15 @@ def info() -> None:
         print(choice)
 
 
+def data(chosen: Any) -> None:
+    """What is in a data set; its shallow subsets; other formats."""
+    from sst_fast.data import commands
+
+    commands.run(chosen)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train, "eval": evaluate, "embed": embed, "export": export, "demo": demo, "info": info,
+    "train": train, "eval": evaluate, "embed": embed, "export": export, "data": data, "demo": demo, "info": info,
 }  # fmt: skip
 
 
@@ -157,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser, configs = _parser("toml" if any(a.endswith(".toml") for a in argv) else "yaml")
         try:
             settings = parser.parse_args(_with_margin_spelled_out(argv))
-            values = vars(parser.instantiate(settings)[settings.command])
+            chosen = parser.instantiate(settings)[settings.command]
+            values = {"chosen": chosen} if settings.command == "data" else vars(chosen)
             values = {option: value for option, value in values.items() if option != "config"}
             if settings.command == "eval":
                 values["options"] = Options(**{field.name: values.pop(field.name) for field in fields(Options)})
@@ -184,6 +192,7 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
     from torch import Tensor
 
     import sst_fast
+    from sst_fast.data import commands as data_commands
     from sst_fast.evaluation.targets import Options
     from sst_fast.margins import Margin
     from sst_fast.train.config import Config
@@ -208,12 +217,20 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
     )  # fmt: skip
     commands = parser.add_subcommands(required=True, dest="command")
     configs: dict[str, type] = {"train": Config, "demo": DemoConfig}
+
+    def parser_of(summary: str) -> Any:
+        return jsonargparse.ArgumentParser(
+            parser_mode=own, exit_on_error=False, allow_abbrev=False, description=summary
+        )
+
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").splitlines()[0]
-        sub = jsonargparse.ArgumentParser(parser_mode=own, exit_on_error=False, allow_abbrev=False, description=summary)
+        sub = parser_of(summary)
         if name in configs:
             sub.add_argument("--config", action="config", help="a YAML or TOML file with these settings")
             sub.add_class_arguments(configs[name])
+        elif name == "data":
+            data_commands.add(sub, parser_of)
         elif name == "eval":
             sub.add_function_arguments(function, as_positional=True, skip={"targets", "options"})
             sub.add_argument(

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from sst_fast.data.pairs import OnError
 from sst_fast.loss import Keep
 from sst_fast.margins import MARGINS, AMSoftmax, Margin
 from sst_fast.samplers import Scheme
@@ -27,14 +28,17 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-        root: folder with one sub-folder per identity, a list file (.txt or .lst, 'relative/path label' a line), or 'orl' for
-            the embedded faces; must be given.
+        root: any data set that sst_fast.data.faces knows (a folder with one sub-folder per identity, a list file, RecordIO, LMDB,
+            WebDataset, Hugging Face), or 'orl' for the embedded faces; must be
+            given.
         size: side of the square input in pixels.
         channels: 1 (gray) or 3 (RGB).
         images_per_identity: keep so many of each identity, chosen by seed; 0 keeps all.
         test_share: share of identities held out for verification, in [0, 1).
-        test_root: folder or list file to verify on instead.
+        test_root: data set to verify on instead.
         workers: processes that read images (for each training process); -1: up to 8 with a GPU, else none.
+        augment: 'sst' (the paper's), 'flip', 'none' or a function, 'package.module:function'; see sst_fast.data.augmentation.
+        on_error: what an image that cannot be read does: 'stop' the run, or 'skip' it, noted in unreadable.txt in out.
     """
 
     root: str = ""
@@ -44,6 +48,8 @@ class DataConfig:
     test_share: float = 0.0
     test_root: str = ""
     workers: int = -1
+    augment: str = "sst"
+    on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
         _settle(self, "data.")

@@ -232,7 +232,7 @@ def embed_folder(
             import pyarrow.parquet as pq
         except ImportError as error:
             raise ImportError(f"Parquet needs the extra: pip install 'sst-fast[export]' ({error})") from error
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in data.EXTENSIONS)
+    found = data.images_below(root)
     if not found:
         raise ValueError(f"root: no image below {root}")
     paths, left_out = [], []

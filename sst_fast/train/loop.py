@@ -139,13 +139,17 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
             model.compile()
         if world > 1:
             model = nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-        pairs = data.Pairs(train_faces, config.data.size, config.data.channels, config.seed)
         crops = (config.data.size, config.data.channels)
+        skipped = data.Unreadable(out / "unreadable.txt") if config.data.on_error == "skip" else None
+        pairs = data.Pairs(train_faces, *crops, config.seed, augment=config.data.augment, skipped=skipped)
         workers = config.data.workers
         if workers < 0:
             workers = min(8, (os.cpu_count() or 1) // world) if device.type == "cuda" else 0
         paths, numbers = data.flat(test_faces or train_faces)
-        watched = torch.cat(list(data.image_batches(paths[:WATCHED], *crops, workers=workers)))
+        kept: list[int] = []
+        watched = torch.cat(
+            list(data.image_batches(paths[:WATCHED], *crops, workers=workers, skipped=skipped, kept=kept))
+        )
         scores, before = None, state.seconds[-1] if state.seconds else 0.0
         label = label or config.method
         begin = state.sampler.epoch + state.sampler.done / len(state.sampler.order)
@@ -165,9 +169,9 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
                 state.sampler.set_epoch(epoch + 1)
                 state.sums, state.count = [0.0] * len(METRICS), 0
                 if rank == 0:
-                    row |= collapse(backbones.embed(state.model.probe, watched.split(256)), numbers[:WATCHED]).row()
+                    row |= collapse(backbones.embed(state.model.probe, watched.split(256)), numbers[kept]).row()
                     if test_faces and config.verify_every and ((epoch + 1) % config.verify_every == 0 or last):
-                        scores = verify(state.model.probe, test_faces, *crops, workers=workers)
+                        scores = verify(state.model.probe, test_faces, *crops, workers=workers, skipped=skipped)
                         row["accuracy"], row["tar_at_far_1e-3"] = scores.accuracy, scores.tar[0.001]
                         say(f"{label}: epoch {epoch + 1}/{config.epochs}, {told(scores)}")
                         better = scores.accuracy > state.best
@@ -181,9 +185,11 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
                 if (epoch + 1) % config.checkpoint_every == 0 or last or better:
                     checkpoint.save(out, state, best=better)
         if test_faces and rank == 0:
-            scores = scores or verify(state.model.probe, test_faces, *crops, workers=workers)
+            scores = scores or verify(state.model.probe, test_faces, *crops, workers=workers, skipped=skipped)
             with checkpoint.replacing(out / "scores.json") as temporary:
                 temporary.write_text(json.dumps({"epoch": len(state.history), **figures(scores)}, indent=2) + "\n")
+        if skipped and rank == 0:
+            say(f"{len(skipped)} images could not be read and were skipped: {skipped.path}")
         return Run(state.model.probe, state.history, scores, rank)
 
 
@@ -322,10 +328,14 @@ def means(state: State, device: torch.device) -> dict[str, float]:
     return dict(zip(METRICS, (total[:-1] / total[-1]).tolist(), strict=True))
 
 
-def verify(network: nn.Module, faces: data.Faces, size: int, channels: int, workers: int = 0) -> Scores:
-    """Scores of a network on all images of ``faces``."""
-    paths, labels = data.flat(faces)
-    return evaluate(backbones.embed(network, data.image_batches(paths, size, channels, workers=workers)), labels)
+def verify(
+    network: nn.Module, faces: data.Faces, size: int, channels: int, workers: int = 0, skipped: data.Unreadable | None = None
+) -> Scores:  # fmt: skip
+    """Scores of a network on all images of ``faces``, without those that cannot be read if ``skipped`` is to name them."""
+    images, labels = data.flat(faces)
+    kept: list[int] = []
+    batches = data.image_batches(images, size, channels, workers=workers, skipped=skipped, kept=kept)
+    return evaluate(backbones.embed(network, batches), labels[kept])
 
 
 @contextlib.contextmanager
