@@ -16,7 +16,6 @@ from sst_fast.arguments import (
     Reduction,
     Statistics,
     Window,
-    wide_dtype,
 )
 from sst_fast.backends.backend import Problem
 from sst_fast.backends.choose import choose
@@ -125,8 +124,10 @@ def margin_softmax(
         identity, slot_identity, mask_empty, normalize_prototypes, gradient, product_dtype,
     )  # fmt: skip
     a.check()
-    _autocast(a)
+    if type(scale) is not float and not isinstance(scale, Tensor):
+        a.scale = float(scale)  # an integer, or a number of NumPy's
     penalty = _adapt_margin(a)
+    _autocast(a)
     loss, statistics = _run(a, _select(a, backend))
     if penalty is not None:
         loss = loss + penalty
@@ -183,8 +184,26 @@ def _run(a: Arguments, backend: str) -> tuple[Tensor, Statistics]:
         with torch.autocast(a.embedding.device.type, enabled=False):
             return reference.margin_softmax(a)
     assert _operator is not None
-    loss, lse, target_cosine, hardest_cosine, hardest_slot, beats_target, *_ = _operator(*a.packed(), backend)
+    loss, lse, target_cosine, hardest_cosine, hardest_slot, beats_target, residual, row_weight, *_ = _operator(
+        *a.packed(), backend
+    )
+    if a.margin.trains and torch.is_grad_enabled():
+        loss = loss + _margin_gradient(a, residual, row_weight)
     return loss, Statistics(lse, target_cosine, hardest_cosine, hardest_slot, beats_target)
+
+
+def _margin_gradient(a: Arguments, residual: Tensor, row_weight: Tensor) -> Tensor:
+    """Zero, with the gradient of the loss in the margin's own parameters, which enter it by psi alone.
+
+    ``residual`` [N]: derivative of each row's loss in its target logit; ``row_weight`` [N].
+    """
+    with torch.no_grad():
+        unit, target, _ = reference.unit_probes(a)
+        cosine, sine = reference.angle_to_target(unit, reference.target_rows(a, target))
+        factor = row_weight * residual * a.scale
+    psi = a.margin.psi(cosine, sine=sine)
+    each = torch.where(factor == 0, 0, factor * (psi - psi.detach())).to(residual.dtype)
+    return each if a.reduction == "none" else each.sum()
 
 
 def target_cosine(
@@ -193,23 +212,19 @@ def target_cosine(
     target: Tensor,
     window: Window | None = None,
     normalize_prototypes: bool = False,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """Cosine of each probe with its target prototype, [N], without gradient: N x D operations.
+    """Cosine of each probe with its target prototype, [N], without gradient: N x D operations. 0 where it is ignored.
 
     Args as in :func:`margin_softmax`, which checks them.
     """
+    a = Arguments(
+        embedding, prototypes, target, window=window, normalize_prototypes=normalize_prototypes, ignore_index=ignore_index
+    )
     with torch.no_grad():
-        rows = prototypes[target]
-        if window is not None:
-            groups, b, _ = window.features.shape
-            inside = (target - window.start) % len(prototypes)
-            group = torch.arange(len(target), device=target.device) // max(len(target) // groups, 1)
-            own = window.features[group, inside.clamp_max(b - 1)].to(rows.dtype)
-            rows = torch.where((inside < b)[:, None], own, rows)
-        wide = wide_dtype(embedding, prototypes)
-        rows = reference.normalize(rows.to(wide)) if normalize_prototypes else rows.to(wide)
-        cosine: Tensor = (reference.normalize(embedding.to(wide)) * rows).sum(1)
-        return cosine
+        unit, within, _ = reference.unit_probes(a)
+        cosine, _ = reference.angle_to_target(unit, reference.target_rows(a, within))
+        return cosine.to(a.wide)
 
 
 def embedding_norm(embedding: Tensor) -> Tensor:
