@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sst_fast import reference
 from sst_fast.arguments import (
@@ -20,12 +23,14 @@ from sst_fast.arguments import (
 from sst_fast.backends.backend import Problem
 from sst_fast.backends.choose import choose
 from sst_fast.backends.extension import compiled
-from sst_fast.margins import AMSoftmax, Margin, Parameter
+from sst_fast.margins import AMSoftmax, Margin, Parameter, Softmax
 
 __all__ = [
     "EMBEDDING_DTYPES", "QUEUE_DTYPES", "Statistics", "Window", "embedding_norm", "margin_softmax", "target_cosine",
 ]  # fmt: skip
 
+# Trained prototypes whose norms have been looked at.
+_looked_at: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _operator = None if compiled is None else torch.ops.sst_fast.margin_softmax.default
 
 
@@ -79,7 +84,9 @@ def margin_softmax(
 
     No N x K tensor is ever made. The gradient for ``embedding`` is found in the same sweep. ``prototypes`` get one if they
     require it, by a second sweep in backward; rows that ``window`` replaces get zeros. Compiled backends have no second
-    derivative, and none in forward mode. Under autocast ``embedding`` and float32 ``prototypes`` are cast as for a linear layer; the loss stays float32.
+    derivative, and none in forward mode. Under autocast ``embedding`` and float32 ``prototypes`` are cast as for a linear layer,
+    after normalisation where that is done inside; the loss stays float32. A gradient beyond the range of float16 embeddings is
+    infinite, for a gradient scaler to see.
 
     Args:
         embedding: probes [N, D], float64, float32, bfloat16 or float16; normalised inside. A zero row has cosine 0
@@ -126,6 +133,7 @@ def margin_softmax(
     a.check()
     if type(scale) is not float and not isinstance(scale, Tensor):
         a.scale = float(scale)  # an integer, or a number of NumPy's
+    _look_at_prototypes(a)
     penalty = _adapt_margin(a)
     _autocast(a)
     loss, statistics = _run(a, _select(a, backend))
@@ -134,16 +142,41 @@ def margin_softmax(
     return (loss, statistics) if return_statistics else loss
 
 
+def _look_at_prototypes(a: Arguments) -> None:
+    """Warns of class weights that were forgotten to be normalised, when they are first seen."""
+    w = a.prototypes
+    if a.normalize_prototypes or not w.requires_grad or isinstance(a.margin, Softmax) or torch.compiler.is_compiling():
+        return
+    capturing = w.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not w.is_leaf or not torch.is_grad_enabled() or capturing or w in _looked_at:
+        return
+    _looked_at[w] = True
+    norm = embedding_norm(w.detach())
+    least, most = norm.min().item(), norm.max().item()
+    if not 0.95 < least <= most < 1.05:
+        warnings.warn(
+            f"prototypes require a gradient and have rows of norm {least:.3g} to {most:.3g}, expected 1: margins are meant "
+            "for cosines; pass normalize_prototypes=True to divide rows by their norm inside",
+            stacklevel=3,
+        )
+
+
 def _autocast(a: Arguments) -> None:
-    """Casts float32 embeddings and prototypes as autocast does for a linear layer."""
+    """Casts float32 embeddings and prototypes as autocast does for a linear layer; what is normalised inside, normalised first.
+
+    Raw class weights may be so small that float16 keeps little of them, and their gradient, 1 / norm times as large, overflows
+    there long before that of unit rows does. The same holds for embeddings; margins have seen their norms by then.
+    """
     kind = a.embedding.device.type
     if not torch.is_autocast_enabled(kind):
         return
     dtype = torch.get_autocast_dtype(kind)
     if a.embedding.dtype == torch.float32:
-        a.embedding = a.embedding.to(dtype)
+        small_range = dtype == torch.float16
+        a.embedding = (reference.normalize(a.embedding) if small_range else a.embedding).to(dtype)
     if a.prototypes.dtype == torch.float32:
-        a.prototypes = a.prototypes.to(dtype)
+        rows = reference.normalize(a.prototypes) if a.normalize_prototypes else a.prototypes
+        a.prototypes = rows.to(dtype)
 
 
 def _adapt_margin(a: Arguments) -> Tensor | None:
@@ -184,12 +217,23 @@ def _run(a: Arguments, backend: str) -> tuple[Tensor, Statistics]:
         with torch.autocast(a.embedding.device.type, enabled=False):
             return reference.margin_softmax(a)
     assert _operator is not None
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        _refuse_forward_mode(a)
     loss, lse, target_cosine, hardest_cosine, hardest_slot, beats_target, residual, row_weight, *_ = _operator(
         *a.packed(), backend
     )
     if a.margin.trains and torch.is_grad_enabled():
         loss = loss + _margin_gradient(a, residual, row_weight)
     return loss, Statistics(lse, target_cosine, hardest_cosine, hardest_slot, beats_target)
+
+
+def _refuse_forward_mode(a: Arguments) -> None:
+    """The operator refuses tangents of what it differentiates; those of its constants it would drop without a word."""
+    for value in (a.scale, a.weight, *a.margin.parameters()):
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                'sst_fast.margin_softmax has no forward-mode derivative; backend="reference" has one'
+            )
 
 
 def _margin_gradient(a: Arguments, residual: Tensor, row_weight: Tensor) -> Tensor:
