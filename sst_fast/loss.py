@@ -34,7 +34,7 @@ HEAD_OPTIONS = frozenset({
 class RunningMargin(nn.Module):
     """A margin and, as buffers, those of its parameters that follow the training (``Margin.running``), float32 at least.
 
-    Parameters that are ``nn.Parameter`` are registered, so that an optimizer finds them.
+    Parameters that are ``nn.Parameter`` are registered in ``trained``, so that an optimizer finds them.
     """
 
     def __init__(self, margin: Margin) -> None:
@@ -43,9 +43,7 @@ class RunningMargin(nn.Module):
         self.margin = margin
         for name in margin.running:
             self.register_buffer(name, torch.as_tensor(getattr(margin, name), dtype=torch.float32).clone())
-        for name, value in vars(margin).items():
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
+        self.trained = nn.ParameterDict({n: value for n, value in vars(margin).items() if isinstance(value, nn.Parameter)})
 
     def current(self) -> Margin:
         """The margin with its parameters as they are now: copies, which later updates leave alone."""

@@ -568,7 +568,7 @@ class AdaCos(Softmax):
         """Eq. 14; unchanged while there is not one negative."""
         old = torch.as_tensor(self.scale_for(0.0, seen.slots), dtype=seen.norm.dtype, device=seen.norm.device)
         each = seen.log_negatives(old).masked_fill(~seen.counts, -torch.inf)
-        log_mean = torch.logsumexp(each, 0) - seen.total.clamp_min(1).log()
+        log_mean = torch.logsumexp(each, 0) - seen.total.clamp_min(1).to(each.dtype).log()
         angles = seen.target_cosine.clamp(-1, 1).acos().masked_fill(~seen.counts, torch.inf).sort().values
         middle = (seen.total - 1).clamp_min(0) // 2  # of an even number the lower, as torch.median
         new = log_mean / angles.take(middle).clamp_max(math.pi / 4).cos()
