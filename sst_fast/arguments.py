@@ -238,11 +238,21 @@ def check_word(name: str, word: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {word!r}")
 
 
+def is_integer(value: object) -> bool:
+    """Whether it is an integer, of Python or of NumPy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of Python or of NumPy."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: object, least: int) -> int:
     """``value`` as an int; ValueError unless it is an integer, of Python or NumPy, that is at least ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+    if not is_integer(value) or int(value) < least:  # type: ignore[call-overload]
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    return int(value)
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def check_margin(margin: object) -> None:
@@ -270,7 +280,9 @@ def check_scale(scale: Parameter, n: int | None = None, device: torch.device | N
         if scale.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = ~((scale > 0) & (scale <= MAX_SCALE))  # a NaN is wrong too
             if bool(wrong.any()):
-                raise ValueError(f"scale must be > 0 and at most {MAX_SCALE:g}, got a tensor with {scale[wrong][0].item()!r}")
+                raise ValueError(
+                    f"scale must be > 0 and at most {MAX_SCALE:g}, got a tensor with {scale[wrong][0].item()!r}"
+                )
     elif (type(scale) is not float and not isinstance(scale, Real)) or not 0 < scale < float("inf"):
         raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
     elif scale > MAX_SCALE:

@@ -182,14 +182,15 @@ def _autocast(a: Arguments) -> None:
 def _adapt_margin(a: Arguments) -> Tensor | None:
     """Gives the margin the form it has for this batch; returns what it adds to the loss, reduced."""
     n, device = a.embedding.shape[0], a.embedding.device
-    a.scale = a.margin.scale_for(a.scale, a.prototypes.shape[0])
-    penalty = None
+    penalty = norm = None
     if a.margin.uses_norm:  # nothing is computed for the other margins
         embedding = a.embedding
         if a.target is not None:
             embedding = embedding.masked_fill((a.target == a.ignore_index)[:, None], 0)
         norm = embedding_norm(embedding)
         penalty = a.margin.penalty(norm)
+    a.scale = a.margin.scale_for(a.scale, a.prototypes.shape[0], norm)
+    if norm is not None:
         a.margin = a.margin.for_batch(norm)
         if penalty is not None:
             weighted = reference.row_weight(a).to(a.wide) * penalty.to(a.wide)
@@ -204,6 +205,13 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
 
 
 def _select(a: Arguments, backend: str | None) -> str:
+    if torch.is_grad_enabled() and isinstance(a.scale, Tensor) and a.scale.requires_grad:
+        if backend not in (None, "reference"):
+            raise ValueError(
+                f"backend argument: margin_softmax cannot run on {backend!r}: a scale that is the embedding's norm has its "
+                "gradient in plain PyTorch alone"
+            )
+        return "reference"
     trains = torch.is_grad_enabled() and a.prototypes.requires_grad
     problem = Problem(
         "margin_softmax", a.embedding.device, a.embedding.dtype, a.prototypes.dtype, a.embedding.shape[1],
@@ -263,7 +271,12 @@ def target_cosine(
     Args as in :func:`margin_softmax`, which checks them.
     """
     a = Arguments(
-        embedding, prototypes, target, window=window, normalize_prototypes=normalize_prototypes, ignore_index=ignore_index
+        embedding,
+        prototypes,
+        target,
+        window=window,
+        normalize_prototypes=normalize_prototypes,
+        ignore_index=ignore_index,
     )
     with torch.no_grad():
         unit, within, _ = reference.unit_probes(a)

@@ -43,7 +43,9 @@ class RunningMargin(nn.Module):
         self.margin = margin
         for name in margin.running:
             self.register_buffer(name, torch.as_tensor(getattr(margin, name), dtype=torch.float32).clone())
-        self.trained = nn.ParameterDict({n: value for n, value in vars(margin).items() if isinstance(value, nn.Parameter)})
+        self.trained = nn.ParameterDict(
+            {n: value for n, value in vars(margin).items() if isinstance(value, nn.Parameter)}
+        )
 
     def current(self) -> Margin:
         """The margin with its parameters as they are now: copies, which later updates leave alone."""
@@ -289,7 +291,9 @@ class MarginSoftmaxHead(nn.Module):
         check_scale(scale)
         unknown = sorted(set(options) - HEAD_OPTIONS)
         if unknown:
-            raise TypeError(f"{unknown[0]} is no option of MarginSoftmaxHead, expected {', '.join(sorted(HEAD_OPTIONS))}")
+            raise TypeError(
+                f"{unknown[0]} is no option of MarginSoftmaxHead, expected {', '.join(sorted(HEAD_OPTIONS))}"
+            )
         checked = ("label_smoothing", "reduction", "gradient", "ignore_index")
         check_options(**{name: options[name] for name in checked if name in options})
         self.weight = nn.Parameter(nn.init.normal_(torch.empty(classes, dim), std=0.01))
@@ -301,7 +305,9 @@ class MarginSoftmaxHead(nn.Module):
     def forward(self, embedding: Tensor, target: Tensor) -> Tensor:
         """Loss of embeddings [N, D] with class numbers ``target``, int64 [N]."""
         if self.training:
-            looks = {name: self.options[name] for name in ("normalize_prototypes", "ignore_index") if name in self.options}
+            looks = {
+                name: self.options[name] for name in ("normalize_prototypes", "ignore_index") if name in self.options
+            }
             self.margin.follow(embedding, self.weight, target, **looks)
         loss: Tensor
         loss, self.statistics = functional.margin_softmax(

@@ -87,7 +87,7 @@ class Margin:
     ranges: ClassVar[Mapping[str, Range]] = {}
     running: ClassVar[tuple[str, ...]] = ()
     trainable: ClassVar[tuple[str, ...]] = ()
-    uses_norm: ClassVar[bool] = False  # for_batch and penalty have something to say
+    uses_norm: ClassVar[bool] = False  # for_batch, penalty or scale_for have something to say
     uses_hard_mean: ClassVar[bool] = False  # psi needs the mean cosine of the probe's hard slots
 
     def __post_init__(self) -> None:
@@ -147,8 +147,8 @@ class Margin:
         """A term [N] added to the loss of each probe, differentiable in the embedding's norm [N]."""
         return None
 
-    def scale_for(self, scale: Parameter, slots: int) -> Parameter:
-        """The scale to use: the one asked for, unless the margin sets its own."""
+    def scale_for(self, scale: Parameter, slots: int, norm: Tensor | None = None) -> Parameter:
+        """The scale to use: the one asked for, unless the margin sets its own; ``norm`` as for ``for_batch``, if it uses it."""
         return scale
 
     def follow(self, seen: Seen) -> dict[str, Tensor]:
@@ -360,12 +360,20 @@ class SphereFace(CombinedMargin):
     Args:
         m1: the m above; 4 in the paper, 1.35 to 1.7 in later work.
         annealing: the paper's lambda, mixes in the plain cosine; 5 at the end of its training.
+        norm_scale: the scale is the embedding's own norm, with its gradient, as in the paper; the loss's ``scale`` is not
+            used. With a gradient this runs in plain PyTorch, which holds all logits in memory.
     """
 
+    uses_norm: ClassVar[bool] = True
     m1: Parameter = 4.0
     m2: Parameter = 0.0
     m3: Parameter = 0.0
     annealing: Parameter = 5.0
+    norm_scale: bool = False
+
+    def scale_for(self, scale: Parameter, slots: int, norm: Tensor | None = None) -> Parameter:
+        """The embedding's norm with ``norm_scale``."""
+        return norm if self.norm_scale and norm is not None else scale
 
 
 @dataclass(frozen=True)
@@ -557,7 +565,7 @@ class AdaCos(Softmax):
     ranges: ClassVar[Mapping[str, Range]] = {"scale": (0.0, MAX_SCALE, "a number")}
     scale: Parameter = 0.0
 
-    def scale_for(self, scale: Parameter, slots: int) -> Parameter:
+    def scale_for(self, scale: Parameter, slots: int, norm: Tensor | None = None) -> Parameter:
         """The running scale, or its first value."""
         first = math.sqrt(2) * math.log(max(slots - 1, 2))
         if isinstance(self.scale, Tensor):
@@ -765,8 +773,9 @@ def _column(value: Parameter) -> Parameter:
 
 
 def _check_arc_beyond(margin: Margin, beyond: object) -> None:
-    fits = beyond in ("linear", "cosine") if isinstance(beyond, str) else isinstance(beyond, Real) and 0 <= beyond <= 2
-    if not fits:
+    if isinstance(beyond, Real) and not isinstance(beyond, bool) and 0 <= float(beyond) <= 2:
+        return
+    if beyond not in ("linear", "cosine"):
         raise ValueError(
             f"{type(margin).__name__}: beyond must be 'linear', 'cosine' or a cosine in [0, 2], got {beyond!r}"
         )

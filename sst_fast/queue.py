@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from sst_fast import ops, reference
-from sst_fast.arguments import EMBEDDING_DTYPES, QUEUE_DTYPES, Window, check_count, check_tensor
+from sst_fast.arguments import EMBEDDING_DTYPES, QUEUE_DTYPES, Window, check_count, check_tensor, is_integer
 
 
 class GalleryQueue(nn.Module):
@@ -105,7 +104,7 @@ class GalleryQueue(nn.Module):
         Raises:
             ValueError: ``count`` is not in [0, K].
         """
-        if not isinstance(count, Integral) or not 0 <= count <= self.size:
+        if not is_integer(count) or not 0 <= count <= self.size:
             raise ValueError(f"count must be in [0, {self.size}], got {count!r}")
         return ops.dequeue(int(count), self.identities[: self.size], self.state, self.backend)
 

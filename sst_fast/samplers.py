@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
 from torch.utils.data import Sampler
 
-from sst_fast.arguments import check_count
+from sst_fast.arguments import check_count, is_integer
 
 Scheme = Literal["shuffle", "spaced", "left_out"]
 
@@ -53,7 +52,7 @@ class IdentitySampler(Sampler[list[int]]):
         if scheme not in get_args(Scheme):
             raise ValueError(f"scheme must be one of {', '.join(map(repr, get_args(Scheme)))}, got {scheme!r}")
         for name, value, least in (("identities", identities, 2 * world), ("batch", batch, 2 * world)):
-            if not isinstance(value, Integral) or value < least:
+            if not is_integer(value) or value < least:
                 raise ValueError(f"{name} must be at least {least}, two for each of {world} processes, got {value!r}")
         if not 0 <= rank < world:
             raise ValueError(f"rank must be in [0, {world}), got {rank!r}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sst_fast import distributed
-from sst_fast.arguments import check_count, check_word
+from sst_fast.arguments import check_count, check_word, is_number
 from sst_fast.loss import SemiSiameseLoss
 
 BatchNorm = Literal["own", "copy", "average"]
@@ -56,12 +55,14 @@ class SemiSiamese(nn.Module):
         galleries: int = 1,
     ) -> None:
         super().__init__()
-        if not isinstance(momentum, Real) or not 0.0 <= momentum <= 1.0:
+        if not is_number(momentum) or not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
         galleries = check_count("galleries", galleries, 1)
         check_word("batchnorm", batchnorm, get_args(BatchNorm))
         if next(backbone.parameters(), None) is None:
-            raise ValueError("backbone must have parameters for the gallery network to follow, got a module without any")
+            raise ValueError(
+                "backbone must have parameters for the gallery network to follow, got a module without any"
+            )
         self.momentum = float(momentum)
         self.warmup = check_count("warmup", warmup, 0)
         self.shuffle = shuffle

@@ -706,6 +706,117 @@ def test_a_margin_that_is_trained(backend, reduction, rule):
             assert found[k].item() == pytest.approx(expected.item(), abs=1e-8, rel=1e-6)
 
 
+# --- the rules of other codes, restated plainly ----------------------------------------------------------------------
+
+
+def plain_head(x, w, target, psi, scale, phi=lambda c: c):
+    """Cross entropy of class logits scale * phi(c), the target's scale * psi(a)."""
+    cosines = F.normalize(x) @ F.normalize(w).T
+    at = (torch.arange(len(x)), target)
+    return F.cross_entropy((scale * phi(cosines).index_put(at, psi(cosines[at]))), target)
+
+
+def magface_head(easy, margin_am):
+    """MagFace's own code (easy) and FaceX-Zoo's (margin_am)."""
+
+    def head(x, w, target):
+        norm = x.norm(dim=1).clamp(10, 110)
+        m = 0.45 + (norm - 10) / 100 * 0.35
+
+        def psi(a):
+            inside = a * m.cos() - (1 - a**2).sqrt() * m.sin()
+            return torch.where(a > (0 if easy else (math.pi - m).cos()), inside, a - (0 if easy else margin_am))
+
+        return plain_head(x, w, target, psi, 6.0) + 20 * (norm / 110**2 + 1 / norm).mean()
+
+    return head
+
+
+def adaface_head(x, w, target):
+    """The authors' code with its clamps: of all cosines to 0.999, of the target's angle to [0.001, pi - 0.001]."""
+    norm = x.detach().norm(dim=1).clamp(1e-3, 100)
+    q = ((norm - 50) / (100 + 1e-3) * 0.333).clamp(-1, 1)
+    held = lambda c: c.clamp(-0.999, 0.999)
+    return plain_head(
+        x,
+        w,
+        target,
+        lambda a: (held(a).acos() - 0.4 * q).clamp(1e-3, math.pi - 1e-3).cos() - (0.4 + 0.4 * q),
+        6.0,
+        held,
+    )
+
+
+def sphereface_head(x, w, target):
+    """A-softmax: logits are the embedding's norm times the margined cosine, the norm differentiable."""
+
+    def psi(a):
+        theta = a.acos()
+        k = (4 * theta / math.pi).floor().detach()
+        return (5 * a + (-1) ** k * (4 * theta).cos() - 2 * k) / 6
+
+    return plain_head(x, w, target, psi, x.norm(dim=1, keepdim=True))
+
+
+def filtered_head(psi):
+    """insightface's: of the other classes, cosines above the threshold count as 0, without gradient."""
+    return lambda x, w, target: plain_head(x, w, target, psi, 6.0, lambda c: c * (c <= 0.1))
+
+
+PARITY = {
+    "magface": (MagFace(), magface_head(True, 0.0)),
+    "magface of FaceX-Zoo": (MagFace(easy=False, beyond=0.0), magface_head(False, 0.0)),
+    "adaface": (AdaFace(mean=50.0, clamps=True), adaface_head),
+    "sphereface": (SphereFace(norm_scale=True), sphereface_head),
+    "arcface of insightface": (
+        CombinedMargin(1.0, 0.5, 0.0, beyond="cosine"),
+        lambda x, w, y: plain_head(x, w, y, lambda a: (a.acos() + 0.5).cos(), 6.0),
+    ),
+    "arc_softmax of Semi-Siamese Training": (
+        ArcSoftmax(0.5, beyond="cosine"),
+        lambda x, w, y: plain_head(x, w, y, lambda a: a * math.cos(0.5) - (1 - a**2).sqrt() * math.sin(0.5), 6.0),
+    ),
+    "filtering with arcface": (FilteredMargin(threshold=0.1), filtered_head(lambda a: (a.acos() + 0.5).cos())),
+    "filtering with cosface": (FilteredMargin(1.0, 0.0, 0.4, threshold=0.1), filtered_head(lambda a: a - 0.4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parity_with_the_authors_rules(backend, name):
+    """Loss and both gradients, the embedding's along itself included."""
+    margin, head = PARITY[name]
+    if backend != "reference" and getattr(margin, "norm_scale", False):
+        pytest.skip("plain PyTorch alone has it")
+    problem = of_each_norm()
+    x = problem.embedding
+    if isinstance(margin, AdaFace):  # one target and one other class beyond the clamps
+        x = x.clone()
+        x[0] = 30 * F.normalize(problem.prototypes[problem.target[0]] + 0.01 * F.normalize(x[0], dim=0), dim=0)
+        x[1] = 30 * F.normalize(
+            problem.prototypes[(problem.target[1] + 1) % 9] + 0.01 * F.normalize(x[1], dim=0), dim=0
+        )
+    x, w = x.requires_grad_(), (2 * problem.prototypes).requires_grad_()
+    ours = margin_softmax(x, w, problem.target, margin=margin, scale=6.0, normalize_prototypes=True, backend=backend)
+    theirs = head(x, w, problem.target)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+    for found, expected in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(theirs, (x, w)), strict=True):
+        assert (found - expected).norm() <= 1e-8 * expected.norm()
+
+
+def test_a_scale_with_a_gradient_is_refused_where_it_has_none():
+    p = of_each_norm()
+    x = p.embedding.requires_grad_()
+    with pytest.raises(ValueError, match="cannot run on 'cpu': a scale that is the embedding's norm"):
+        margin_softmax(x, p.prototypes, p.target, margin=SphereFace(norm_scale=True), backend="cpu")
+    with torch.no_grad():
+        values = [
+            margin_softmax(x, p.prototypes, p.target, margin=SphereFace(norm_scale=True), backend=backend)
+            for backend in BACKENDS
+        ]
+    assert all(torch.allclose(value, values[0]) for value in values)
+
+
 # --- nearly parallel to the target -----------------------------------------------------------------------------------
 
 LONG = np.longdouble
@@ -747,7 +858,9 @@ def test_angular_margins_near_their_target(backend, dtype, theta):
         loss = margin_softmax(
             x, w, target, margin=margin, scale=8.0, reduction="sum", normalize_prototypes=True, backend=backend
         )
-        for found, expected in zip(torch.autograd.grad(loss, (x, w)), arc_gradients(x, w, target, 0.5, 8.0), strict=True):
+        for found, expected in zip(
+            torch.autograd.grad(loss, (x, w)), arc_gradients(x, w, target, 0.5, 8.0), strict=True
+        ):
             assert ((found - expected).norm(dim=1) <= tolerance * expected.norm(dim=1)).all()
 
 
@@ -851,7 +964,7 @@ def test_values_in_tensors_are_checked_on_the_cpu():
         for tensor in (torch.tensor(scale), torch.tensor([30.0, scale, 30.0, 30.0])):
             with pytest.raises(ValueError, match="scale must be > 0 and at most 10000, got a tensor with"):
                 margin_softmax(x, w, target, scale=tensor)
-    with pytest.raises(ValueError, match="scale must be at most 10000, got 1000000000.0"):
+    with pytest.raises(ValueError, match=r"scale must be at most 10000, got 1000000000.0"):
         margin_softmax(x, w, target, scale=1e9)
     for value in (50.0, math.nan):
         with pytest.raises(ValueError, match=r"ArcSoftmax: margin must be radians in \[0, 3.14159\], got"):

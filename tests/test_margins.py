@@ -123,7 +123,9 @@ def test_rules_beyond_pi(a, m):
     theta = math.acos(a)
     cosine = torch.tensor(a, dtype=torch.float64)
     assert ArcSoftmax(m, beyond="cosine").psi(cosine).item() == pytest.approx(math.cos(theta + m), abs=1e-7)
-    assert CombinedMargin(1.0, m, 0.0, beyond="cosine").psi(cosine).item() == pytest.approx(math.cos(theta + m), abs=1e-7)
+    assert CombinedMargin(1.0, m, 0.0, beyond="cosine").psi(cosine).item() == pytest.approx(
+        math.cos(theta + m), abs=1e-7
+    )
     if abs(theta + m - math.pi) > 1e-6:
         expected = math.cos(theta + m) if theta + m < math.pi else a - 0.3
         assert ArcSoftmax(m, beyond=0.3).psi(cosine).item() == pytest.approx(expected, abs=1e-7)
@@ -149,7 +151,10 @@ def test_bad_parameters_are_named(margin, value):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MVSoftmax(t=torch.tensor(1.1, requires_grad=True)), r"t must not require a gradient.*trainable: margin"),
+        (
+            lambda: MVSoftmax(t=torch.tensor(1.1, requires_grad=True)),
+            r"t must not require a gradient.*trainable: margin",
+        ),
         (lambda: NPCFace(m0=torch.tensor(0.3, requires_grad=True)), r"m0 must not require a gradient.*trainable: none"),
         (lambda: ArcSoftmax(0.5, beyond="linaer"), "ArcSoftmax: beyond must be .*got 'linaer'"),
         (lambda: MagFace(beyond=-1.0), "MagFace: beyond must be .*got -1.0"),

@@ -339,7 +339,10 @@ def test_state_dict_round_trip():
         (lambda: MarginSoftmaxHead(0, 4), "classes must be an integer >= 1, got 0"),
         (lambda: MarginSoftmaxHead(5, 4, scale=-1.0), "scale must be a finite number > 0, got -1.0"),
         (lambda: MarginSoftmaxHead(5, 4, reduction="avg"), "reduction must be one of .*, got 'avg'"),
-        (lambda: MarginSoftmaxHead(5, 4, ArcSoftmax(torch.tensor(50.0))), "ArcSoftmax: margin must be radians in .*, got 50"),
+        (
+            lambda: MarginSoftmaxHead(5, 4, ArcSoftmax(torch.tensor(50.0))),
+            "ArcSoftmax: margin must be radians in .*, got 50",
+        ),
         (
             lambda: SemiSiamese(backbone(), criterion())(torch.ones(4, 12), torch.ones(3, 12), torch.arange(4)),
             "image_b must have shape",
@@ -358,7 +361,10 @@ def test_bad_arguments_are_named(call, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SemiSiameseLoss(GalleryQueue(8, 4), margin="am"), "margin must be a margin of sst_fast.margins, got str"),
+        (
+            lambda: SemiSiameseLoss(GalleryQueue(8, 4), margin="am"),
+            "margin must be a margin of sst_fast.margins, got str",
+        ),
         (lambda: SemiSiameseLoss(torch.zeros(8, 4)), "queue must be a GalleryQueue, got Tensor"),
         (lambda: MarginSoftmaxHead(5, 4, margin=0.5), "margin must be a margin of sst_fast.margins, got float"),
         (lambda: MarginSoftmaxHead(5, 4, bogus=1), "bogus is no option of MarginSoftmaxHead, expected backend, "),
@@ -494,6 +500,15 @@ def test_adaface_follows_the_norms():
     norm = x.norm(dim=1)
     assert head.margin.mean.item() == pytest.approx(9.9 + 0.01 * norm.mean().item())
     assert head.margin.std.item() == pytest.approx(0.99 + 0.01 * norm.std().item())
+
+
+def test_the_weight_of_a_batch_in_adaface():
+    """1 in the authors' head: the batch's own statistics."""
+    head = MarginSoftmaxHead(9, 5, AdaFace(t_alpha=1.0))
+    x = torch.randn(6, 5)
+    head(x, torch.arange(6))
+    assert head.margin.mean.item() == pytest.approx(x.norm(dim=1).mean().item())
+    assert head.margin.std.item() == pytest.approx(x.norm(dim=1).std().item())
 
 
 def test_head_is_a_linear_layer_with_normalised_weights():

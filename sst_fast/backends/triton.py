@@ -329,6 +329,7 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
         BLOCK_D=rows.block_d, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if p.normalize:
+        assert p.target is not None
         unit, own = normalize(p.embedding.double()), p.prototypes[p.target].double()
         norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min(MIN_NORM)
         own = own / norm
