@@ -30,8 +30,9 @@ from typing_extensions import Self
 
 # Rows whose angle has a smaller sine are parallel: double arithmetic cannot tell in which direction they differ.
 MIN_SINE = 1e-12
-# The largest inverse temperature: cosines are exact to 1e-7 in float32, so logits to 1e-3 at this scale; see check_scale.
-MAX_SCALE = 1e4
+# The largest inverse temperature. float32 cosines are exact to 1e-7, so logits to 1e-4 at this scale, and gradients to a few
+# 1e-5 of the scale; from 1e4 on what should be 0 would be of the size of a gradient. The largest in use is Circle loss's 256.
+MAX_SCALE = 1e3
 # How far from their ends AdaFace's code keeps cosines and angles.
 ADAFACE_EPSILON = 1e-3
 
