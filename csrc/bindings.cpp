@@ -12,20 +12,23 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the operators torch.ops.sst_fast.*; call them through sst_fast, which checks arguments.";
   m.attr("arguments") = argument_names();
   m.def("instruction_set", &cpu::instruction_set);
-  // The formulas of margin.h alone, for tests: (psi, psi', phi, phi') at a target cosine a and another cosine c.
-  m.def("margin", [](int64_t kind, const std::vector<double>& parameters, double a, double c, double hard_mean) {
-    TORCH_CHECK(kind >= 0 && kind < kKinds && parameters.size() <= kParameters, "no such margin");
-    Margin margin{static_cast<Kind>(kind), {}};
-    std::copy(parameters.begin(), parameters.end(), margin.p);
-    const auto psi = target_margin<double>(margin, a, hard_mean);
-    const auto row = phi_row<double>(margin, a);
-    const auto phi = with_phi(margin.kind, [&](auto f) {
-      double e = 0;
-      if constexpr (f.kExp) e = std::exp(f.exponent(c, row.at));
-      return std::pair(f.value(c, row.at, e), f.slope(c, row.at, e));
-    });
-    return std::tuple(psi.value, psi.slope, phi.first, phi.second);
-  });
+  // The formulas of margin.h alone, for tests: (psi, psi', phi, phi') at a target cosine a with its sine, and another
+  // cosine c.
+  m.def(
+      "margin",
+      [](int64_t kind, const std::vector<double>& parameters, double a, double sine, double c, double hard_mean) {
+        TORCH_CHECK(kind >= 0 && kind < kKinds && parameters.size() <= kParameters, "no such margin");
+        Margin margin{static_cast<Kind>(kind), {}};
+        std::copy(parameters.begin(), parameters.end(), margin.p);
+        const auto psi = target_margin<double>(margin, a, sine, hard_mean);
+        const auto row = phi_row<double>(margin, a, sine);
+        const auto phi = with_phi(margin.kind, [&](auto f) {
+          double e = 0;
+          if constexpr (f.kExp) e = std::exp(f.exponent(c, row.at));
+          return std::pair(f.value(c, row.at, e), f.slope(c, row.at, e));
+        });
+        return std::tuple(psi.value, psi.slope, phi.first, phi.second);
+      });
   // The index arithmetic of tiles.h, for tests.
   m.def("tile", [](int number, int last, int start, int K, int B) {
     const Tile tile(number, last, start, K, B);

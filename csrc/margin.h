@@ -1,6 +1,8 @@
 // The one place in C++/CUDA that knows a margin's formula; sst_fast/margins.py is its counterpart in Python.
 //
-// a: cosine of a probe with its target prototype, c: cosine with any other slot.
+// a: cosine of a probe x with its target prototype w, c: cosine with any other slot.
+// sine: length of what the target has across the probe, |w - a x|; far more exact near an angle of 0 than sqrt(1 -
+// a^2).
 //   target logit    t = scale * psi(a)      psi and its slope: target_margin()
 //   other logits    z = scale * phi(c)      phi and its slope: one functor per family, below, which takes what
 //                                           phi_row() found for the probe
@@ -19,8 +21,9 @@
 namespace sst_fast {
 
 // The margins that kernels know, in the order of KINDS in sst_fast/margins.py; a test compares the two.
-#define SST_KINDS(kind) \
-  kind(softmax) kind(am) kind(arc) kind(combined) kind(mv) kind(curricular) kind(npc) kind(circle) kind(arc_neg)
+#define SST_KINDS(kind)                                                                                          \
+  kind(softmax) kind(am) kind(arc) kind(combined) kind(mv) kind(curricular) kind(npc) kind(circle) kind(arc_neg) \
+      kind(filtered)
 
 #define SST_KIND(name) name,
 enum class Kind : int64_t { SST_KINDS(SST_KIND) };
@@ -37,9 +40,15 @@ struct Margin {
   double p[kParameters];
 };
 
-// The slope of a margin on the angle has 1 / sin(theta), unbounded as theta -> 0 or pi. Closer than this to either
-// end sin(theta) is held constant, as in the reference.
-constexpr double kMinSine = 1e-3;
+// Rows whose angle has a smaller sine are parallel: there is no direction across, and slopes leave out what is
+// unbounded.
+constexpr double kMinSine = 1e-12;
+// How far from their ends AdaFace's code keeps cosines and angles.
+constexpr double kAdaFaceEpsilon = 1e-3;
+
+// What psi is where theta + m exceeds pi, in the order of ARC_RULES and COMBINED_RULES in sst_fast/margins.py.
+enum class ArcRule { linear, easy, cosine, offset };
+enum class CombinedRule { fall, hold, cosine, clamp };
 
 template <typename T>
 struct Value {
@@ -47,71 +56,76 @@ struct Value {
   T slope;
 };
 
-template <typename T>
-SST_HD T sine_of(T a, bool& held) {
-  const T square = (T(1) - a) * (T(1) + a);
-  held = !(square > T(kMinSine * kMinSine));
-  return held ? T(kMinSine) : T(std::sqrt(square));
-}
-
 // cos(theta + m)
 template <typename T>
-SST_HD T cos_of_sum(T a, T m) {
-  bool held;
-  const T sine = sine_of(a, held);
+SST_HD T cos_of_sum(T a, T sine, T m) {
   return a * std::cos(m) - sine * std::sin(m);
 }
 
 template <typename T>
-SST_HD Value<T> arc_margin(T a, T m, bool easy) {
+SST_HD Value<T> arc_margin(T a, T sine, T m, ArcRule rule, T offset = T(0)) {
   const T cos_m = std::cos(m), sin_m = std::sin(m);
+  const bool easy = rule == ArcRule::easy;
   const T limit = easy ? T(0) : -cos_m;  // cos(pi - m): beyond it theta + m would pass pi
-  if (!(a > limit)) return {easy ? a : a - m * sin_m, T(1)};
-  bool held;
-  const T sine = sine_of(a, held);
-  return {a * cos_m - sine * sin_m, held ? cos_m : cos_m + a * sin_m / sine};
+  if (rule != ArcRule::cosine && !(a > limit))
+    return {easy ? a : a - (rule == ArcRule::offset ? offset : m * sin_m), T(1)};
+  return {a * cos_m - sine * sin_m, sine > T(0) ? cos_m + a * sin_m / sine : cos_m};
 }
 
-// cos(m1 theta + m2) - m3, continued beyond pi as in SphereFace or held there.
+// cos(m1 theta + m2) - m3
 template <typename T>
-SST_HD Value<T> combined_margin(T a, T m1, T m2, T m3, T annealing, bool hold) {
-  const T pi = T(3.14159265358979323846);
-  bool held;
-  const T sine = sine_of(a, held);
-  T angle = std::acos(a > T(1) ? T(1) : a < T(-1) ? T(-1) : a) * m1 + m2;
-  T turn = m1;  // slope of the angle in theta
-  if (angle < T(0)) angle = T(0), turn = T(0);
-  if (hold && angle > pi) angle = pi, turn = T(0);
-  const T k = hold ? T(0) : std::floor(angle / pi);
+SST_HD Value<T> combined_margin(T a, T sine, T m1, T m2, T m3, CombinedRule rule) {
+  const T pi = T(3.14159265358979323846), epsilon = T(kAdaFaceEpsilon);
+  const T length = std::sqrt(a * a + sine * sine), forward = a < T(0) ? T(-1) : T(1);
+  T theta = std::atan2(sine, a), turn = m1;  // turn: slope of the angle in theta
+  if (rule == CombinedRule::clamp && !(std::abs(a) <= T(1) - epsilon)) {
+    theta = std::acos(forward * (T(1) - epsilon));
+    turn = T(0);
+  }
+  T angle = theta * m1 + m2;
+  const T low = rule == CombinedRule::clamp ? epsilon : T(0);
+  const bool upper = rule == CombinedRule::hold || rule == CombinedRule::clamp;
+  if (rule != CombinedRule::cosine && angle < low) angle = low, turn = T(0);
+  if (upper && angle > pi - low) angle = pi - low, turn = T(0);
+  const T k = rule == CombinedRule::fall ? std::floor(angle / pi) : T(0);
   const T sign = std::fmod(k, T(2)) == T(0) ? T(1) : T(-1);
-  const T value = sign * std::cos(angle) - T(2) * k - m3;
-  const T slope = sign * std::sin(angle) * turn / sine;
-  return {(annealing * a + value) / (annealing + T(1)), (annealing + slope) / (annealing + T(1))};
+  const T value = length * (sign * std::cos(angle) - T(2) * k) - m3;
+  const T slope = sine > T(0) ? length * std::sin(angle) / sine : m1 * forward * std::cos(angle);
+  return {value, sign * slope * turn};
 }
 
 // hard_mean: mean cosine of the probe's hard slots, which Kind::npc alone uses.
 template <typename T>
-SST_HD Value<T> target_margin(const Margin& margin, T a, T hard_mean = T(0)) {
+SST_HD Value<T> target_margin(const Margin& margin, T a, T sine, T hard_mean = T(0)) {
   const T m = T(margin.p[0]);
+  if (sine < T(kMinSine)) sine = T(0);
   switch (margin.kind) {
     case Kind::softmax:
       return {a, T(1)};
     case Kind::am:
       return {a - m, T(1)};
     case Kind::arc:
-      return arc_margin(a, m, margin.p[1] != 0);
-    case Kind::combined:
-      return combined_margin(a, m, T(margin.p[1]), T(margin.p[2]), T(margin.p[3]), margin.p[4] != 0);
+      return arc_margin(a, sine, m, static_cast<ArcRule>(int(margin.p[1])), T(margin.p[2]));
+    case Kind::combined: {
+      const auto rule = static_cast<CombinedRule>(int(margin.p[4]));
+      const Value<T> plain = combined_margin(a, sine, m, T(margin.p[1]), T(margin.p[2]), rule);
+      const T annealing = T(margin.p[3]), whole = annealing + T(1);
+      return {(annealing * a + plain.value) / whole, (annealing + plain.slope) / whole};
+    }
+    case Kind::filtered: {
+      const auto rule = static_cast<CombinedRule>(int(margin.p[3]));
+      return combined_margin(a, sine, m, T(margin.p[1]), T(margin.p[2]), rule);
+    }
     case Kind::mv: {
       const bool arc = margin.p[2] != 0, positive_only = margin.p[3] != 0;
-      if (arc) return arc_margin(a, m, positive_only);
+      if (arc) return arc_margin(a, sine, m, positive_only ? ArcRule::easy : ArcRule::linear);
       return {positive_only && !(a > m) ? a : a - m, T(1)};
     }
     case Kind::npc: {
       T sum = m + T(margin.p[1]) * hard_mean;
       const T pi = T(3.14159265358979323846);
       sum = sum < T(0) ? T(0) : sum > pi ? pi : sum;
-      return arc_margin(a, sum, margin.p[5] != 0);
+      return arc_margin(a, sine, sum, margin.p[5] != 0 ? ArcRule::easy : ArcRule::linear);
     }
     case Kind::circle: {
       const T weight = T(1) + m - a > T(0) ? T(1) + m - a : T(0);
@@ -119,7 +133,7 @@ SST_HD Value<T> target_margin(const Margin& margin, T a, T hard_mean = T(0)) {
     }
     case Kind::curricular:
     case Kind::arc_neg:
-      return arc_margin(a, m, false);
+      return arc_margin(a, sine, m, ArcRule::linear);
   }
   return {a, T(1)};
 }
@@ -132,21 +146,23 @@ struct PhiRow {
 };
 
 template <typename T>
-SST_HD PhiRow<T> phi_row(const Margin& margin, T a) {
+SST_HD PhiRow<T> phi_row(const Margin& margin, T a, T sine) {
   const T m = T(margin.p[0]);
   switch (margin.kind) {
     case Kind::mv: {  // t c + t - 1
       const T t = T(margin.p[1]);
-      return {{margin.p[2] != 0 ? cos_of_sum(a, m) : a - m, T(0), t, t - T(1)}};
+      return {{margin.p[2] != 0 ? cos_of_sum(a, sine, m) : a - m, T(0), t, t - T(1)}};
     }
     case Kind::curricular:  // c^2 + t c
-      return {{cos_of_sum(a, m), T(1), T(margin.p[1]), T(0)}};
+      return {{cos_of_sum(a, sine, m), T(1), T(margin.p[1]), T(0)}};
     case Kind::npc:  // t c + alpha
-      return {{cos_of_sum(a, T(margin.p[4])), T(0), T(margin.p[2]), T(margin.p[3])}};
+      return {{cos_of_sum(a, sine, T(margin.p[4])), T(0), T(margin.p[2]), T(margin.p[3])}};
     case Kind::circle:
       return {{m, T(0), T(0), T(0)}};
     case Kind::arc_neg:
-      return {{arc_margin(a, m, false).value, T(margin.p[1]), T(-1) / T(margin.p[2]), T(0)}};
+      return {{arc_margin(a, sine, m, ArcRule::linear).value, T(margin.p[1]), T(-1) / T(margin.p[2]), T(0)}};
+    case Kind::filtered:  // a constant
+      return {{T(margin.p[4]), T(0), T(0), T(margin.p[5])}};
     case Kind::softmax:
     case Kind::am:
     case Kind::arc:
@@ -234,6 +250,7 @@ inline auto with_phi(Kind kind, F f) {
     case Kind::mv:
     case Kind::curricular:
     case Kind::npc:
+    case Kind::filtered:
       return f(HardPhi{});
     case Kind::circle:
       return f(CirclePhi{});

@@ -53,19 +53,20 @@ def _target_row(
             row = tl.load(window + own * D + d, mask=d < D, other=0.0).to(tl.float32)
             if NORMALIZE:
                 factor = tl.load(inverse_window + own)
-    return tl.where(known, row * factor, float("nan"))
+    # In float64: rounding would turn the row, which shows where it is nearly parallel to the probe.
+    return tl.where(known, row.to(tl.float64) * factor, float("nan"))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def prepare_kernel(
     x, w, window, inverse_w, inverse_window, start, target, margin_rows, scale_rows,
-    unit, inverse_norm, cosine, exact_cosine, scales, phi_rows,
+    unit, inverse_norm, cosine, exact, scales, phi_rows,
     N, K, D, B, rows_in_group, p0, p1, p2, p3, p4, p5, scale,
     KIND: tl.constexpr, P: tl.constexpr, SCALE_ROWS: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program a probe: unit row, norm, target cosine, what phi needs. In float64: near +-1 an angular margin's slope
-    magnifies the target cosine's rounding."""
+    """One program a probe: unit row, norm, target cosine, what phi needs. ``exact`` [2, N]: the target cosine and the length of
+    what the target has across the probe, in float64: an angular margin's slope magnifies their rounding near +-1."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     row = tl.load(x + i * D + d, mask=d < D, other=0.0).to(tl.float64)
@@ -80,15 +81,18 @@ def prepare_kernel(
     tl.store(inverse_norm + i, tl.where(tiny, 0.0, inverse / usable))
     y = tl.load(target + i)
     own = _target_row(w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d, WINDOW, NORMALIZE)
-    exact = tl.sum(hat * own, 0)
-    a = exact.to(tl.float32)
+    along = tl.sum(hat * own, 0)
+    part = own - along * hat
+    sine = tl.sqrt(tl.sum(part * part, 0))
+    a = along.to(tl.float32)
     tl.store(cosine + i, a)
-    tl.store(exact_cosine + i, exact)
+    tl.store(exact + i, along)
+    tl.store(exact + N + i, sine)
     p0, p1, p2, p3, p4, p5, scale = _parameters(
         margin_rows, i, N, p0, p1, p2, p3, p4, p5, scale, scale_rows, P, SCALE_ROWS
     )
     tl.store(scales + i, scale)
-    r0, r1, r2, r3 = phi_row(a, p0, p1, p2, p3, p4, p5, KIND)
+    r0, r1, r2, r3 = phi_row(a, sine.to(tl.float32), p0, p1, p2, p3, p4, p5, KIND)
     tl.store(phi_rows + i, r0)
     tl.store(phi_rows + N + i, r1)
     tl.store(phi_rows + 2 * N + i, r2)
@@ -236,7 +240,7 @@ def sweep_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     x, w, window, inverse_w, inverse_window, start, target, margin_rows, scale_rows,
-    inverse_norm, cosine, exact_cosine, shift, total, logits, hard_sum, hard, live, hardest, slot, beats, moment,
+    inverse_norm, cosine, exact, shift, total, logits, hard_sum, hard, live, hardest, slot, beats, moment,
     loss_out, gradient_out, lse_out, hardest_out, slot_out, beats_out, live_out, slope_out, residual_out, uniform_out,
     N, K, D, B, rows_in_group, S, label_smoothing, p0, p1, p2, p3, p4, p5, scale,
     KIND: tl.constexpr, P: tl.constexpr, SCALE_ROWS: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -270,7 +274,7 @@ def combine_kernel(
             part = split * N + i
             sum_z += tl.load(total + part) * tl.exp(tl.minimum(tl.load(shift + part) - highest, 0.0))
         hard_mean = all_hard / tl.maximum(hard_count, 1)
-        psi, slope = target_margin(tl.load(exact_cosine + i), hard_mean, p0, p1, p2, p3, p4, p5, KIND)
+        psi, slope = target_margin(tl.load(exact + i), tl.load(exact + N + i), hard_mean, p0, p1, p2, p3, p4, p5, KIND)
         if STRAIGHT:
             slope = a * 0.0 + 1.0
         t = scale * psi
@@ -313,12 +317,15 @@ def combine_kernel(
         own = _target_row(
             w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d, WINDOW, NORMALIZE
         )
-        gathered = scale * gathered + target_slope * own
         inverse = tl.load(inverse_norm + i)
         row = tl.load(x + i * D + d, mask=d < D, other=0.0).to(tl.float32)
         hat = row * inverse
         along = tl.sum(gathered * hat, 0)
-        result = (gathered - along * hat) * inverse
+        # What the target has across the probe, in float64: where they are nearly parallel the slope is large, this small.
+        wide = row.to(tl.float64)
+        square = tl.sum(wide * wide, 0)
+        across = own - tl.sum(own * wide, 0) / tl.where(square > 0, square, 1.0) * wide
+        result = (scale * (gathered - along * hat) + (target_slope * across).to(tl.float32)) * inverse
         tl.store(gradient_out + i * D + d, result.to(gradient_out.dtype.element_ty), mask=d < D)
 
 

@@ -4,23 +4,24 @@
 import triton
 import triton.language as tl
 
-from sst_fast.margins import KINDS
+from sst_fast.margins import ADAFACE_EPSILON, ARC_RULES, COMBINED_RULES, KINDS
 from sst_fast.margins import MIN_SINE as MIN_SINE_OF_ALL
 
-SOFTMAX, AM, ARC, COMBINED, MV, CURRICULAR, NPC, CIRCLE, ARC_NEG = (tl.constexpr(kind) for kind in range(len(KINDS)))
+SOFTMAX, AM, ARC, COMBINED, MV, CURRICULAR, NPC, CIRCLE, ARC_NEG, FILTERED = (
+    tl.constexpr(kind) for kind in range(len(KINDS))
+)
+LINEAR, EASY, COSINE, OFFSET = (tl.constexpr(float(rule)) for rule in range(len(ARC_RULES)))
+FALL, HOLD, RISE, CLAMP = (tl.constexpr(float(rule)) for rule in range(len(COMBINED_RULES)))  # RISE: "cosine"
 
 MIN_SINE = tl.constexpr(MIN_SINE_OF_ALL)
+MOST = tl.constexpr(1.0 - ADAFACE_EPSILON)
+EPSILON = tl.constexpr(ADAFACE_EPSILON)
 PI = tl.constexpr(3.14159265358979323846)
 
 
 @triton.jit
-def sine(a):
-    return tl.sqrt(tl.maximum((1.0 - a) * (1.0 + a), MIN_SINE * MIN_SINE))
-
-
-@triton.jit
-def cos_of_sum(a, m):
-    return a * tl.cos(m) - sine(a) * tl.sin(m)
+def cos_of_sum(a, sine, m):
+    return a * tl.cos(m) - sine * tl.sin(m)
 
 
 @triton.jit
@@ -40,45 +41,71 @@ def acos(x):
 
 
 @triton.jit
-def arc(a, m, easy):
+def angle_of(a, sine, length):
+    """The angle whose cosine and sine, times ``length``, are given; near 0 and pi by the arc sine's series."""
+    cosine, s = a / length, sine / length
+    square = s * s
+    small = s * (1.0 + square * (0.16666667 + square * (0.075 + square * 0.044642857)))
+    return tl.where(s < 0.1, tl.where(cosine < 0, PI - small, small), acos(cosine))
+
+
+@triton.jit
+def arc(a, sine, m, rule, offset):
     """Psi and its slope of ArcFace."""
     cos_m, sin_m = tl.cos(m), tl.sin(m)
-    s = sine(a)
-    inside = a > tl.where(easy != 0, 0.0, -cos_m)
-    value = tl.where(inside, a * cos_m - s * sin_m, tl.where(easy != 0, a, a - m * sin_m))
-    inner = tl.where(s > MIN_SINE, cos_m + a * sin_m / s, cos_m)
+    easy = rule == EASY
+    inside = (rule == COSINE) | (a > tl.where(easy, 0.0, -cos_m))
+    outside = tl.where(easy, a, a - tl.where(rule == OFFSET, offset, m * sin_m))
+    value = tl.where(inside, a * cos_m - sine * sin_m, outside)
+    across = tl.where(sine > 0, sine, 1.0)
+    inner = cos_m + tl.where(sine > 0, a * sin_m / across, 0.0)
     return value, tl.where(inside, inner, 1.0)
 
 
 @triton.jit
-def combined(a, m1, m2, m3, annealing, hold):
-    angle = acos(a) * m1 + m2
-    turn = tl.where((angle < 0) | ((hold != 0) & (angle > PI)), 0.0, m1)
-    angle = tl.maximum(angle, 0.0)
-    angle = tl.where(hold != 0, tl.minimum(angle, PI), angle)
-    k = tl.where(hold != 0, 0.0, tl.floor(angle / PI))
+def combined(a, sine, m1, m2, m3, rule):
+    """cos(m1 theta + m2) - m3 and its slope."""
+    length = tl.sqrt(a * a + sine * sine)
+    forward = tl.where(a < 0, -1.0, 1.0)
+    held = (rule == CLAMP) & (tl.abs(a) > MOST)
+    theta = tl.where(held, acos(forward * MOST), angle_of(a, sine, tl.where(length > 0, length, 1.0)))
+    angle = theta * m1 + m2
+    low = tl.where(rule == CLAMP, EPSILON, 0.0)
+    below = (rule != RISE) & (angle < low)
+    above = ((rule == HOLD) | (rule == CLAMP)) & (angle > PI - low)
+    turn = tl.where(held | below | above, 0.0, m1)
+    angle = tl.where(below, low, tl.where(above, PI - low, angle))
+    k = tl.where(rule == FALL, tl.floor(angle / PI), 0.0)
     sign = 1.0 - 2.0 * (k - 2.0 * tl.floor(k / 2.0))
-    value = sign * tl.cos(angle) - 2.0 * k - m3
-    slope = sign * tl.sin(angle) * turn / sine(a)
-    return (annealing * a + value) / (annealing + 1.0), (annealing + slope) / (annealing + 1.0)
+    value = length * (sign * tl.cos(angle) - 2.0 * k) - m3
+    across = tl.where(sine > 0, sine, 1.0)
+    slope = tl.where(sine > 0, length * tl.sin(angle) / across, m1 * forward * tl.cos(angle))
+    return value, sign * slope * turn
 
 
 @triton.jit
-def target_margin(a, hard_mean, p0, p1, p2, p3, p4, p5, KIND: tl.constexpr):
-    """psi(a) and psi'(a)."""
+def target_margin(a, sine, hard_mean, p0, p1, p2, p3, p4, p5, KIND: tl.constexpr):
+    """psi(a) and psi'(a); ``sine``: the length of what the target has across the probe."""
     value, slope = a, a * 0.0 + 1.0
+    sine = tl.where(sine < MIN_SINE, 0.0, sine)
     if KIND == AM:
         value = a - p0
-    elif (KIND == ARC) or (KIND == CURRICULAR) or (KIND == ARC_NEG):
-        value, slope = arc(a, p0, p1 if KIND == ARC else p1 * 0.0)
+    elif KIND == ARC:
+        value, slope = arc(a, sine, p0, p1, p2)
+    elif (KIND == CURRICULAR) or (KIND == ARC_NEG):
+        value, slope = arc(a, sine, p0, p1 * 0.0 + LINEAR, p2 * 0.0)
     elif KIND == COMBINED:
-        value, slope = combined(a, p0, p1, p2, p3, p4)
+        value, slope = combined(a, sine, p0, p1, p2, p4)
+        value, slope = (p3 * a + value) / (p3 + 1.0), (p3 + slope) / (p3 + 1.0)
+    elif KIND == FILTERED:
+        value, slope = combined(a, sine, p0, p1, p2, p3)
     elif KIND == MV:
-        of_arc, slope_of_arc = arc(a, p0, p3)
+        of_arc, slope_of_arc = arc(a, sine, p0, tl.where(p3 != 0, EASY, LINEAR), p3 * 0.0)
         value = tl.where(p2 != 0, of_arc, tl.where((p3 != 0) & (a <= p0), a, a - p0))
         slope = tl.where(p2 != 0, slope_of_arc, 1.0)
     elif KIND == NPC:
-        value, slope = arc(a, tl.minimum(tl.maximum(p0 + p1 * hard_mean, 0.0), PI), p5)
+        m = tl.minimum(tl.maximum(p0 + p1 * hard_mean, 0.0), PI)
+        value, slope = arc(a, sine, m, tl.where(p5 != 0, EASY, LINEAR), p5 * 0.0)
     elif KIND == CIRCLE:
         slope = tl.maximum(1.0 + p0 - a, 0.0)
         value = slope * (a - (1.0 - p0))
@@ -86,27 +113,30 @@ def target_margin(a, hard_mean, p0, p1, p2, p3, p4, p5, KIND: tl.constexpr):
 
 
 @triton.jit
-def phi_row(a, p0, p1, p2, p3, p4, p5, KIND: tl.constexpr):
+def phi_row(a, sine, p0, p1, p2, p3, p4, p5, KIND: tl.constexpr):
     """What phi needs to know about a probe: four numbers."""
     r0, r1, r2, r3 = a * 0.0, a * 0.0, a * 0.0, a * 0.0
     if KIND == MV:
-        r0 = tl.where(p2 != 0, cos_of_sum(a, p0), a - p0)
+        r0 = tl.where(p2 != 0, cos_of_sum(a, sine, p0), a - p0)
         r2 += p1
         r3 += p1 - 1.0
     elif KIND == CURRICULAR:
-        r0 = cos_of_sum(a, p0)
+        r0 = cos_of_sum(a, sine, p0)
         r1 += 1.0
         r2 += p1
     elif KIND == NPC:
-        r0 = cos_of_sum(a, p4)
+        r0 = cos_of_sum(a, sine, p4)
         r2 += p2
         r3 += p3
     elif KIND == CIRCLE:
         r0 += p0
     elif KIND == ARC_NEG:
-        r0, _ = arc(a, p0, p0 * 0.0)
+        r0, _ = arc(a, sine, p0, p0 * 0.0 + LINEAR, p0 * 0.0)
         r1 += p1
         r2 += -1.0 / p2
+    elif KIND == FILTERED:
+        r0 += p4
+        r3 += p5
     return r0, r1, r2, r3
 
 
@@ -114,7 +144,7 @@ def phi_row(a, p0, p1, p2, p3, p4, p5, KIND: tl.constexpr):
 def phi(c, r0, r1, r2, r3, KIND: tl.constexpr):
     """phi(c) and its slope; the weights of Circle loss and ArcNegFace are constants to the gradient."""
     value, slope = c, c * 0.0 + 1.0
-    if (KIND == MV) or (KIND == CURRICULAR) or (KIND == NPC):
+    if (KIND == MV) or (KIND == CURRICULAR) or (KIND == NPC) or (KIND == FILTERED):
         hard = c > r0
         value = tl.where(hard, (r1 * c + r2) * c + r3, c)
         slope = tl.where(hard, 2.0 * r1 * c + r2, 1.0)

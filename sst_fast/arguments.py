@@ -8,7 +8,6 @@ Sizes: N probes, K slots, D features, B slots in the batch window, H groups of p
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sst_fast.margins import AMSoftmax, Margin, Parameter
+from sst_fast.margins import MAX_SCALE, AMSoftmax, Margin, Parameter
 
 Reduction = Literal["none", "mean", "sum"]
 GradientRule = Literal["exact", "straight_through"]
@@ -127,11 +126,12 @@ class Arguments:
                 raise ValueError("identity masks slots of the same identity and needs slot_identity as well, got None")
         if self.slot_identity is not None:
             check_tensor("slot_identity", self.slot_identity, (k,), _INTEGER, device)
-        if not isinstance(self.margin, Margin):
-            raise TypeError(f"margin must be a margin of sst_fast.margins, got {type(self.margin).__name__}")
+        check_margin(self.margin)
         check_scale(self.scale, n, device)
         if self.weight is not None:
             check_tensor("weight", self.weight, (n,), EMBEDDING_DTYPES, device)
+            if self.weight.requires_grad:
+                raise ValueError("weight must not require a gradient: it is a constant")
         check_options(self.label_smoothing, self.reduction, self.gradient, self.ignore_index)
         if self.product_dtype not in (None, torch.float8_e4m3fn):
             raise ValueError(f"product_dtype must be None or torch.float8_e4m3fn, got {self.product_dtype}")
@@ -241,8 +241,36 @@ def check_word(name: str, word: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {word!r}")
 
 
+def is_integer(value: object) -> bool:
+    """Whether it is an integer, of Python or of NumPy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of Python or of NumPy."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: object, least: int) -> int:
+    """``value`` as an int; ValueError unless it is an integer, of Python or NumPy, that is at least ``least``."""
+    if not is_integer(value) or int(value) < least:  # type: ignore[call-overload]
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def check_margin(margin: object) -> None:
+    """TypeError unless ``margin`` is one; ValueError where its tensors, on the CPU, hold what they may not."""
+    if not isinstance(margin, Margin):
+        raise TypeError(f"margin must be a margin of sst_fast.margins, got {type(margin).__name__}")
+    if margin.varies and not torch.compiler.is_compiling():
+        margin.check_values()
+
+
 def check_scale(scale: Parameter, n: int | None = None, device: torch.device | None = None) -> None:
-    """ValueError unless ``scale`` is a finite number > 0 or a constant tensor [] or [n] on ``device`` (None: any)."""
+    """ValueError unless ``scale`` is a number in (0, MAX_SCALE] or a constant tensor [] or [n] on ``device`` (None: any).
+
+    The values of a tensor are looked at on the CPU only: elsewhere that would wait for the device.
+    """
     if isinstance(scale, Tensor):
         fits = scale.dim() == 0 or (scale.dim() == 1 and n in (None, scale.shape[0]))
         if not scale.is_floating_point() or not fits or (device is not None and scale.device != device):
@@ -252,8 +280,16 @@ def check_scale(scale: Parameter, n: int | None = None, device: torch.device | N
             )
         if scale.requires_grad:
             raise ValueError("scale must not require a gradient: it is a constant")
-    elif (type(scale) is not float and not isinstance(scale, Real)) or not 0 < scale < math.inf:
+        if scale.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = ~((scale > 0) & (scale <= MAX_SCALE))  # a NaN is wrong too
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"scale must be > 0 and at most {MAX_SCALE:g}, got a tensor with {scale[wrong][0].item()!r}"
+                )
+    elif (type(scale) is not float and not isinstance(scale, Real)) or not 0 < scale < float("inf"):
         raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
+    elif scale > MAX_SCALE:
+        raise ValueError(f"scale must be at most {MAX_SCALE:g}, got {scale!r}")
 
 
 def check_embedding(name: str, value: Tensor) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sst_fast import reference
 from sst_fast.arguments import (
@@ -16,17 +19,18 @@ from sst_fast.arguments import (
     Reduction,
     Statistics,
     Window,
-    wide_dtype,
 )
 from sst_fast.backends.backend import Problem
 from sst_fast.backends.choose import choose
 from sst_fast.backends.extension import compiled
-from sst_fast.margins import AMSoftmax, Margin, Parameter
+from sst_fast.margins import AMSoftmax, Margin, Parameter, Softmax
 
 __all__ = [
     "EMBEDDING_DTYPES", "QUEUE_DTYPES", "Statistics", "Window", "embedding_norm", "margin_softmax", "target_cosine",
 ]  # fmt: skip
 
+# Trained prototypes whose norms have been looked at.
+_looked_at: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _operator = None if compiled is None else torch.ops.sst_fast.margin_softmax.default
 
 
@@ -80,7 +84,9 @@ def margin_softmax(
 
     No N x K tensor is ever made. The gradient for ``embedding`` is found in the same sweep. ``prototypes`` get one if they
     require it, by a second sweep in backward; rows that ``window`` replaces get zeros. Compiled backends have no second
-    derivative, and none in forward mode. Under autocast ``embedding`` and float32 ``prototypes`` are cast as for a linear layer; the loss stays float32.
+    derivative, and none in forward mode. Under autocast ``embedding`` and float32 ``prototypes`` are cast as for a linear layer,
+    after normalisation where that is done inside; the loss stays float32. A gradient beyond the range of float16 embeddings is
+    infinite, for a gradient scaler to see.
 
     Args:
         embedding: probes [N, D], float64, float32, bfloat16 or float16; normalised inside. A zero row has cosine 0
@@ -92,7 +98,7 @@ def margin_softmax(
         positive: [N, D]: the targets themselves where they are no rows of ``prototypes``, as in MoCo's InfoNCE; taken as they
             are, or normalised with ``normalize_prototypes``; may require a gradient.
         margin: a margin of :mod:`sst_fast.margins`; its parameters may be tensors [N], one value per probe.
-        scale: s > 0, the inverse temperature: a number, a 0-d tensor or a tensor [N] (no gradient).
+        scale: s in (0, 1000], the inverse temperature: a number, a 0-d tensor or a tensor [N] (no gradient).
         reduction: 'mean' (default), 'sum' or 'none' (float32 [N]; float64 if an input is).
         weight: [N], floating point, multiplies each probe's loss; 'mean' then divides by the sum of weights.
         ignore_index: probes with this target have loss 0 and gradient 0 and do not count in the mean (0 if none does).
@@ -125,37 +131,66 @@ def margin_softmax(
         identity, slot_identity, mask_empty, normalize_prototypes, gradient, product_dtype,
     )  # fmt: skip
     a.check()
-    _autocast(a)
+    if type(scale) is not float and not isinstance(scale, Tensor):
+        a.scale = float(scale)  # an integer, or a number of NumPy's
+    _look_at_prototypes(a)
     penalty = _adapt_margin(a)
+    _autocast(a)
     loss, statistics = _run(a, _select(a, backend))
     if penalty is not None:
         loss = loss + penalty
     return (loss, statistics) if return_statistics else loss
 
 
+def _look_at_prototypes(a: Arguments) -> None:
+    """Warns of class weights that were forgotten to be normalised, when they are first seen."""
+    w = a.prototypes
+    if a.normalize_prototypes or not w.requires_grad or isinstance(a.margin, Softmax) or torch.compiler.is_compiling():
+        return
+    capturing = w.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not w.is_leaf or not torch.is_grad_enabled() or capturing or w in _looked_at:
+        return
+    _looked_at[w] = True
+    norm = embedding_norm(w.detach())
+    least, most = norm.min().item(), norm.max().item()
+    if not 0.95 < least <= most < 1.05:
+        warnings.warn(
+            f"prototypes require a gradient and have rows of norm {least:.3g} to {most:.3g}, expected 1: margins are meant "
+            "for cosines; pass normalize_prototypes=True to divide rows by their norm inside",
+            stacklevel=3,
+        )
+
+
 def _autocast(a: Arguments) -> None:
-    """Casts float32 embeddings and prototypes as autocast does for a linear layer."""
+    """Casts float32 embeddings and prototypes as autocast does for a linear layer; what is normalised inside, normalised first.
+
+    Raw class weights may be so small that float16 keeps little of them, and their gradient, 1 / norm times as large, overflows
+    there long before that of unit rows does. The same holds for embeddings; margins have seen their norms by then.
+    """
     kind = a.embedding.device.type
     if not torch.is_autocast_enabled(kind):
         return
     dtype = torch.get_autocast_dtype(kind)
     if a.embedding.dtype == torch.float32:
-        a.embedding = a.embedding.to(dtype)
+        small_range = dtype == torch.float16
+        a.embedding = (reference.normalize(a.embedding) if small_range else a.embedding).to(dtype)
     if a.prototypes.dtype == torch.float32:
-        a.prototypes = a.prototypes.to(dtype)
+        rows = reference.normalize(a.prototypes) if a.normalize_prototypes else a.prototypes
+        a.prototypes = rows.to(dtype)
 
 
 def _adapt_margin(a: Arguments) -> Tensor | None:
     """Gives the margin the form it has for this batch; returns what it adds to the loss, reduced."""
     n, device = a.embedding.shape[0], a.embedding.device
-    a.scale = a.margin.scale_for(a.scale, a.prototypes.shape[0])
-    penalty = None
+    penalty = norm = None
     if a.margin.uses_norm:  # nothing is computed for the other margins
         embedding = a.embedding
         if a.target is not None:
             embedding = embedding.masked_fill((a.target == a.ignore_index)[:, None], 0)
         norm = embedding_norm(embedding)
         penalty = a.margin.penalty(norm)
+    a.scale = a.margin.scale_for(a.scale, a.prototypes.shape[0], norm)
+    if norm is not None:
         a.margin = a.margin.for_batch(norm)
         if penalty is not None:
             weighted = reference.row_weight(a).to(a.wide) * penalty.to(a.wide)
@@ -170,6 +205,13 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
 
 
 def _select(a: Arguments, backend: str | None) -> str:
+    if torch.is_grad_enabled() and isinstance(a.scale, Tensor) and a.scale.requires_grad:
+        if backend not in (None, "reference"):
+            raise ValueError(
+                f"backend argument: margin_softmax cannot run on {backend!r}: a scale that is the embedding's norm has its "
+                "gradient in plain PyTorch alone"
+            )
+        return "reference"
     trains = torch.is_grad_enabled() and a.prototypes.requires_grad
     problem = Problem(
         "margin_softmax", a.embedding.device, a.embedding.dtype, a.prototypes.dtype, a.embedding.shape[1],
@@ -183,8 +225,37 @@ def _run(a: Arguments, backend: str) -> tuple[Tensor, Statistics]:
         with torch.autocast(a.embedding.device.type, enabled=False):
             return reference.margin_softmax(a)
     assert _operator is not None
-    loss, lse, target_cosine, hardest_cosine, hardest_slot, beats_target, *_ = _operator(*a.packed(), backend)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        _refuse_forward_mode(a)
+    loss, lse, target_cosine, hardest_cosine, hardest_slot, beats_target, residual, row_weight, *_ = _operator(
+        *a.packed(), backend
+    )
+    if a.margin.trains and torch.is_grad_enabled():
+        loss = loss + _margin_gradient(a, residual, row_weight)
     return loss, Statistics(lse, target_cosine, hardest_cosine, hardest_slot, beats_target)
+
+
+def _refuse_forward_mode(a: Arguments) -> None:
+    """The operator refuses tangents of what it differentiates; those of its constants it would drop without a word."""
+    for value in (a.scale, a.weight, *a.margin.parameters()):
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                'sst_fast.margin_softmax has no forward-mode derivative; backend="reference" has one'
+            )
+
+
+def _margin_gradient(a: Arguments, residual: Tensor, row_weight: Tensor) -> Tensor:
+    """Zero, with the gradient of the loss in the margin's own parameters, which enter it by psi alone.
+
+    ``residual`` [N]: derivative of each row's loss in its target logit; ``row_weight`` [N].
+    """
+    with torch.no_grad():
+        unit, target, _ = reference.unit_probes(a)
+        cosine, sine = reference.angle_to_target(unit, reference.target_rows(a, target))
+        factor = row_weight * residual * a.scale
+    psi = a.margin.psi(cosine, sine=sine)
+    each = torch.where(factor == 0, 0, factor * (psi - psi.detach())).to(residual.dtype)
+    return each if a.reduction == "none" else each.sum()
 
 
 def target_cosine(
@@ -193,23 +264,24 @@ def target_cosine(
     target: Tensor,
     window: Window | None = None,
     normalize_prototypes: bool = False,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """Cosine of each probe with its target prototype, [N], without gradient: N x D operations.
+    """Cosine of each probe with its target prototype, [N], without gradient: N x D operations. 0 where it is ignored.
 
     Args as in :func:`margin_softmax`, which checks them.
     """
+    a = Arguments(
+        embedding,
+        prototypes,
+        target,
+        window=window,
+        normalize_prototypes=normalize_prototypes,
+        ignore_index=ignore_index,
+    )
     with torch.no_grad():
-        rows = prototypes[target]
-        if window is not None:
-            groups, b, _ = window.features.shape
-            inside = (target - window.start) % len(prototypes)
-            group = torch.arange(len(target), device=target.device) // max(len(target) // groups, 1)
-            own = window.features[group, inside.clamp_max(b - 1)].to(rows.dtype)
-            rows = torch.where((inside < b)[:, None], own, rows)
-        wide = wide_dtype(embedding, prototypes)
-        rows = reference.normalize(rows.to(wide)) if normalize_prototypes else rows.to(wide)
-        cosine: Tensor = (reference.normalize(embedding.to(wide)) * rows).sum(1)
-        return cosine
+        unit, within, _ = reference.unit_probes(a)
+        cosine, _ = reference.angle_to_target(unit, reference.target_rows(a, within))
+        return cosine.to(a.wide)
 
 
 def embedding_norm(embedding: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -11,27 +11,56 @@ import torch
 from torch import Tensor, nn
 
 from sst_fast import distributed, functional, reference
-from sst_fast.arguments import GradientRule, Reduction, Window
+from sst_fast.arguments import (
+    GradientRule,
+    Reduction,
+    Window,
+    check_count,
+    check_margin,
+    check_options,
+    check_scale,
+    check_word,
+)
 from sst_fast.margins import AdaCos, AMSoftmax, Margin, Parameter, Seen, Softmax
 from sst_fast.queue import GalleryQueue
 
 Keep = Literal["coin", "first", "second", "mean", "both"]
+HEAD_OPTIONS = frozenset({
+    "reduction", "weight", "ignore_index", "label_smoothing", "identity", "slot_identity", "mask_empty",
+    "normalize_prototypes", "gradient", "backend", "product_dtype",
+})  # fmt: skip
 
 
 class RunningMargin(nn.Module):
-    """A margin and, as buffers, those of its parameters that follow the training (``Margin.running``)."""
+    """A margin and, as buffers, those of its parameters that follow the training (``Margin.running``), float32 at least.
+
+    Parameters that are ``nn.Parameter`` are registered in ``trained``, so that an optimizer finds them.
+    """
 
     def __init__(self, margin: Margin) -> None:
         super().__init__()
+        check_margin(margin)
         self.margin = margin
         for name in margin.running:
             self.register_buffer(name, torch.as_tensor(getattr(margin, name), dtype=torch.float32).clone())
+        self.trained = nn.ParameterDict(
+            {n: value for n, value in vars(margin).items() if isinstance(value, nn.Parameter)}
+        )
 
     def current(self) -> Margin:
         """The margin with its parameters as they are now: copies, which later updates leave alone."""
         if not self.margin.running:
             return self.margin
         return dataclasses.replace(self.margin, **{name: getattr(self, name).clone() for name in self.margin.running})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMargin:
+        before = {name: getattr(self, name) for name in self.margin.running}
+        super()._apply(fn, recurse)
+        for name, old in before.items():  # half precision would swallow a step of 0.01
+            new = getattr(self, name)
+            if new.itemsize < old.itemsize < 8:
+                setattr(self, name, old.to(new.device))
+        return self
 
     @torch.no_grad()
     def follow(
@@ -45,12 +74,14 @@ class RunningMargin(nn.Module):
     ) -> None:
         """Moves the running parameters on by a batch; arguments as of :func:`sst_fast.functional.margin_softmax`.
 
-        ``average`` is applied to the new values: the mean over ranks, where each has seen another batch.
+        Probes that are ignored or not finite do not count; where none counts, nothing moves. ``average`` is applied to the new values: the mean over ranks, where each has seen another batch.
         """
         if not self.margin.running:
             return
-        looks = {name: options[name] for name in ("window", "normalize_prototypes") if name in options}
+        looks = {name: options[name] for name in ("window", "normalize_prototypes", "ignore_index") if name in options}
         cosine = functional.target_cosine(embedding, prototypes, target, **looks)
+        norm = functional.embedding_norm(embedding)
+        counts = torch.isfinite(norm) & torch.isfinite(cosine) & (target != options.get("ignore_index", -100))
 
         def log_negatives(scale: Tensor) -> Tensor:
             excess = functional.margin_softmax(
@@ -59,9 +90,11 @@ class RunningMargin(nn.Module):
             found: Tensor = scale * cosine + excess + (-torch.expm1(-excess)).log()
             return found
 
-        norm = functional.embedding_norm(embedding)
-        for name, value in self.current().follow(Seen(norm, cosine, len(prototypes), log_negatives)).items():
-            getattr(self, name).copy_(average(value) if average else value)
+        seen = Seen(norm, cosine, counts, len(prototypes), log_negatives)
+        for name, value in self.current().follow(seen).items():
+            running = getattr(self, name)
+            new = torch.where(counts.any(), value, running)
+            running.copy_(average(new) if average else new)
 
 
 class SemiSiameseLoss(nn.Module):
@@ -117,8 +150,12 @@ class SemiSiameseLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if keep not in get_args(Keep):
-            raise ValueError(f"keep must be one of {', '.join(map(repr, get_args(Keep)))}, got {keep!r}")
+        if not isinstance(queue, GalleryQueue):
+            raise TypeError(f"queue must be a GalleryQueue, got {type(queue).__name__}")
+        check_margin(margin)
+        check_scale(scale)
+        check_options(label_smoothing, gradient=gradient)
+        check_word("keep", keep, get_args(Keep))
         if shard and (not mask_empty or label_smoothing or margin.uses_hard_mean or isinstance(margin, AdaCos)):
             raise ValueError(
                 "shard needs mask_empty=True, label_smoothing=0 and a margin that needs no sum over the whole queue, got "
@@ -247,6 +284,9 @@ class MarginSoftmaxHead(nn.Module):
         options: more keyword arguments of :func:`sst_fast.functional.margin_softmax`.
 
     After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the batch.
+
+    Raises:
+        TypeError, ValueError: an argument or option that does not exist or has a wrong type or value.
     """
 
     statistics: functional.Statistics | None
@@ -255,6 +295,16 @@ class MarginSoftmaxHead(nn.Module):
         self, classes: int, dim: int, margin: Margin = AMSoftmax(0.35), scale: Parameter = 64.0, **options: Any
     ) -> None:
         super().__init__()
+        classes, dim = check_count("classes", classes, 1), check_count("dim", dim, 1)
+        check_margin(margin)
+        check_scale(scale)
+        unknown = sorted(set(options) - HEAD_OPTIONS)
+        if unknown:
+            raise TypeError(
+                f"{unknown[0]} is no option of MarginSoftmaxHead, expected {', '.join(sorted(HEAD_OPTIONS))}"
+            )
+        checked = ("label_smoothing", "reduction", "gradient", "ignore_index")
+        check_options(**{name: options[name] for name in checked if name in options})
         self.weight = nn.Parameter(nn.init.normal_(torch.empty(classes, dim), std=0.01))
         self.margin = RunningMargin(margin)
         self.scale = scale
@@ -263,10 +313,11 @@ class MarginSoftmaxHead(nn.Module):
 
     def forward(self, embedding: Tensor, target: Tensor) -> Tensor:
         """Loss of embeddings [N, D] with class numbers ``target``, int64 [N]."""
-        if self.training and self.margin.margin.running:
-            looks = {"normalize_prototypes": self.options["normalize_prototypes"]}
-            valid = target != self.options.get("ignore_index", -100)
-            self.margin.follow(embedding[valid], self.weight, target[valid], **looks)
+        if self.training:
+            looks = {
+                name: self.options[name] for name in ("normalize_prototypes", "ignore_index") if name in self.options
+            }
+            self.margin.follow(embedding, self.weight, target, **looks)
         loss: Tensor
         loss, self.statistics = functional.margin_softmax(
             embedding, self.weight, target, margin=self.margin.current(), scale=self.scale, return_statistics=True,

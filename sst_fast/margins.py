@@ -4,43 +4,75 @@
 changes the target's cosine, ``psi(a)``, and may change the others', ``phi(c, a)``; logits are ``scale`` times these.
 ``csrc/margin.h`` is the counterpart for the compiled kernels; ``tests/test_margins.py`` holds the two together.
 
-A parameter may be a number, a 0-d tensor or a tensor [N], one value per probe. Adaptive quantities (thresholds, which
-slots are 'hard', weights that depend on cosines or norms) are constants to the gradient, as in the authors' codes.
+A parameter may be a number, a 0-d tensor or a tensor [N], one value per probe; those that ``trainable`` names may require a
+gradient. What else adapts (thresholds, which slots are 'hard', weights that depend on cosines, AdaFace's statistics of norms)
+is constant to the gradient, as in the authors' codes; MagFace's margin is not, as in its authors' code.
+
+A target row w is taken as it is: with a = x w for the unit probe x, its part across the probe has length ``sine`` = |w - a x|,
+and cos(theta + m) stands for a cos m - sine sin m, which is |w| cos(theta + m). The slope in ``a`` is that at constant |w|. It
+grows without bound towards theta = 0 and pi, but the gradient that it makes, slope times (w - a x), keeps the finite length
+|w| sin(theta + m). Where the rows are parallel (sine < 1e-12) there is no direction across; the gradient of the margin is 0
+there, the mean over all directions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from numbers import Real
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-# The slope of a margin on the angle is unbounded as the angle nears 0 or pi; closer than this sin(theta) is held constant.
-MIN_SINE = 1e-3
+# Rows whose angle has a smaller sine are parallel: double arithmetic cannot tell in which direction they differ.
+MIN_SINE = 1e-12
+# The largest inverse temperature. float32 cosines are exact to 1e-7, so logits to 1e-4 at this scale, and gradients to a few
+# 1e-5 of the scale; from 1e4 on what should be 0 would be of the size of a gradient. The largest in use is Circle loss's 256.
+MAX_SCALE = 1e3
+# How far from their ends AdaFace's code keeps cosines and angles.
+ADAFACE_EPSILON = 1e-3
 
 # The margins that kernels know, by number: csrc/margin.h lists the same names, and a test compares the two.
-KINDS = ("softmax", "am", "arc", "combined", "mv", "curricular", "npc", "circle", "arc_neg")
+KINDS = ("softmax", "am", "arc", "combined", "mv", "curricular", "npc", "circle", "arc_neg", "filtered")
+
+# What psi is where theta + m exceeds pi: ArcFace's rules and those of the combined margin, in the order in which kernels
+# number them. A number in the place of ArcFace's rule is "offset".
+ARC_RULES = ("linear", "easy", "cosine", "offset")
+COMBINED_RULES = ("fall", "hold", "cosine", "clamp")
+ArcBeyond = float | Literal["linear", "cosine"]
+CombinedBeyond = Literal["fall", "hold", "cosine", "clamp"]
 
 Parameter = float | Tensor
+Range = tuple[float, float, str]  # least and largest value, and what they are
 
 
 @dataclass(frozen=True)
 class Seen:
     """What a margin that follows the training may look at: the batch, before the loss.
 
-    ``norm`` [N] of the embeddings, ``target_cosine`` [N], ``slots`` K, and ``log_negatives(scale)``: log of the sum of
-    exp(scale c) over each probe's unmasked slots [N], which costs a sweep over the queue.
+    ``norm`` [N] of the embeddings, ``target_cosine`` [N], ``counts`` bool [N]: which probes are finite and not ignored,
+    ``slots`` K, and ``log_negatives(scale)``: log of the sum of exp(scale c) over each probe's unmasked slots [N], which costs
+    a sweep over the queue.
     """
 
     norm: Tensor
     target_cosine: Tensor
+    counts: Tensor
     slots: int
     log_negatives: Callable[[Tensor], Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """Number of probes that count, 0-d."""
+        return self.counts.sum()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of ``values`` [N] over the probes that count; 0 if none does."""
+        return torch.where(self.counts, values, 0).sum() / self.total.clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -48,23 +80,63 @@ class Margin:
     """Base of all margins: a frozen set of parameters with the formulas ``psi`` and ``phi``.
 
     ``kind`` is the number by which kernels know the margin, its place in :data:`KINDS`.
-    ``running`` names the parameters that follow the training; :class:`sst_fast.SemiSiameseLoss` keeps them as buffers.
+    ``ranges`` says which values its parameters may have. ``running`` names those that follow the training;
+    :class:`sst_fast.SemiSiameseLoss` keeps them as buffers. ``trainable`` names those that may require a gradient: psi's alone.
     """
 
     kind: ClassVar[int]
+    ranges: ClassVar[Mapping[str, Range]] = {}
     running: ClassVar[tuple[str, ...]] = ()
-    uses_norm: ClassVar[bool] = False  # for_batch and penalty have something to say
+    trainable: ClassVar[tuple[str, ...]] = ()
+    uses_norm: ClassVar[bool] = False  # for_batch, penalty or scale_for have something to say
     uses_hard_mean: ClassVar[bool] = False  # psi needs the mean cosine of the probe's hard slots
 
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
-        """Target cosine with the margin applied; ``a`` and the result are [N]."""
+    def __post_init__(self) -> None:
+        for name, (low, high, unit) in self.ranges.items():
+            value, owner = getattr(self, name), type(self).__name__
+            if isinstance(value, Tensor):
+                if not value.is_floating_point() or value.dim() > 1:
+                    raise ValueError(
+                        f"{owner}: {name} must be a number or a floating-point tensor [N] or [], got {value.dtype} "
+                        f"{list(value.shape)}"
+                    )
+                if value.requires_grad and name not in self.trainable:
+                    raise ValueError(
+                        f"{owner}: {name} must not require a gradient: it is a constant (trainable: "
+                        f"{', '.join(self.trainable) or 'none'})"
+                    )
+            elif type(value) is not float:
+                if not isinstance(value, Real):
+                    raise ValueError(f"{owner}: {name} must be {unit} in [{low:g}, {high:g}], got {value!r}")
+                object.__setattr__(self, name, float(value))  # an integer, or a number of NumPy's
+            if not isinstance(value, Tensor) and not low <= value <= high:
+                raise ValueError(f"{owner}: {name} must be {unit} in [{low:g}, {high:g}], got {value!r}")
+
+    def check_values(self) -> None:
+        """ValueError where a tensor on the CPU holds a value that a number may not have; elsewhere it would wait for the device."""
+        for name, (low, high, unit) in self.ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.device.type != "cpu":
+                continue
+            wrong = ~((value.detach() >= low) & (value.detach() <= high))  # a NaN is wrong too
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be {unit} in [{low:g}, {high:g}], got {value[wrong][0].item()!r}"
+                )
+
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
+        """Target cosine with the margin applied; ``a``, ``sine`` (a constant) and the result are [N].
+
+        ``sine`` is the length of what the target prototype has across the probe. Near an angle of 0 it is far more exact than
+        sqrt(1 - a^2), which takes its place where it is None.
+        """
         raise NotImplementedError
 
-    def phi(self, c: Tensor, a: Tensor) -> Tensor:
-        """Cosines ``c`` [N, K] of the other slots after the margin; ``a`` [N, 1] are the target cosines, detached."""
+    def phi(self, c: Tensor, a: Tensor, sine: Tensor | None = None) -> Tensor:
+        """Cosines ``c`` [N, K] of the other slots after the margin; ``a``, ``sine`` [N, 1] are the target's, detached."""
         return c
 
-    def is_hard(self, c: Tensor, a: Tensor) -> Tensor:
+    def is_hard(self, c: Tensor, a: Tensor, sine: Tensor | None = None) -> Tensor:
         """bool [N, K]: the slots that a mining margin calls hard (where ``uses_hard_mean``)."""
         raise NotImplementedError
 
@@ -76,8 +148,8 @@ class Margin:
         """A term [N] added to the loss of each probe, differentiable in the embedding's norm [N]."""
         return None
 
-    def scale_for(self, scale: Parameter, slots: int) -> Parameter:
-        """The scale to use: the one asked for, unless the margin sets its own."""
+    def scale_for(self, scale: Parameter, slots: int, norm: Tensor | None = None) -> Parameter:
+        """The scale to use: the one asked for, unless the margin sets its own; ``norm`` as for ``for_batch``, if it uses it."""
         return scale
 
     def follow(self, seen: Seen) -> dict[str, Tensor]:
@@ -92,6 +164,11 @@ class Margin:
     def varies(self) -> bool:
         """Whether a parameter is a tensor."""
         return any(isinstance(value, Tensor) for value in vars(self).values())
+
+    @property
+    def trains(self) -> bool:
+        """Whether a parameter requires a gradient."""
+        return any(isinstance(value, Tensor) and value.requires_grad for value in vars(self).values())
 
     def per_row(self, n: int) -> tuple[list[float], Tensor | None]:
         """The parameters as numbers and, where one of them is a tensor, all of them as float64 [P, n]."""
@@ -124,7 +201,7 @@ class Softmax(Margin):
 
     kind: ClassVar[int] = KINDS.index("softmax")
 
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
         """psi(a) = a."""
         return a
 
@@ -140,12 +217,11 @@ class AMSoftmax(Margin):
     """
 
     kind: ClassVar[int] = KINDS.index("am")
+    ranges: ClassVar[Mapping[str, Range]] = {"margin": (0.0, 2.0, "a cosine")}
+    trainable: ClassVar[tuple[str, ...]] = ("margin",)
     margin: Parameter = 0.35
 
-    def __post_init__(self) -> None:
-        _check_range(self, "margin", 0.0, 2.0, "a cosine")
-
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
         """psi(a) = a - margin."""
         return a - self.margin
 
@@ -154,65 +230,128 @@ class AMSoftmax(Margin):
 class ArcSoftmax(Margin):
     """Additive angular margin: ArcFace (Deng et al., CVPR 2019, eq. 3).
 
-    psi(a) = cos(theta + margin) as long as theta + margin <= pi. Beyond that either the linear continuation
-    a - margin * sin(margin) (default) or, ``easy``, no margin for every target beyond 90 degrees.
-
-    The slope sin(theta + margin) / sin(theta) has no bound as theta nears 0 or pi; where sin(theta) < 1e-3 it is
-    replaced by cos(margin), so gradients stay finite (the loss itself changes by less than 1e-3 * scale there).
+    psi(a) = cos(theta + margin) as long as theta + margin <= pi; beyond that one of several rules.
 
     Args:
         margin: radians in [0, pi].
-        easy: the 'easy margin' rule.
+        easy: the 'easy margin' rule: no margin for every target beyond 90 degrees.
+        beyond: without ``easy``, psi beyond pi: 'linear' (default), a - margin * sin(margin); 'cosine', cos(theta + margin) as it
+            is, which rises again (insightface's code, FaceX-Zoo's Semi-Siamese Training); a cosine m in [0, 2]: a - m
+            (``margin_am`` of FaceX-Zoo's heads, where it is 0).
     """
 
     kind: ClassVar[int] = KINDS.index("arc")
+    ranges: ClassVar[Mapping[str, Range]] = {"margin": (0.0, math.pi, "radians")}
+    trainable: ClassVar[tuple[str, ...]] = ("margin",)
     margin: Parameter = 0.5
     easy: bool = False
+    beyond: ArcBeyond = "linear"
 
     def __post_init__(self) -> None:
-        _check_range(self, "margin", 0.0, math.pi, "radians")
+        super().__post_init__()
+        _check_arc_beyond(self, self.beyond)
 
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
         """cos(theta + margin) or its continuation."""
-        return _arc(a, self.margin, self.easy)
+        _, rule, offset = self.parameters()
+        return _arc(a, self.margin, sine, int(rule), float(offset))
+
+    def parameters(self) -> list[Parameter]:
+        """The margin, the number of the rule in ARC_RULES, and the offset of "offset"."""
+        if self.easy:
+            return [self.margin, ARC_RULES.index("easy"), 0.0]
+        if isinstance(self.beyond, str):
+            return [self.margin, ARC_RULES.index(self.beyond), 0.0]
+        return [self.margin, ARC_RULES.index("offset"), float(self.beyond)]
 
 
 @dataclass(frozen=True)
 class CombinedMargin(Margin):
     """Combined margin (Deng et al., CVPR 2019, eq. 4): psi(a) = cos(m1 theta + m2) - m3.
 
-    Beyond an angle of pi the cosine goes on as in SphereFace, (-1)^k cos - 2k with k = floor(angle / pi), so psi falls all
-    the way; or, ``hold``, the angle is held in [0, pi]. Below 0 it is held at 0. Slopes have sin(theta) >= 1e-3.
-
     Args:
         m1: factor of the angle, in [0.5, 16].
         m2: radians in [-pi, pi].
         m3: a cosine in [-2, 2].
         annealing: psi becomes (annealing * a + psi) / (annealing + 1); >= 0.
-        hold: see above.
+        beyond: the cosine of an angle beyond pi: 'fall' (default), (-1)^k cos - 2k with k = floor(angle / pi), so psi falls all
+            the way (SphereFace's); 'hold', the angle is held in [0, pi]; 'cosine', as it is, which rises again (insightface's
+            code); 'clamp', a is held in [-0.999, 0.999] and the angle in [0.001, pi - 0.001] (AdaFace's code). An angle below
+            0 is held at 0, but by 'cosine'.
     """
 
     kind: ClassVar[int] = KINDS.index("combined")
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "m1": (0.5, 16.0, "a factor"),
+        "m2": (-math.pi, math.pi, "radians"),
+        "m3": (-2.0, 2.0, "a cosine"),
+        "annealing": (0.0, math.inf, "a number"),
+    }
+    trainable: ClassVar[tuple[str, ...]] = ("m1", "m2", "m3", "annealing")
     m1: Parameter = 1.0
     m2: Parameter = 0.3
     m3: Parameter = 0.2
     annealing: Parameter = 0.0
-    hold: bool = False
+    beyond: CombinedBeyond = "fall"
 
     def __post_init__(self) -> None:
-        _check_range(self, "m1", 0.5, 16.0, "a factor")
-        _check_range(self, "m2", -math.pi, math.pi, "radians")
-        _check_range(self, "m3", -2.0, 2.0, "a cosine")
-        _check_range(self, "annealing", 0.0, math.inf, "a number")
+        super().__post_init__()
+        _check_combined_beyond(self, self.beyond)
 
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
-        """cos(m1 theta + m2) - m3, monotonic."""
-        sine = _sine(a).detach()
-        theta = a.detach().clamp(-1, 1).acos() - (a - a.detach()) / sine
-        angle = (theta * self.m1 + self.m2).clamp(0, math.pi if self.hold else math.inf)
-        k = 0 if self.hold else (angle.detach() / math.pi).floor()
-        sign = 1 if self.hold else 1 - 2 * (k % 2)
-        return (self.annealing * a + sign * angle.cos() - 2 * k - self.m3) / (self.annealing + 1)
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
+        """cos(m1 theta + m2) - m3."""
+        plain = _combined(a, sine, self.m1, self.m2, self.m3, self.beyond)
+        return (self.annealing * a + plain) / (self.annealing + 1)
+
+    def parameters(self) -> list[Parameter]:
+        """The numbers, and that of the rule in COMBINED_RULES."""
+        return [self.m1, self.m2, self.m3, self.annealing, COMBINED_RULES.index(self.beyond)]
+
+
+@dataclass(frozen=True)
+class FilteredMargin(Margin):
+    """Combined margin with a limit on the other slots' cosines: insightface's inter-class filtering.
+
+    psi(a) = cos(m1 theta + m2) - m3; a slot with c > threshold is taken for a wrong label: phi(c) = above, with no gradient.
+    m2 = 0.5 as in ArcFace (default); m2 = 0, m3 = 0.4 as in CosFace. The threshold in insightface's recipes is 0.4.
+
+    Args:
+        m1, m2, m3, beyond: as in :class:`CombinedMargin`, but 'cosine' is the default, as in insightface's code.
+        threshold: a cosine in [-1, 1].
+        above: a cosine in [-1, 1]; 0 in insightface's code.
+    """
+
+    kind: ClassVar[int] = KINDS.index("filtered")
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "m1": (0.5, 16.0, "a factor"),
+        "m2": (-math.pi, math.pi, "radians"),
+        "m3": (-2.0, 2.0, "a cosine"),
+        "threshold": (-1.0, 1.0, "a cosine"),
+        "above": (-1.0, 1.0, "a cosine"),
+    }
+    trainable: ClassVar[tuple[str, ...]] = ("m1", "m2", "m3")
+    m1: Parameter = 1.0
+    m2: Parameter = 0.5
+    m3: Parameter = 0.0
+    beyond: CombinedBeyond = "cosine"
+    threshold: Parameter = 0.4
+    above: Parameter = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_combined_beyond(self, self.beyond)
+
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
+        """cos(m1 theta + m2) - m3."""
+        return _combined(a, sine, self.m1, self.m2, self.m3, self.beyond)
+
+    def phi(self, c: Tensor, a: Tensor, sine: Tensor | None = None) -> Tensor:
+        """``above`` where c > threshold."""
+        return torch.where(c > _column(self.threshold), _column(self.above), c)
+
+    def parameters(self) -> list[Parameter]:
+        """The numbers, with that of the rule in COMBINED_RULES in its place."""
+        return [self.m1, self.m2, self.m3, COMBINED_RULES.index(self.beyond), self.threshold, self.above]
 
 
 @dataclass(frozen=True)
@@ -222,12 +361,20 @@ class SphereFace(CombinedMargin):
     Args:
         m1: the m above; 4 in the paper, 1.35 to 1.7 in later work.
         annealing: the paper's lambda, mixes in the plain cosine; 5 at the end of its training.
+        norm_scale: the scale is the embedding's own norm, with its gradient, as in the paper; the loss's ``scale`` is not
+            used. With a gradient this runs in plain PyTorch, which holds all logits in memory.
     """
 
+    uses_norm: ClassVar[bool] = True
     m1: Parameter = 4.0
     m2: Parameter = 0.0
     m3: Parameter = 0.0
     annealing: Parameter = 5.0
+    norm_scale: bool = False
+
+    def scale_for(self, scale: Parameter, slots: int, norm: Tensor | None = None) -> Parameter:
+        """The embedding's norm with ``norm_scale``."""
+        return norm if self.norm_scale and norm is not None else scale
 
 
 @dataclass(frozen=True)
@@ -244,25 +391,26 @@ class MVSoftmax(Margin):
     """
 
     kind: ClassVar[int] = KINDS.index("mv")
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "margin": (0.0, 2.0, "a cosine or radians"),
+        "t": (1.0, 4.0, "a factor"),
+    }
+    trainable: ClassVar[tuple[str, ...]] = ("margin",)
     margin: Parameter = 0.35
     t: Parameter = 1.12
     arc: bool = False
     positive_only: bool = False
 
-    def __post_init__(self) -> None:
-        _check_range(self, "margin", 0.0, 2.0, "a cosine or radians")
-        _check_range(self, "t", 1.0, 4.0, "a factor")
-
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
         """a - margin, or cos(theta + margin)."""
         if self.arc:
-            return _arc(a, self.margin, self.positive_only)
+            return _arc(a, self.margin, sine, ARC_RULES.index("easy" if self.positive_only else "linear"))
         return torch.where(a > self.margin, a - self.margin, a) if self.positive_only else a - self.margin
 
-    def phi(self, c: Tensor, a: Tensor) -> Tensor:
+    def phi(self, c: Tensor, a: Tensor, sine: Tensor | None = None) -> Tensor:
         """phi(c) = t c + t - 1 where c exceeds the margined target (the full margin, whatever ``positive_only``)."""
         m, t = _column(self.margin), _column(self.t)
-        limit = _cos_of_sum(a, m) if self.arc else a - m
+        limit = _cos_of_sum(a, m, sine) if self.arc else a - m
         return torch.where(c > limit, t * c + t - 1, c)
 
 
@@ -280,24 +428,25 @@ class CurricularFace(Margin):
 
     kind: ClassVar[int] = KINDS.index("curricular")
     running: ClassVar[tuple[str, ...]] = ("t",)
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "margin": (0.0, math.pi, "radians"),
+        "t": (-1.0, 1.0, "a cosine"),
+    }
+    trainable: ClassVar[tuple[str, ...]] = ("margin",)
     margin: Parameter = 0.5
     t: Parameter = 0.0
 
-    def __post_init__(self) -> None:
-        _check_range(self, "margin", 0.0, math.pi, "radians")
-        _check_range(self, "t", -1.0, 1.0, "a cosine")
-
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
         """cos(theta + margin) or its continuation."""
-        return _arc(a, self.margin, False)
+        return _arc(a, self.margin, sine)
 
-    def phi(self, c: Tensor, a: Tensor) -> Tensor:
+    def phi(self, c: Tensor, a: Tensor, sine: Tensor | None = None) -> Tensor:
         """phi(c) = c (t + c) where c exceeds cos(theta + margin)."""
-        return torch.where(c > _cos_of_sum(a, _column(self.margin)), c * (_column(self.t) + c), c)
+        return torch.where(c > _cos_of_sum(a, _column(self.margin), sine), c * (_column(self.t) + c), c)
 
     def follow(self, seen: Seen) -> dict[str, Tensor]:
         """New t = 0.99 t + 0.01 mean(a)."""
-        return {"t": 0.99 * self.t + 0.01 * seen.target_cosine.mean()}
+        return {"t": 0.99 * self.t + 0.01 * seen.mean(seen.target_cosine)}
 
 
 @dataclass(frozen=True)
@@ -316,6 +465,13 @@ class NPCFace(Margin):
 
     kind: ClassVar[int] = KINDS.index("npc")
     uses_hard_mean: ClassVar[bool] = True
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "m0": (0.0, 1.5, "radians"),
+        "m1": (0.0, 1.5, "radians"),
+        "t": (0.0, 4.0, "a factor"),
+        "alpha": (-2.0, 2.0, "a cosine"),
+        "hard_margin": (0.0, math.pi, "radians"),
+    }
     m0: Parameter = 0.4
     m1: Parameter = 0.2
     t: Parameter = 1.1
@@ -323,25 +479,19 @@ class NPCFace(Margin):
     hard_margin: Parameter = 0.5
     positive_only: bool = False
 
-    def __post_init__(self) -> None:
-        _check_range(self, "m0", 0.0, 1.5, "radians")
-        _check_range(self, "m1", 0.0, 1.5, "radians")
-        _check_range(self, "t", 0.0, 4.0, "a factor")
-        _check_range(self, "alpha", -2.0, 2.0, "a cosine")
-        _check_range(self, "hard_margin", 0.0, math.pi, "radians")
-
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
         """cos(theta + m0 + m1 hard_mean) or its continuation."""
         mean = torch.zeros_like(a) if hard_mean is None else hard_mean
-        return _arc(a, (self.m0 + self.m1 * mean).clamp(0, math.pi), self.positive_only)
+        m = (self.m0 + self.m1 * mean).clamp(0, math.pi)
+        return _arc(a, m, sine, ARC_RULES.index("easy" if self.positive_only else "linear"))
 
-    def phi(self, c: Tensor, a: Tensor) -> Tensor:
+    def phi(self, c: Tensor, a: Tensor, sine: Tensor | None = None) -> Tensor:
         """phi(c) = t c + alpha where hard."""
-        return torch.where(self.is_hard(c, a), _column(self.t) * c + _column(self.alpha), c)
+        return torch.where(self.is_hard(c, a, sine), _column(self.t) * c + _column(self.alpha), c)
 
-    def is_hard(self, c: Tensor, a: Tensor) -> Tensor:
+    def is_hard(self, c: Tensor, a: Tensor, sine: Tensor | None = None) -> Tensor:
         """Whether c > cos(theta + hard_margin)."""
-        return c > _cos_of_sum(a, _column(self.hard_margin))
+        return c > _cos_of_sum(a, _column(self.hard_margin), sine)
 
 
 @dataclass(frozen=True)
@@ -355,16 +505,14 @@ class CircleLoss(Margin):
     """
 
     kind: ClassVar[int] = KINDS.index("circle")
+    ranges: ClassVar[Mapping[str, Range]] = {"m": (0.0, 1.0, "a cosine")}
     m: Parameter = 0.25
 
-    def __post_init__(self) -> None:
-        _check_range(self, "m", 0.0, 1.0, "a cosine")
-
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
         """[1 + m - a]+ (a - (1 - m))."""
         return (1 + self.m - a.detach()).clamp_min(0) * (a - (1 - self.m))
 
-    def phi(self, c: Tensor, a: Tensor) -> Tensor:
+    def phi(self, c: Tensor, a: Tensor, sine: Tensor | None = None) -> Tensor:
         """[c + m]+ (c - m)."""
         m = _column(self.m)
         return (c.detach() + m).clamp_min(0) * (c - m)
@@ -382,22 +530,23 @@ class ArcNegFace(Margin):
     """
 
     kind: ClassVar[int] = KINDS.index("arc_neg")
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "margin": (0.0, math.pi, "radians"),
+        "alpha": (0.0, 4.0, "a factor"),
+        "sigma": (1e-3, 1e3, "a number"),
+    }
+    trainable: ClassVar[tuple[str, ...]] = ("margin",)
     margin: Parameter = 0.5
     alpha: Parameter = 1.2
     sigma: Parameter = 2.0
 
-    def __post_init__(self) -> None:
-        _check_range(self, "margin", 0.0, math.pi, "radians")
-        _check_range(self, "alpha", 0.0, 4.0, "a factor")
-        _check_range(self, "sigma", 1e-3, 1e3, "a number")
-
-    def psi(self, a: Tensor, hard_mean: Tensor | None = None) -> Tensor:
+    def psi(self, a: Tensor, hard_mean: Tensor | None = None, sine: Tensor | None = None) -> Tensor:
         """cos(theta + margin) or its continuation."""
-        return _arc(a, self.margin, False)
+        return _arc(a, self.margin, sine)
 
-    def phi(self, c: Tensor, a: Tensor) -> Tensor:
+    def phi(self, c: Tensor, a: Tensor, sine: Tensor | None = None) -> Tensor:
         """phi(c) = t c + t - 1."""
-        limit = _arc(a, _column(self.margin), False)
+        limit = _arc(a, _column(self.margin), sine)
         t = _column(self.alpha) * (-((c.detach() - limit) ** 2) / _column(self.sigma)).exp()
         return t * c + t - 1
 
@@ -414,12 +563,10 @@ class AdaCos(Softmax):
     """
 
     running: ClassVar[tuple[str, ...]] = ("scale",)
+    ranges: ClassVar[Mapping[str, Range]] = {"scale": (0.0, MAX_SCALE, "a number")}
     scale: Parameter = 0.0
 
-    def __post_init__(self) -> None:
-        _check_range(self, "scale", 0.0, math.inf, "a number")
-
-    def scale_for(self, scale: Parameter, slots: int) -> Parameter:
+    def scale_for(self, scale: Parameter, slots: int, norm: Tensor | None = None) -> Parameter:
         """The running scale, or its first value."""
         first = math.sqrt(2) * math.log(max(slots - 1, 2))
         if isinstance(self.scale, Tensor):
@@ -428,11 +575,13 @@ class AdaCos(Softmax):
 
     def follow(self, seen: Seen) -> dict[str, Tensor]:
         """Eq. 14; unchanged while there is not one negative."""
-        old = torch.as_tensor(self.scale_for(0.0, seen.slots), dtype=torch.float32, device=seen.norm.device)
-        each = seen.log_negatives(old)
-        log_mean = torch.logsumexp(each, 0) - math.log(max(len(each), 1))
-        median = seen.target_cosine.clamp(-1, 1).acos().median().clamp_max(math.pi / 4)
-        return {"scale": torch.where(torch.isfinite(log_mean) & (log_mean > 0), log_mean / median.cos(), old)}
+        old = torch.as_tensor(self.scale_for(0.0, seen.slots), dtype=seen.norm.dtype, device=seen.norm.device)
+        each = seen.log_negatives(old).masked_fill(~seen.counts, -torch.inf)
+        log_mean = torch.logsumexp(each, 0) - seen.total.clamp_min(1).to(each.dtype).log()
+        angles = seen.target_cosine.clamp(-1, 1).acos().masked_fill(~seen.counts, torch.inf).sort().values
+        middle = (seen.total - 1).clamp_min(0) // 2  # of an even number the lower, as torch.median
+        new = log_mean / angles.take(middle).clamp_max(math.pi / 4).cos()
+        return {"scale": torch.where(torch.isfinite(log_mean) & (log_mean > 0), new, old).clamp_max(MAX_SCALE)}
 
     def parameters(self) -> list[Parameter]:
         """None: the scale is not the kernels' to know."""
@@ -444,35 +593,42 @@ class MagFace(Margin):
     """Magnitude-aware margin: MagFace (Meng et al., CVPR 2021, eqs. 3 to 5).
 
     psi as ArcFace with a margin that grows linearly from ``lower_margin`` to ``upper_margin`` as the norm of the embedding goes
-    from ``lower_norm`` to ``upper_norm`` (clamped; a constant to the gradient). The penalty
-    weight * (norm / upper_norm^2 + 1 / norm) of the clamped norm is added to each probe's loss.
+    from ``lower_norm`` to ``upper_norm`` (clamped). The penalty weight * (norm / upper_norm^2 + 1 / norm) of the clamped norm is
+    added to each probe's loss. Both have a gradient in the norm: the one pulls it down where the probe is far from its
+    target, the other pushes it up, so it comes to mean quality.
 
     Args:
         lower_norm, upper_norm: norms > 0; lower_margin, upper_margin: radians; weight: of the penalty.
+        easy: no margin for every target beyond 90 degrees (default), as in the authors' code.
+        beyond: without ``easy``, as in :class:`ArcSoftmax`; 0 in FaceX-Zoo's head.
     """
 
     uses_norm: ClassVar[bool] = True
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "lower_margin": (0.0, math.pi, "radians"),
+        "upper_margin": (0.0, math.pi, "radians"),
+        "weight": (0.0, math.inf, "a number"),
+    }
     lower_norm: float = 10.0
     upper_norm: float = 110.0
     lower_margin: float = 0.45
     upper_margin: float = 0.8
     weight: float = 20.0
+    easy: bool = True
+    beyond: ArcBeyond = "linear"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.lower_norm < self.upper_norm:
             raise ValueError(
                 f"MagFace: lower_norm must be in (0, upper_norm={self.upper_norm:g}), got {self.lower_norm!r}"
             )
-        _check_range(self, "lower_margin", 0.0, math.pi, "radians")
-        _check_range(self, "upper_margin", 0.0, math.pi, "radians")
-        _check_range(self, "weight", 0.0, math.inf, "a number")
+        _check_arc_beyond(self, self.beyond)
 
     def for_batch(self, norm: Tensor) -> Margin:
-        """ArcFace with each probe's own margin."""
-        share = (norm.detach().clamp(self.lower_norm, self.upper_norm) - self.lower_norm) / (
-            self.upper_norm - self.lower_norm
-        )
-        return ArcSoftmax(self.lower_margin + share * (self.upper_margin - self.lower_margin))
+        """ArcFace with each probe's own margin, which is differentiable in the norm."""
+        share = (norm.clamp(self.lower_norm, self.upper_norm) - self.lower_norm) / (self.upper_norm - self.lower_norm)
+        return ArcSoftmax(self.lower_margin + share * (self.upper_margin - self.lower_margin), self.easy, self.beyond)
 
     def penalty(self, norm: Tensor) -> Tensor:
         """The term weight * (norm / upper_norm^2 + 1 / norm)."""
@@ -485,52 +641,73 @@ class AdaFace(Margin):
     """Quality-adaptive margin: AdaFace (Kim et al., CVPR 2022, eqs. 10 to 14).
 
     q = clamp(h (norm - mean) / (std + 1e-3), -1, 1); psi(a) = cos(theta - m q) - (m + m q), the angle held in [0, pi].
-    mean and std of the norms follow the training: <- 0.99 old + 0.01 of the batch.
+    mean and std of the norms follow the training: <- (1 - t_alpha) old + t_alpha of the batch. The norm is a constant to the
+    gradient, as in the authors' code.
 
     Args:
         m: margin in [0, 1]; h: concentration; mean, std: running statistics of the norms, clamped to [1e-3, 100].
+        t_alpha: weight of a batch in the statistics; 0.01 in the paper and in the authors' training, 1 in their head's default.
+        clamps: hold cosines in [-0.999, 0.999] and angles in [0.001, pi - 0.001], without gradient beyond, as the authors'
+            code. Other slots' cosines are held at 0.999 only: below -0.999 there is nothing in them to learn from.
     """
 
     running: ClassVar[tuple[str, ...]] = ("mean", "std")
     uses_norm: ClassVar[bool] = True
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "m": (0.0, 1.0, "a number"),
+        "h": (0.0, math.inf, "a number"),
+        "mean": (0.0, math.inf, "a norm"),
+        "std": (0.0, math.inf, "a norm"),
+        "t_alpha": (0.0, 1.0, "a share"),
+    }
     m: float = 0.4
     h: float = 0.333
     mean: Parameter = 20.0
     std: Parameter = 100.0
-
-    def __post_init__(self) -> None:
-        _check_range(self, "m", 0.0, 1.0, "a number")
-        _check_range(self, "h", 0.0, math.inf, "a number")
+    t_alpha: float = 0.01
+    clamps: bool = False
 
     def for_batch(self, norm: Tensor) -> Margin:
         """The combined margin with each probe's own m2 and m3."""
         quality = (self.h * (norm.detach().clamp(1e-3, 100) - self.mean) / (self.std + 1e-3)).clamp(-1, 1)
-        return CombinedMargin(1.0, -self.m * quality, self.m + self.m * quality, 0.0, True)
+        m2, m3 = -self.m * quality, self.m + self.m * quality
+        if self.clamps:
+            most = 1 - ADAFACE_EPSILON
+            return FilteredMargin(1.0, m2, m3, "clamp", threshold=most, above=most)
+        return CombinedMargin(1.0, m2, m3, beyond="hold")
 
     def follow(self, seen: Seen) -> dict[str, Tensor]:
-        """Moving averages of the batch's mean and standard deviation (of at least two norms)."""
+        """Moving averages of the batch's mean and standard deviation; unchanged by fewer than two norms."""
         norm = seen.norm.clamp(1e-3, 100)
-        if len(norm) < 2:
-            return {}
-        return {"mean": 0.99 * self.mean + 0.01 * norm.mean(), "std": 0.99 * self.std + 0.01 * norm.std()}
+        mean = seen.mean(norm)
+        n = seen.total
+        std = (torch.where(seen.counts, norm - mean, 0).square().sum() / (n - 1).clamp_min(1)).sqrt()
+        new = {"mean": (self.mean, mean), "std": (self.std, std)}
+        return {
+            name: torch.where(n < 2, old, (1 - self.t_alpha) * old + self.t_alpha * batch)
+            for name, (old, batch) in new.items()
+        }
 
 
 MarginName = Literal[
     "softmax", "am", "arc", "combined", "sphereface", "mv", "curricular", "npc", "circle", "arc_neg", "adacos", "magface",
-    "adaface",
+    "adaface", "filtered",
 ]  # fmt: skip
 MARGINS: dict[MarginName, type[Margin]] = {
     "softmax": Softmax, "am": AMSoftmax, "arc": ArcSoftmax, "combined": CombinedMargin, "sphereface": SphereFace,
     "mv": MVSoftmax, "curricular": CurricularFace, "npc": NPCFace, "circle": CircleLoss, "arc_neg": ArcNegFace,
-    "adacos": AdaCos, "magface": MagFace, "adaface": AdaFace,
+    "adacos": AdaCos, "magface": MagFace, "adaface": AdaFace, "filtered": FilteredMargin,
 }  # fmt: skip
 # Those that kernels know by their kind; the others become one of these for each batch.
 FUSED: dict[int, type[Margin]] = {m.kind: m for m in reversed(MARGINS.values()) if hasattr(m, "kind")}
 
 
-def _sine(a: Tensor) -> Tensor:
-    """sin(theta), at least MIN_SINE and with no slope below."""
-    return ((1 - a) * (1 + a)).clamp_min(MIN_SINE**2).sqrt()
+def _sine(a: Tensor, sine: Tensor | None = None) -> Tensor:
+    """sin(theta) as a function of ``a``, with the value ``sine`` where that is known; 0 with no slope for parallel rows."""
+    near = a.detach()
+    square = ((1 - a) * (1 + a)).clamp_min(0) if sine is None else sine**2 + (near - a) * (near + a)
+    parallel = square.detach() < MIN_SINE**2
+    return torch.where(parallel, 0, torch.where(parallel, 1, square).sqrt())
 
 
 def _cos(x: Parameter) -> Parameter:
@@ -541,15 +718,54 @@ def _sin(x: Parameter) -> Parameter:
     return x.sin() if isinstance(x, Tensor) else math.sin(x)
 
 
-def _cos_of_sum(a: Tensor, m: Parameter) -> Tensor:
+def _cos_of_sum(a: Tensor, m: Parameter, sine: Tensor | None) -> Tensor:
     """cos(theta + m)."""
-    return a * _cos(m) - _sine(a) * _sin(m)
+    return a * _cos(m) - _sine(a, sine) * _sin(m)
 
 
-def _arc(a: Tensor, m: Parameter, easy: bool) -> Tensor:
-    """ArcFace's psi."""
-    limit = 0.0 if easy else -_cos(m)
-    return torch.where(a > limit, _cos_of_sum(a, m), a if easy else a - m * _sin(m))
+def _arc(a: Tensor, m: Parameter, sine: Tensor | None, rule: int = 0, offset: float = 0.0) -> Tensor:
+    """ArcFace's psi, by a rule of ARC_RULES."""
+    inside = _cos_of_sum(a, m, sine)
+    if ARC_RULES[rule] == "cosine":
+        return inside
+    if ARC_RULES[rule] == "easy":
+        return torch.where(a > 0, inside, a)
+    return torch.where(a > -_cos(m), inside, a - (offset if ARC_RULES[rule] == "offset" else m * _sin(m)))
+
+
+def _combined(
+    a: Tensor, sine: Tensor | None, m1: Parameter, m2: Parameter, m3: Parameter, beyond: CombinedBeyond
+) -> Tensor:
+    """cos(m1 theta + m2) - m3, by a rule of COMBINED_RULES."""
+    across, near = _sine(a, sine), a.detach()
+    parallel = across.detach() == 0
+    forward = torch.where(near < 0, -torch.ones_like(near), torch.ones_like(near))
+    length = (near**2 + across.detach() ** 2).sqrt()  # of the target row: a constant
+    theta = torch.atan2(across, torch.where(parallel, forward, a))
+    free = torch.ones_like(parallel)
+    if beyond == "clamp":
+        most = 1 - ADAFACE_EPSILON
+        free = near.abs() <= most
+        theta = torch.where(free, theta, near.clamp(-most, most).acos())
+    wanted = theta * m1 + m2
+    low, high = {
+        "fall": (0.0, math.inf),
+        "hold": (0.0, math.pi),
+        "cosine": (-math.inf, math.inf),
+        "clamp": (ADAFACE_EPSILON, math.pi - ADAFACE_EPSILON),
+    }[beyond]
+    angle = wanted.clamp(low, high)
+    free = free & (angle.detach() == wanted.detach())
+    k = (angle.detach() / math.pi).floor() if beyond == "fall" else torch.zeros_like(near)
+    sign = 1 - 2 * (k % 2)
+    value = length * (sign * angle.cos() - 2 * k) - m3
+    # sin(m1 theta + m2) m1 / sin(theta) for parallel rows, but for its part that has no bound.
+    slope = torch.where(parallel & free, forward * sign * angle.detach().cos() * _constant(m1) ** 2, 0)
+    return value + slope * (a - near)
+
+
+def _constant(value: Parameter) -> Parameter:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _column(value: Parameter) -> Parameter:
@@ -557,15 +773,17 @@ def _column(value: Parameter) -> Parameter:
     return value[:, None] if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
-def _check_range(margin: Margin, name: str, low: float, high: float, unit: str) -> None:
-    value = getattr(margin, name)
-    owner = type(margin).__name__
-    if isinstance(value, Tensor):
-        if not value.is_floating_point() or value.dim() > 1:
-            raise ValueError(
-                f"{owner}: {name} must be a number or a floating-point tensor [N] or [], got {value.dtype} {list(value.shape)}"
-            )
-        if value.requires_grad:
-            raise ValueError(f"{owner}: {name} must not require a gradient: margins are constants")
-    elif not low <= value <= high:
-        raise ValueError(f"{owner}: {name} must be {unit} in [{low:g}, {high:g}], got {value!r}")
+def _check_arc_beyond(margin: Margin, beyond: object) -> None:
+    if isinstance(beyond, Real) and not isinstance(beyond, bool) and 0 <= float(beyond) <= 2:
+        return
+    if beyond not in ("linear", "cosine"):
+        raise ValueError(
+            f"{type(margin).__name__}: beyond must be 'linear', 'cosine' or a cosine in [0, 2], got {beyond!r}"
+        )
+
+
+def _check_combined_beyond(margin: Margin, beyond: object) -> None:
+    if beyond not in get_args(CombinedBeyond):
+        raise ValueError(
+            f"{type(margin).__name__}: beyond must be one of {', '.join(map(repr, COMBINED_RULES))}, got {beyond!r}"
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sst_fast import ops, reference
-from sst_fast.arguments import EMBEDDING_DTYPES, QUEUE_DTYPES, Window, check_tensor
+from sst_fast.arguments import EMBEDDING_DTYPES, QUEUE_DTYPES, Window, check_count, check_tensor, is_integer
 
 
 class GalleryQueue(nn.Module):
@@ -46,11 +46,7 @@ class GalleryQueue(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer > 0, got {value!r}")
-        if not isinstance(spare, int) or spare < 0:
-            raise ValueError(f"spare must be an integer >= 0, got {spare!r}")
+        size, dim, spare = check_count("size", size, 1), check_count("dim", dim, 1), check_count("spare", spare, 0)
         if dtype not in QUEUE_DTYPES:
             raise TypeError(f"dtype must be float64, float32, bfloat16, float16 or float8_e4m3fn, got {dtype}")
         self.backend = backend
@@ -123,9 +119,9 @@ class GalleryQueue(nn.Module):
         Raises:
             ValueError: ``count`` is not in [0, K].
         """
-        if not 0 <= count <= self.size:
-            raise ValueError(f"count must be in [0, {self.size}], got {count}")
-        return ops.dequeue(count, self.identities[: self.size], self.state, self.backend)
+        if not is_integer(count) or not 0 <= count <= self.size:
+            raise ValueError(f"count must be in [0, {self.size}], got {count!r}")
+        return ops.dequeue(int(count), self.identities[: self.size], self.state, self.backend)
 
     def clear(self) -> None:
         """Empties every slot and starts at slot 0 again."""

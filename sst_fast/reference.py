@@ -65,12 +65,53 @@ def row_weight(a: Arguments) -> Tensor:
     return weight
 
 
+def target_rows(a: Arguments, target: Tensor) -> Tensor:
+    """What each probe's target cosine is taken with, float64 [N, D], for ``target`` [N] within the prototypes.
+
+    In float64, normalised too, and N x D only: near +-1 an angular margin's slope magnifies the rounding of the cosine.
+    """
+    if a.positive is not None:
+        rows = a.positive.double()
+    else:
+        rows = a.prototypes[target].double()
+        if a.window is not None:
+            groups, b, _ = a.window.features.shape
+            place = (target - a.window.start) % len(a.prototypes)
+            group = torch.arange(len(target), device=target.device) // max(len(target) // groups, 1)
+            own = a.window.features[group, place.clamp_max(b - 1)].to(a.prototypes.dtype)  # as the queue will hold it
+            rows = torch.where((place < b)[:, None], own.double(), rows)
+    return normalize(rows) if a.normalize_prototypes else rows
+
+
+def angle_to_target(unit: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine [N] of unit probes with their target rows, [N, D] both, and, without gradient, the length [N] of what the rows
+    have across the probes."""
+    cosine = (unit * rows).sum(1)
+    with torch.no_grad():
+        sine = torch.linalg.vector_norm(rows - cosine[:, None] * unit, dim=1)
+    return cosine, sine
+
+
+def unit_probes(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit embeddings, float64 [N, D]; targets [N], all within the prototypes; which probes count [N].
+
+    An ignored probe is a row of zeros, whatever it holds.
+    """
+    n = len(a.embedding)
+    if a.target is None:
+        target = torch.zeros(n, dtype=torch.int64, device=a.embedding.device)
+        return normalize(a.embedding.double()), target, torch.ones_like(target, dtype=torch.bool)
+    valid = a.target != a.ignore_index
+    unit = normalize(a.embedding.masked_fill(~valid[:, None], 0).double())
+    return unit, a.target.where(valid, 0).clamp(0, len(a.prototypes) - 1), valid
+
+
 def each(a: Arguments) -> MarginSoftmax:
     """Every probe's own loss, before weights and reduction; materialises the logits."""
     wide, device = a.wide, a.embedding.device
     n, k = len(a.embedding), len(a.prototypes)
     target = torch.full((n,), -1, device=device) if a.target is None else a.target
-    valid = torch.ones_like(target, dtype=torch.bool) if a.target is None else target != a.ignore_index
+    exact, within, valid = unit_probes(a)
     least = 0 if a.positive is None else -1
     if not torch.compiler.is_compiling():
         wrong = valid & ((target < least) | (target >= k))
@@ -80,15 +121,13 @@ def each(a: Arguments) -> MarginSoftmax:
         if a.window is not None and not 0 <= int(a.window.start) < k:
             raise IndexError(f"window.start is {int(a.window.start)}, expected a slot in [0, {k})")
     target = target.where(valid, least)
-    prototypes, window, positive = a.prototypes.to(wide, copy=True), None, a.positive  # a copy: the queue changes
+    own = target_rows(a, within)
+    prototypes, window = a.prototypes.to(wide, copy=True), None  # a copy: the queue changes
     if a.window is not None:  # held as the queue is that it will be written to
         window = a.window.features.to(a.prototypes.dtype).to(wide)
     if a.normalize_prototypes:
         prototypes = normalize(prototypes)
         window = None if window is None else normalize(window.flatten(0, 1)).view_as(window)
-        positive = None if positive is None else normalize(positive.to(wide))
-    # The target cosine in float64: near +-1 an angular margin's slope magnifies its rounding, and it costs N x D only.
-    exact = normalize(a.embedding.masked_fill(~valid[:, None], 0).double())  # an ignored row may hold anything
     unit = exact.to(wide)
     margin = a.margin.map(lambda parameter: parameter.to(wide))
     scale = a.scale.to(wide) if isinstance(a.scale, Tensor) else a.scale
@@ -104,7 +143,7 @@ def each(a: Arguments) -> MarginSoftmax:
         some = partial(_rows, rows=rows, count=n)
         parts.append(
             _plain(
-                unit[rows], exact[rows], w, target[rows], None if positive is None else positive[rows],
+                unit[rows], exact[rows], w, target[rows], own[rows],
                 None if a.identity is None else a.identity[rows], ids, margin.map(some),
                 some(scale) if isinstance(scale, Tensor) else scale, a.mask_empty, float(a.label_smoothing),
                 a.gradient == "straight_through",
@@ -118,11 +157,11 @@ def _rows(parameter: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _plain(
-    unit: Tensor, exact: Tensor, w: Tensor, target: Tensor, positive: Tensor | None, identity: Tensor | None,
+    unit: Tensor, exact: Tensor, w: Tensor, target: Tensor, own: Tensor, identity: Tensor | None,
     slot_identity: Tensor | None, margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, straight_through: bool,
 ) -> MarginSoftmax:  # fmt: skip
     c = unit @ w.T
-    a = (exact * (w[target] if positive is None else positive)).sum(1)
+    a, sine = angle_to_target(exact, own)
     live = torch.ones_like(c, dtype=torch.bool)
     if slot_identity is not None:
         if identity is not None:
@@ -131,14 +170,16 @@ def _plain(
             live &= (slot_identity >= 0)[None, :]
     live &= target[:, None] != torch.arange(len(w), device=w.device)
 
-    near = a.detach().to(c.dtype)
+    near, across = a.detach().to(c.dtype), sine.to(c.dtype)[:, None]
+    constant = margin.map(Tensor.detach)  # to phi
     hard_mean = None
     if margin.uses_hard_mean:
-        hard = live & margin.is_hard(c.detach(), near[:, None])
+        hard = live & margin.is_hard(c.detach(), near[:, None], across)
         hard_mean = torch.where(hard, c.detach(), 0).sum(1) / hard.sum(1).clamp_min(1)
-    psi, phi = margin.psi(a, hard_mean), margin.phi(c, near[:, None])
+    psi, phi = margin.psi(a, hard_mean, sine), constant.phi(c, near[:, None], across)
     if straight_through:
-        psi, phi = a + (psi - a).detach(), c + (phi - c).detach()
+        trained = margin.psi(a.detach(), hard_mean, sine) if margin.trains else 0.0
+        psi, phi = a + (psi - a).detach() + trained - psi.detach() * margin.trains, c + (phi - c).detach()
     t = scale * psi
     z = (scale[:, None] if isinstance(scale, Tensor) else scale) * phi
     # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.

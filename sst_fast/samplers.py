@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch.utils.data import Sampler
 
+from sst_fast.arguments import check_count, is_integer
+
 Scheme = Literal["shuffle", "spaced", "left_out"]
 
 
@@ -50,15 +52,13 @@ class IdentitySampler(Sampler[list[int]]):
         if scheme not in get_args(Scheme):
             raise ValueError(f"scheme must be one of {', '.join(map(repr, get_args(Scheme)))}, got {scheme!r}")
         for name, value, least in (("identities", identities, 2 * world), ("batch", batch, 2 * world)):
-            if not isinstance(value, int) or value < least:
+            if not is_integer(value) or value < least:
                 raise ValueError(f"{name} must be at least {least}, two for each of {world} processes, got {value!r}")
-        if not isinstance(queue_size, int) or queue_size < 0:
-            raise ValueError(f"queue_size must be an integer >= 0, got {queue_size!r}")
         if not 0 <= rank < world:
             raise ValueError(f"rank must be in [0, {world}), got {rank!r}")
-        self.identities = identities
-        self.batch = batch
-        self.queue_size = queue_size
+        self.identities = int(identities)
+        self.batch = int(batch)
+        self.queue_size = check_count("queue_size", queue_size, 0)
         self.scheme = scheme
         self.seed = seed
         self.rank = rank

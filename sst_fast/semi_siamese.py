@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sst_fast import distributed
+from sst_fast.arguments import check_count, check_word, is_number
 from sst_fast.loss import SemiSiameseLoss
 
 BatchNorm = Literal["own", "copy", "average"]
@@ -25,12 +26,15 @@ class SemiSiamese(nn.Module):
         backbone: maps images [B, ...] to embeddings [B, D]; becomes ``probe``. ``gallery`` starts as a copy of it.
         criterion: the loss with its queue.
         momentum: m in [0, 1] of the moving average gallery <- m gallery + (1 - m) probe; 0.999 in the paper.
-        warmup: updates over which m rises, for runs too short for m: update number t uses min(m, t / (t + warmup)); 0: none.
+        warmup: how slowly m rises at first: update number t uses min(m, t / (t + warmup)). With the default, 20, a run of a
+            hundred updates has a gallery network that learns, and m is reached after 20,000; 0 for m from the start, as in
+            the paper.
         shuffle: permute the gallery batch, over all ranks, before its forward pass and put it back after (shuffle-BN, as in
             MoCo). Without several processes a permutation changes nothing but the order.
         batchnorm: of the gallery network. 'own' (default): its BatchNorm layers normalise by their own batch and keep their own
             running statistics, as in the authors' code. 'copy', 'average': they normalise by running statistics, the
-            probe's, copied or averaged as the parameters are.
+            probe's, copied or averaged as the parameters are. All other buffers (vectors of spectral_norm, statistics of
+            InstanceNorm, your own) are copied from the probe network at each update, whatever the policy.
         galleries: number of gallery networks, which take turns batch by batch; the one whose turn it was is updated. More
             than one is the idea of MASST (arXiv 2105.04113, of which only the abstract was followed).
 
@@ -45,21 +49,22 @@ class SemiSiamese(nn.Module):
         criterion: SemiSiameseLoss,
         momentum: float = 0.999,
         *,
-        warmup: int = 0,
+        warmup: int = 20,
         shuffle: bool = True,
         batchnorm: BatchNorm = "own",
         galleries: int = 1,
     ) -> None:
         super().__init__()
-        if not 0.0 <= momentum <= 1.0:
+        if not is_number(momentum) or not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
-        for name, value, least in (("warmup", warmup, 0), ("galleries", galleries, 1)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if batchnorm not in get_args(BatchNorm):
-            raise ValueError(f"batchnorm must be one of {', '.join(map(repr, get_args(BatchNorm)))}, got {batchnorm!r}")
-        self.momentum = momentum
-        self.warmup = warmup
+        galleries = check_count("galleries", galleries, 1)
+        check_word("batchnorm", batchnorm, get_args(BatchNorm))
+        if next(backbone.parameters(), None) is None:
+            raise ValueError(
+                "backbone must have parameters for the gallery network to follow, got a module without any"
+            )
+        self.momentum = float(momentum)
+        self.warmup = check_count("warmup", warmup, 0)
         self.shuffle = shuffle
         self.batchnorm = batchnorm
         self.updates = 0
@@ -121,12 +126,17 @@ class SemiSiamese(nn.Module):
         gallery: list[Tensor] = list(self.gallery.parameters())
         probe: list[Tensor] = list(self.probe.parameters())
         torch._foreach_lerp_(gallery, probe, 1.0 - m)
-        if self.batchnorm != "own":
-            for mine, theirs in zip(self.gallery.buffers(), self.probe.buffers(), strict=True):
-                if self.batchnorm == "average" and mine.is_floating_point():
-                    mine.lerp_(theirs, 1.0 - m)
+        for mine, theirs in zip(self.gallery.modules(), self.probe.modules(), strict=True):
+            normalises = isinstance(mine, nn.modules.batchnorm._BatchNorm)
+            if normalises and self.batchnorm == "own":
+                continue
+            buffers = theirs.named_buffers(recurse=False, remove_duplicate=False)
+            for name, buffer in buffers:
+                kept = mine.get_buffer(name)
+                if normalises and self.batchnorm == "average" and kept.is_floating_point():
+                    kept.lerp_(buffer, 1.0 - m)
                 else:
-                    mine.copy_(theirs)
+                    kept.copy_(buffer)
         self.updates += 1
         self.turn = self.updates % len(self.galleries)
 
@@ -153,7 +163,7 @@ class SemiSiamese(nn.Module):
         rank, world = distributed.ranks(group)
         distributed.assert_same_batch(image, group)
         images = distributed.begin_gather(image, group)
-        order = torch.randperm(world * len(image), device=image.device)
+        order = torch.rand(world * len(image), device=image.device).argsort()  # inductor cannot index by randperm's
         order = distributed.from_first(order, group)
         own = slice(rank * len(image), (rank + 1) * len(image))
 

@@ -56,7 +56,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks) -> ASTS
             signature[name] = "constexpr"
         elif name in FLOATS:
             signature[name] = "*fp32"
-        elif name == "exact_cosine":
+        elif name == "exact":
             signature[name] = "*fp64"
         elif name in NUMBERS:
             signature[name] = "fp32"

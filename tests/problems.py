@@ -15,6 +15,7 @@ from sst_fast import (
     CircleLoss,
     CombinedMargin,
     CurricularFace,
+    FilteredMargin,
     Margin,
     MVSoftmax,
     NPCFace,
@@ -31,6 +32,7 @@ from sst_fast.reference import MarginSoftmax, window_slots
 MARGINS = [
     Softmax(), AMSoftmax(0.35), ArcSoftmax(0.5), ArcSoftmax(0.5, easy=True), CombinedMargin(1.0, 0.3, 0.2), SphereFace(),
     MVSoftmax(), MVSoftmax(0.5, 1.2, arc=True), CurricularFace(0.5, 0.3), NPCFace(), CircleLoss(), ArcNegFace(),
+    FilteredMargin(threshold=0.2),
 ]  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """The fused loss: every backend against the float64 reference, exactness at the extremes, and the contract."""
 
 import math
+import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +21,11 @@ from sst_fast.margins import (
     CircleLoss,
     CombinedMargin,
     CurricularFace,
+    FilteredMargin,
     MagFace,
     MVSoftmax,
     NPCFace,
+    SphereFace,
 )
 
 # Triton, interpreted, is slow: test_triton.py has sizes for it.
@@ -575,3 +579,409 @@ def test_queue_window_is_what_the_queue_will_hold():
     queue.enqueue(gallery, ids)
     after = margin_softmax(x, queue.features, window.slots, identity=ids, slot_identity=queue.identities)
     assert torch.allclose(before, after, rtol=1e-6)
+
+
+# --- gradients of the whole loss -------------------------------------------------------------------------------------
+
+NORMS = [2.0, 12.0, 40.0, 70.0, 109.0, 150.0]  # below, within and above what MagFace and AdaFace tell apart
+OF_NORMS = [
+    MagFace(), MagFace(easy=False), MagFace(easy=False, beyond=0.0), MagFace(easy=False, beyond="cosine"), AdaFace(mean=50.0),
+    AdaFace(mean=50.0, clamps=True),
+]  # fmt: skip
+
+
+def of_each_norm(seed: int = 0) -> Problem:
+    """Probes with NORMS, at angles from 20 to 160 degrees from their targets."""
+    problem = make(len(NORMS), 9, 6, seed=seed, masks=False)
+    generator = torch.Generator().manual_seed(seed)
+    own = problem.prototypes[problem.target]
+    across = torch.randn(own.shape, generator=generator, dtype=torch.float64)
+    across = F.normalize(across - (across * own).sum(1, keepdim=True) * own)
+    theta = torch.deg2rad(torch.tensor([20.0, 45.0, 80.0, 110.0, 140.0, 160.0], dtype=torch.float64))[:, None]
+    norm = torch.tensor(NORMS, dtype=torch.float64)[:, None]
+    return replace(problem, embedding=norm * (theta.cos() * own + theta.sin() * across))
+
+
+def finite_differences(function, x: torch.Tensor, step: float = 1e-6) -> torch.Tensor:
+    """Of a scalar function, relative to each row's length."""
+    gradient = torch.zeros_like(x)
+    for i in range(len(x)):
+        for d in range(x.shape[1]):
+            moved = torch.zeros_like(x)
+            moved[i, d] = step * x[i].norm()
+            gradient[i, d] = (function(x + moved) - function(x - moved)) / (2 * step * x[i].norm())
+    return gradient
+
+
+@pytest.mark.parametrize("margin", [*DERIVATIVES, *OF_NORMS], ids=repr)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_is_that_of_the_loss_along_the_embedding_too(margin, backend):
+    """By finite differences. What is constant to the gradient by design is held: AdaFace's norms."""
+    problem = of_each_norm()
+    if isinstance(margin, AdaFace):
+        margin = margin.for_batch(problem.embedding.norm(dim=1))
+
+    def loss(x):
+        return margin_softmax(x, problem.prototypes, problem.target, margin=margin, scale=4.0, backend=backend)
+
+    leaf = problem.embedding.requires_grad_()
+    (found,) = torch.autograd.grad(loss(leaf), leaf)
+    expected = finite_differences(loss, leaf.detach())
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert errors.max() < 1e-5
+    radial = (expected * leaf.detach()).sum(1)
+    assert (radial.abs() > 1e-4).any() == isinstance(margin, MagFace)
+
+
+@pytest.mark.parametrize("margin", [CircleLoss(), ArcNegFace(), NPCFace()], ids=repr)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_at_constant_weights(margin, backend):
+    """These hold weights, or a mean, that depend on cosines constant: finite differences of the loss with the weights held."""
+    problem = of_each_norm()
+    cosines = F.normalize(problem.embedding) @ problem.prototypes.T
+    row = torch.arange(len(NORMS))
+    own = cosines[row, problem.target]
+    if isinstance(margin, CircleLoss):
+        m, other = margin.m, (cosines + margin.m).clamp_min(0)
+        weights = other.clone()
+        weights[row, problem.target] = (1 + m - own).clamp_min(0)
+    elif isinstance(margin, NPCFace):
+        weights = margin.is_hard(cosines, own[:, None]).index_put((row, problem.target), torch.tensor(False))
+        mean = (weights * cosines).sum(1) / weights.sum(1).clamp_min(1)
+    else:
+        weights = margin.alpha * (-((cosines - margin.psi(own)[:, None]) ** 2) / margin.sigma).exp()
+
+    def held(x):
+        c = F.normalize(x) @ problem.prototypes.T
+        if isinstance(margin, CircleLoss):
+            logits = weights * (c - margin.m)
+            target = weights[row, problem.target] * (c[row, problem.target] - (1 - margin.m))
+        elif isinstance(margin, NPCFace):
+            logits = torch.where(weights, margin.t * c + margin.alpha, c)
+            target = margin.psi(c[row, problem.target], mean)
+        else:
+            logits = weights * c + weights - 1
+            target = margin.psi(c[row, problem.target])
+        return F.cross_entropy(4.0 * logits.index_put((row, problem.target), target), problem.target)
+
+    leaf = problem.embedding.requires_grad_()
+    loss = margin_softmax(leaf, problem.prototypes, problem.target, margin=margin, scale=4.0, backend=backend)
+    assert loss.item() == pytest.approx(held(leaf.detach()).item(), rel=1e-9)
+    (found,) = torch.autograd.grad(loss, leaf)
+    expected = finite_differences(held, leaf.detach())
+    assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
+
+
+TRAINED = [
+    lambda m: AMSoftmax(m), lambda m: ArcSoftmax(m), lambda m: ArcSoftmax(m, easy=True), lambda m: MVSoftmax(m, arc=True),
+    lambda m: CombinedMargin(1.1, m, 0.1, 0.5), lambda m: CurricularFace(m, 0.2),
+    lambda m: FilteredMargin(1.2, m, 0.1, threshold=0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["exact", "straight_through"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_margin_that_is_trained(backend, reduction, rule):
+    """One value for each class, as in AdaptiveFace: its gradient by finite differences, ignored rows and weights included."""
+    problem = of_each_norm()
+    target = problem.target.clone()
+    target[1] = -100
+    weight = torch.linspace(0.5, 2, len(NORMS), dtype=torch.float64)
+    factors = torch.linspace(-1, 2, len(NORMS), dtype=torch.float64)
+    for make_margin in TRAINED:
+
+        def loss(m, make_margin=make_margin):
+            found = margin_softmax(
+                problem.embedding, problem.prototypes, target, margin=make_margin(m[problem.target]), scale=4.0, weight=weight,
+                reduction=reduction, gradient=rule, backend=backend, label_smoothing=0.1,
+            )  # fmt: skip
+            return found @ factors if reduction == "none" else found
+
+        classes = torch.linspace(0.2, 0.6, 9, dtype=torch.float64, requires_grad=True)
+        (found,) = torch.autograd.grad(loss(classes), classes)
+        for k in range(9):
+            step = 1e-6 * F.one_hot(torch.tensor(k), 9)
+            expected = (loss(classes.detach() + step) - loss(classes.detach() - step)) / 2e-6
+            assert found[k].item() == pytest.approx(expected.item(), abs=1e-8, rel=1e-6)
+
+
+# --- the rules of other codes, restated plainly ----------------------------------------------------------------------
+
+
+def plain_head(x, w, target, psi, scale, phi=lambda c: c):
+    """Cross entropy of class logits scale * phi(c), the target's scale * psi(a)."""
+    cosines = F.normalize(x) @ F.normalize(w).T
+    at = (torch.arange(len(x)), target)
+    return F.cross_entropy((scale * phi(cosines).index_put(at, psi(cosines[at]))), target)
+
+
+def magface_head(easy, margin_am):
+    """MagFace's own code (easy) and FaceX-Zoo's (margin_am)."""
+
+    def head(x, w, target):
+        norm = x.norm(dim=1).clamp(10, 110)
+        m = 0.45 + (norm - 10) / 100 * 0.35
+
+        def psi(a):
+            inside = a * m.cos() - (1 - a**2).sqrt() * m.sin()
+            return torch.where(a > (0 if easy else (math.pi - m).cos()), inside, a - (0 if easy else margin_am))
+
+        return plain_head(x, w, target, psi, 6.0) + 20 * (norm / 110**2 + 1 / norm).mean()
+
+    return head
+
+
+def adaface_head(x, w, target):
+    """The authors' code with its clamps: of all cosines to 0.999, of the target's angle to [0.001, pi - 0.001]."""
+    norm = x.detach().norm(dim=1).clamp(1e-3, 100)
+    q = ((norm - 50) / (100 + 1e-3) * 0.333).clamp(-1, 1)
+    held = lambda c: c.clamp(-0.999, 0.999)
+    return plain_head(
+        x,
+        w,
+        target,
+        lambda a: (held(a).acos() - 0.4 * q).clamp(1e-3, math.pi - 1e-3).cos() - (0.4 + 0.4 * q),
+        6.0,
+        held,
+    )
+
+
+def sphereface_head(x, w, target):
+    """A-softmax: logits are the embedding's norm times the margined cosine, the norm differentiable."""
+
+    def psi(a):
+        theta = a.acos()
+        k = (4 * theta / math.pi).floor().detach()
+        return (5 * a + (-1) ** k * (4 * theta).cos() - 2 * k) / 6
+
+    return plain_head(x, w, target, psi, x.norm(dim=1, keepdim=True))
+
+
+def filtered_head(psi):
+    """insightface's: of the other classes, cosines above the threshold count as 0, without gradient."""
+    return lambda x, w, target: plain_head(x, w, target, psi, 6.0, lambda c: c * (c <= 0.1))
+
+
+PARITY = {
+    "magface": (MagFace(), magface_head(True, 0.0)),
+    "magface of FaceX-Zoo": (MagFace(easy=False, beyond=0.0), magface_head(False, 0.0)),
+    "adaface": (AdaFace(mean=50.0, clamps=True), adaface_head),
+    "sphereface": (SphereFace(norm_scale=True), sphereface_head),
+    "arcface of insightface": (
+        CombinedMargin(1.0, 0.5, 0.0, beyond="cosine"),
+        lambda x, w, y: plain_head(x, w, y, lambda a: (a.acos() + 0.5).cos(), 6.0),
+    ),
+    "arc_softmax of Semi-Siamese Training": (
+        ArcSoftmax(0.5, beyond="cosine"),
+        lambda x, w, y: plain_head(x, w, y, lambda a: a * math.cos(0.5) - (1 - a**2).sqrt() * math.sin(0.5), 6.0),
+    ),
+    "filtering with arcface": (FilteredMargin(threshold=0.1), filtered_head(lambda a: (a.acos() + 0.5).cos())),
+    "filtering with cosface": (FilteredMargin(1.0, 0.0, 0.4, threshold=0.1), filtered_head(lambda a: a - 0.4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parity_with_the_authors_rules(backend, name):
+    """Loss and both gradients, the embedding's along itself included."""
+    margin, head = PARITY[name]
+    if backend != "reference" and getattr(margin, "norm_scale", False):
+        pytest.skip("plain PyTorch alone has it")
+    problem = of_each_norm()
+    x = problem.embedding
+    if isinstance(margin, AdaFace):  # one target and one other class beyond the clamps
+        x = x.clone()
+        x[0] = 30 * F.normalize(problem.prototypes[problem.target[0]] + 0.01 * F.normalize(x[0], dim=0), dim=0)
+        x[1] = 30 * F.normalize(
+            problem.prototypes[(problem.target[1] + 1) % 9] + 0.01 * F.normalize(x[1], dim=0), dim=0
+        )
+    x, w = x.requires_grad_(), (2 * problem.prototypes).requires_grad_()
+    ours = margin_softmax(x, w, problem.target, margin=margin, scale=6.0, normalize_prototypes=True, backend=backend)
+    theirs = head(x, w, problem.target)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+    for found, expected in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(theirs, (x, w)), strict=True):
+        assert (found - expected).norm() <= 1e-8 * expected.norm()
+
+
+def test_a_scale_with_a_gradient_is_refused_where_it_has_none():
+    p = of_each_norm()
+    x = p.embedding.requires_grad_()
+    with pytest.raises(ValueError, match="cannot run on 'cpu': a scale that is the embedding's norm"):
+        margin_softmax(x, p.prototypes, p.target, margin=SphereFace(norm_scale=True), backend="cpu")
+    with torch.no_grad():
+        values = [
+            margin_softmax(x, p.prototypes, p.target, margin=SphereFace(norm_scale=True), backend=backend)
+            for backend in BACKENDS
+        ]
+    assert all(torch.allclose(value, values[0]) for value in values)
+
+
+# --- nearly parallel to the target -----------------------------------------------------------------------------------
+
+LONG = np.longdouble
+
+
+def arc_gradients(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor, m: float, scale: float):
+    """Of ArcFace's summed loss for embeddings and raw class weights, in extended precision."""
+    x, w = (t.detach().double().numpy().astype(LONG) for t in (x, w))
+    norm_x, norm_w = (np.sqrt((t * t).sum(1, keepdims=True)) for t in (x, w))
+    hat_x, hat_w = x / norm_x, w / norm_w
+    of_x, of_w = np.zeros_like(x), np.zeros_like(w)
+    for i, y in enumerate(target.tolist()):
+        c = hat_w @ hat_x[i]
+        sine = np.sqrt(((hat_w[y] - c[y] * hat_x[i]) ** 2).sum())
+        z = scale * c
+        z[y] = scale * (c[y] * np.cos(LONG(m)) - sine * np.sin(LONG(m)))
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        weight = scale * p
+        weight[y] = -scale * np.delete(p, y).sum() * (np.cos(LONG(m)) + c[y] * np.sin(LONG(m)) / sine)
+        of_x[i] = (weight[:, None] * (hat_w - c[:, None] * hat_x[i])).sum(0)
+        of_w += weight[:, None] * (hat_x[i] - c[:, None] * hat_w)
+    return [torch.from_numpy(g.astype(np.float64)) for g in (of_x / norm_x, of_w / norm_w)]
+
+
+@pytest.mark.parametrize("theta", [1e-6, 3e-5, 1e-3, 0.03, math.pi - 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_angular_margins_near_their_target(backend, dtype, theta):
+    """The slope of the margin goes as 1 / theta, what it multiplies as theta."""
+    generator = torch.Generator().manual_seed(0)
+    w, across = (torch.randn(n, 48, generator=generator, dtype=torch.float64) for n in (6, 3))
+    own = F.normalize(w[:3])
+    across = F.normalize(across - (across * own).sum(1, keepdim=True) * own)
+    x = ((own * math.cos(theta) + across * math.sin(theta)) * 3).to(dtype).requires_grad_()
+    w = w.to(dtype).requires_grad_()
+    target = torch.arange(3)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-9
+    for margin in (ArcSoftmax(0.5, beyond="cosine"), CombinedMargin(1.0, 0.5, 0.0, beyond="cosine")):
+        loss = margin_softmax(
+            x, w, target, margin=margin, scale=8.0, reduction="sum", normalize_prototypes=True, backend=backend
+        )
+        for found, expected in zip(
+            torch.autograd.grad(loss, (x, w)), arc_gradients(x, w, target, 0.5, 8.0), strict=True
+        ):
+            assert ((found - expected).norm(dim=1) <= tolerance * expected.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("queue_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_not_exactly_unit(backend, queue_dtype):
+    """Rounded rows are 1e-3 to 1e-2 too long or too short; the angle is that of their direction."""
+    p = make(1, 6, 48).to(torch.float64, queue_dtype)
+    w = p.prototypes.double()
+    length = w.norm(dim=1)
+    theta = torch.tensor([0.01, 0.03, 0.2])
+    across = F.normalize(make(1, 3, 48, seed=1).prototypes.double())
+    own = F.normalize(w[:3])
+    across = F.normalize(across - (across * own).sum(1, keepdim=True) * own)
+    x = (own * theta.cos()[:, None] + across * theta.sin()[:, None]).requires_grad_()
+    loss = margin_softmax(x, p.prototypes, torch.arange(3), margin=ArcSoftmax(0.5), scale=8.0, backend=backend)
+    cosines = F.normalize(x) @ w.T
+    angle = (cosines[torch.arange(3), torch.arange(3)] / length[:3]).acos()
+    logits = cosines.index_put((torch.arange(3), torch.arange(3)), length[:3] * (angle + 0.5).cos())
+    expected = F.cross_entropy(8.0 * logits, torch.arange(3))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    (found,), (right,) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, x)
+    assert (found - right).norm() <= 1e-8 * right.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_probe_that_is_its_target(backend):
+    """There is no direction across: the target's part of the gradient is 0, the mean over all directions; all is finite."""
+    w = torch.eye(4, 8).requires_grad_()
+    for sign in (1.0, -1.0):
+        x = (sign * w.detach()[:2]).requires_grad_()
+        for margin in (ArcSoftmax(0.5), CombinedMargin(1.0, 0.3, 0.0), SphereFace()):
+            loss = margin_softmax(x, w, torch.arange(2), margin=margin, scale=8.0, reduction="sum", backend=backend)
+            found = torch.autograd.grad(loss, (x, w))
+            assert all(torch.isfinite(g).all() for g in found)
+            assert (found[0][:, 4:] == 0).all()
+
+
+# --- other contracts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("std", [1e-2, 1e-5])
+def test_float16_autocast_normalises_first(std):
+    """Small class weights and embeddings keep their direction, and their gradient a loss scale of 32,768."""
+    generator = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(n, 64, generator=generator) * std for n in (200, 64))
+    w, x, target = w.requires_grad_(), x.requires_grad_(), torch.arange(64)
+    options = {"margin": AMSoftmax(0.35), "scale": 64.0, "normalize_prototypes": True}
+    expected = torch.autograd.grad(margin_softmax(x, w, target, **options), (x, w))
+    with torch.autocast("cpu", torch.float16):
+        loss = margin_softmax(x, w, target, **options)
+    for found, right in zip(torch.autograd.grad(loss * 32768, (x, w)), expected, strict=True):
+        assert (found / 32768 - right).norm() <= 5e-3 * right.norm()
+
+
+def test_class_weights_that_are_no_unit_rows_are_warned_of_once():
+    x, target = torch.randn(4, 8), torch.arange(4)
+    w = (3 * F.normalize(torch.randn(10, 8))).requires_grad_()
+    with pytest.warns(UserWarning, match=r"rows of norm 3 to 3, expected 1: .*normalize_prototypes=True"):
+        margin_softmax(x, w, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        margin_softmax(x, w, target)
+        margin_softmax(x, (3 * F.normalize(torch.randn(10, 8))).requires_grad_(), target, normalize_prototypes=True)
+        margin_softmax(x, F.normalize(torch.randn(10, 8)).requires_grad_(), target)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_forward_mode_is_refused(backend):
+    x, w, target = torch.randn(4, 8), F.normalize(torch.randn(10, 8)), torch.arange(4)
+    one = torch.tensor(0.5)
+    for function, inputs in (
+        (lambda x: margin_softmax(x, w, target, backend=backend), x),
+        (lambda s: margin_softmax(x, w, target, scale=s, backend=backend), one),
+        (lambda m: margin_softmax(x, w, target, margin=AMSoftmax(m), backend=backend), one),
+        (lambda u: margin_softmax(x, w, target, weight=u, backend=backend), torch.ones(4)),
+    ):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(function, (inputs,), (torch.ones_like(inputs),))
+
+
+def test_compiles_with_sizes_and_scales_that_change():
+    torch.compiler.reset()
+    w, target = F.normalize(torch.randn(10, 8)), torch.arange(8)
+
+    def function(x, scale):
+        return margin_softmax(x, w, target[: len(x)], margin=MagFace(0.5, 5.0), scale=scale)
+
+    run = torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager")
+    for n, scale in ((8, 3.0), (5, 4.5), (3, 7.0)):
+        leaves = [torch.randn(n, 8).requires_grad_()]
+        leaves.append(leaves[0].detach().clone().requires_grad_())
+        for f, leaf in zip((function, run), leaves, strict=True):
+            f(leaf, scale).backward()
+        assert torch.allclose(leaves[0].grad, leaves[1].grad, rtol=1e-5)
+
+
+def test_values_in_tensors_are_checked_on_the_cpu():
+    x, w, target = torch.randn(4, 8), F.normalize(torch.randn(10, 8)), torch.arange(4)
+    for scale in (-30.0, math.nan, math.inf, 1e5):
+        for tensor in (torch.tensor(scale), torch.tensor([30.0, scale, 30.0, 30.0])):
+            with pytest.raises(ValueError, match="scale must be > 0 and at most 1000, got a tensor with"):
+                margin_softmax(x, w, target, scale=tensor)
+    with pytest.raises(ValueError, match=r"scale must be at most 1000, got 1000000000.0"):
+        margin_softmax(x, w, target, scale=1e9)
+    for value in (50.0, math.nan):
+        with pytest.raises(ValueError, match=r"ArcSoftmax: margin must be radians in \[0, 3.14159\], got"):
+            margin_softmax(x, w, target, margin=ArcSoftmax(torch.tensor(value)))
+    plain = margin_softmax(x, w, target, scale=30.0)
+    for number in (np.float32(30), np.float64(30), np.int64(30), 30):
+        assert torch.equal(margin_softmax(x, w, target, scale=number, ignore_index=np.int64(-100)), plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_label_smoothing_over_slots_that_coincide(backend):
+    """The gradient is 0; what rounding leaves of it is small beside the scale, up to the largest there is."""
+    w = F.normalize(torch.randn(1, 64, generator=torch.Generator().manual_seed(0))).repeat(300, 1)
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)).mul(3).requires_grad_()
+    for scale in (64.0, 1000.0):
+        loss = margin_softmax(
+            x, w, torch.arange(16), margin=Softmax(), scale=scale, label_smoothing=0.2, reduction="sum", backend=backend
+        )
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert (gradient.norm(dim=1) * x.detach().norm(dim=1)).max() <= 3e-5 * scale

@@ -110,7 +110,7 @@ def test_compiles_without_graph_breaks(backend):
         (lambda q: q.enqueue(torch.ones(2, 4).int(), torch.arange(2)), TypeError, "features must be .*got int32"),
         (lambda q: q.window(torch.ones(4), torch.arange(2)), ValueError, r"features must have shape \[H, B, D\]"),
         (lambda q: q.dequeue(8), ValueError, r"count must be in \[0, 7\], got 8"),
-        (lambda q: GalleryQueue(0, 4), ValueError, "size must be an integer > 0, got 0"),
+        (lambda q: GalleryQueue(0, 4), ValueError, "size must be an integer >= 1, got 0"),
         (lambda q: GalleryQueue(4, 4, torch.int8), TypeError, "dtype must be"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from sst_fast import (
     AdaCos,
     AdaFace,
     AMSoftmax,
+    ArcSoftmax,
     CurricularFace,
+    FilteredMargin,
     GalleryQueue,
     MagFace,
     MarginSoftmaxHead,
@@ -110,7 +113,7 @@ def test_keeps_one_image_of_the_whole_batch():
 
 
 def test_moving_average():
-    model = SemiSiamese(backbone(), criterion(), momentum=0.9)
+    model = SemiSiamese(backbone(), criterion(), momentum=0.9, warmup=0)
     before = [p.clone() for p in model.gallery.parameters()]
     with torch.no_grad():
         for p in model.probe.parameters():
@@ -138,7 +141,7 @@ def test_momentum_warms_up_and_is_saved():
 
 @pytest.mark.parametrize("policy", ["copy", "average"])
 def test_gallery_batchnorm_follows_the_probe(policy):
-    model = SemiSiamese(backbone(), criterion(), momentum=0.75, batchnorm=policy)
+    model = SemiSiamese(backbone(), criterion(), momentum=0.75, batchnorm=policy, warmup=0)
     assert not any(m.training for m in model.gallery.modules())
     before = [b.clone() for b in model.gallery.buffers()]
     model(torch.randn(6, 12), torch.randn(6, 12), torch.arange(6))
@@ -147,6 +150,54 @@ def test_gallery_batchnorm_follows_the_probe(policy):
     for old, mine, theirs in zip(before, model.gallery.buffers(), model.probe.buffers(), strict=True):
         counted = not mine.is_floating_point() or policy == "copy"
         assert torch.allclose(mine, theirs if counted else old.lerp(theirs, 0.25))
+
+
+class WithBuffers(nn.Module):
+    """Every kind of buffer: of spectral_norm, of InstanceNorm, of BatchNorm, a module's own, and an integer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(12, 6))
+        self.instance = nn.InstanceNorm1d(6, track_running_stats=True)
+        self.batch = nn.BatchNorm1d(6)
+        self.register_buffer("center", torch.zeros(6))
+        self.register_buffer("calls", torch.tensor(0))
+        self.head = nn.Linear(6, 8)
+
+    def forward(self, x):
+        x = self.batch(self.linear(x))
+        x = self.instance(x[:, :, None].repeat(1, 1, 2))[:, :, 0]
+        if self.training:
+            self.center.lerp_(x.detach().mean(0), 0.5)
+            self.calls += 1
+        return self.head(x - self.center)
+
+
+@pytest.mark.parametrize("policy", ["own", "copy", "average"])
+def test_every_buffer_that_is_no_batchnorm_is_copied(policy):
+    model = SemiSiamese(WithBuffers(), criterion(), momentum=0.75, batchnorm=policy)
+    for step in range(3):
+        model(torch.randn(6, 12), torch.randn(6, 12), torch.arange(6) + 6 * step)
+        with torch.no_grad():
+            model.probe.linear.parametrizations.weight.original.mul_(20.0)
+        model.update_gallery()
+    gallery = dict(model.gallery.named_buffers())
+    for name, buffer in model.probe.named_buffers():
+        if not name.startswith("batch."):
+            assert torch.equal(gallery[name], buffer), name
+    kept = torch.equal(model.gallery.batch.running_mean, model.probe.batch.running_mean)
+    assert kept == (policy == "copy")
+
+
+def test_the_default_follows_in_a_short_run():
+    """After 80 updates little is left of the start, as it would be of 0.999^80 = 0.92."""
+    model = SemiSiamese(nn.Linear(1, 1, bias=False), criterion(dim=1))
+    with torch.no_grad():
+        model.probe.weight.fill_(1.0)
+        model.gallery.weight.fill_(0.0)
+    for _ in range(80):
+        model.update_gallery()
+    assert model.gallery.weight.item() > 0.99
 
 
 def test_gallery_networks_take_turns():
@@ -195,7 +246,6 @@ def test_works_under_autocast_with_accumulated_gradients(dtype):
         assert (a - b).norm() <= 0.1 * b.norm()
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_compiled_model_is_compiled_once():
     """No step's number finds its way into the guards; several gallery networks take a compilation each."""
@@ -282,6 +332,17 @@ def test_state_dict_round_trip():
         (lambda: criterion(keep="last"), "keep must be"),
         (lambda: SemiSiamese(backbone(), criterion(), galleries=0), "galleries must be an integer >= 1, got 0"),
         (lambda: SemiSiamese(backbone(), criterion(), batchnorm="no"), "batchnorm must be one of"),
+        (lambda: SemiSiamese(backbone(), criterion(), warmup=0.5), "warmup must be an integer >= 0, got 0.5"),
+        (lambda: SemiSiamese(nn.Flatten(), criterion()), "backbone must have parameters"),
+        (lambda: criterion(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (lambda: SemiSiameseLoss(GalleryQueue(8, 4), scale=-1.0), "scale must be a finite number > 0, got -1.0"),
+        (lambda: MarginSoftmaxHead(0, 4), "classes must be an integer >= 1, got 0"),
+        (lambda: MarginSoftmaxHead(5, 4, scale=-1.0), "scale must be a finite number > 0, got -1.0"),
+        (lambda: MarginSoftmaxHead(5, 4, reduction="avg"), "reduction must be one of .*, got 'avg'"),
+        (
+            lambda: MarginSoftmaxHead(5, 4, ArcSoftmax(torch.tensor(50.0))),
+            "ArcSoftmax: margin must be radians in .*, got 50",
+        ),
         (
             lambda: SemiSiamese(backbone(), criterion())(torch.ones(4, 12), torch.ones(3, 12), torch.arange(4)),
             "image_b must have shape",
@@ -297,11 +358,91 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: SemiSiameseLoss(GalleryQueue(8, 4), margin="am"),
+            "margin must be a margin of sst_fast.margins, got str",
+        ),
+        (lambda: SemiSiameseLoss(torch.zeros(8, 4)), "queue must be a GalleryQueue, got Tensor"),
+        (lambda: MarginSoftmaxHead(5, 4, margin=0.5), "margin must be a margin of sst_fast.margins, got float"),
+        (lambda: MarginSoftmaxHead(5, 4, bogus=1), "bogus is no option of MarginSoftmaxHead, expected backend, "),
+    ],
+)
+def test_wrong_kinds_are_refused_at_construction(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_integers_and_floats_of_numpy():
+    queue = GalleryQueue(np.int64(12), np.int32(8), spare=np.int64(0))
+    model = SemiSiamese(
+        nn.Linear(12, 8), SemiSiameseLoss(queue, AMSoftmax(np.float32(0.35)), np.float64(30)), np.float32(0.5),
+        warmup=np.int64(3), galleries=np.int64(2),
+    )  # fmt: skip
+    model(torch.randn(4, 12), torch.randn(4, 12), torch.arange(4)).backward()
+    model.update_gallery()
+    assert len(queue) == 4
+    assert queue.dequeue(np.int64(2)).tolist() == [0, 1]
+    MarginSoftmaxHead(np.int64(5), np.int64(4), scale=np.float32(16))(torch.randn(3, 4), torch.arange(3)).backward()
+
+
+@pytest.mark.parametrize("margin", [CurricularFace(t=0.2), AdaFace(), AdaCos()], ids=repr)
+def test_running_margins_see_finite_and_counted_rows_only(margin):
+    """Ignored rows and rows that are not finite leave no trace; a batch without others moves nothing."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 5) * 10, torch.randint(9, (8,))
+    weight = torch.randn(9, 5)
+    heads = [MarginSoftmaxHead(9, 5, margin) for _ in range(3)]
+    for head in heads:
+        head.weight.data.copy_(weight)
+    heads[0](x[:5], y[:5])
+    bad, ignored = x.clone(), y.clone()
+    bad[5, 2], bad[6, 0], ignored[5], bad[7], ignored[7] = torch.nan, torch.inf, -100, torch.nan, -100
+    heads[1](bad, ignored)
+    before = {name: value.clone() for name, value in heads[2].margin.named_buffers()}
+    heads[2](x, torch.full((8,), -100))
+    heads[2](torch.full_like(x, torch.nan), y)
+    for name in margin.running:
+        assert torch.allclose(getattr(heads[0].margin, name), getattr(heads[1].margin, name), rtol=1e-5)
+        assert torch.equal(getattr(heads[2].margin, name), before[name])
+        assert not torch.equal(getattr(heads[0].margin, name), before[name])
+
+
+def test_running_margins_keep_their_precision():
+    """float64 modules hold them in float64; half-precision ones in float32, which 0.01 of a batch can still move."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(9, (6,))
+    head = MarginSoftmaxHead(9, 5, AdaCos()).double()
+    head(x, y)
+    cosines = F.normalize(x) @ F.normalize(head.weight.detach()).T
+    first = math.sqrt(2) * math.log(8)
+    others = torch.ones_like(cosines).scatter(1, y[:, None], 0)
+    mean = ((first * cosines).exp() * others).sum(1).mean()
+    angle = cosines[torch.arange(6), y].acos().median().clamp_max(math.pi / 4)
+    assert head.margin.scale.dtype == torch.float64
+    assert head.margin.scale.item() == pytest.approx((mean.log() / angle.cos()).item(), rel=1e-12)
+    head = MarginSoftmaxHead(9, 5, CurricularFace(t=0.123456)).half()
+    assert head.margin.t.dtype == torch.float32
+    assert head.margin.t.item() == pytest.approx(0.123456, abs=1e-7)
+
+
+def test_a_margin_that_is_a_parameter_is_trained():
+    """AdaptiveFace: a margin for each class that wants to be large (Liu et al., CVPR 2019)."""
+    margin = nn.Parameter(torch.tensor(0.3))
+    head = MarginSoftmaxHead(9, 5, AMSoftmax(margin))
+    assert any(p is margin for p in head.parameters())
+    (head(torch.randn(6, 5), torch.arange(6)) - 70 * margin).backward()
+    assert margin.grad.item() < 0
+
+
 @pytest.mark.parametrize("name", MARGINS)
 def test_every_margin_trains_both_losses(name):
     """Loss and gradient are finite and the loss falls, with the margin's own running parameters."""
     torch.manual_seed(0)
-    margin = MagFace(0.5, 5.0, weight=0.1) if name == "magface" else MARGINS[name]()
+    special = {"magface": MagFace(0.5, 5.0, weight=0.1), "filtered": FilteredMargin(threshold=0.95)}
+    margin = special.get(name) or MARGINS[name]()
     model = SemiSiamese(nn.Linear(12, 8), SemiSiameseLoss(GalleryQueue(24, 8), margin), momentum=0.5)
     head = MarginSoftmaxHead(12, 8, margin, scale=16.0)
     backbone = nn.Linear(12, 8)
@@ -359,6 +500,15 @@ def test_adaface_follows_the_norms():
     norm = x.norm(dim=1)
     assert head.margin.mean.item() == pytest.approx(9.9 + 0.01 * norm.mean().item())
     assert head.margin.std.item() == pytest.approx(0.99 + 0.01 * norm.std().item())
+
+
+def test_the_weight_of_a_batch_in_adaface():
+    """1 in the authors' head: the batch's own statistics."""
+    head = MarginSoftmaxHead(9, 5, AdaFace(t_alpha=1.0))
+    x = torch.randn(6, 5)
+    head(x, torch.arange(6))
+    assert head.margin.mean.item() == pytest.approx(x.norm(dim=1).mean().item())
+    assert head.margin.std.item() == pytest.approx(x.norm(dim=1).std().item())
 
 
 def test_head_is_a_linear_layer_with_normalised_weights():

@@ -22,7 +22,7 @@ OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and np.lib.Num
 pytestmark = pytest.mark.skipif(OLD, reason=f"Triton {triton.__version__}'s interpreter needs numpy < 2.4")
 
 MARGINS = [
-    *problems.MARGINS[:6], CombinedMargin(1.0, -0.2, 0.3, 0.0, True), *problems.MARGINS[6:],
+    *problems.MARGINS[:6], CombinedMargin(1.0, -0.2, 0.3, 0.0, "hold"), *problems.MARGINS[6:],
     AMSoftmax(torch.linspace(0.1, 0.5, 12)),
 ]  # fmt: skip
 

@@ -185,12 +185,12 @@ double unit_of(const double* x, int64_t D) {
 // Everything about rows that does not need the sweep, in double: N * D operations beside 4 * N * K * D.
 template <typename T>
 struct Rows {
-  std::vector<double> inverse_norm, unit, cosine;
+  std::vector<double> inverse_norm, unit, cosine, sine;
   std::vector<T> scale, cosine_t, phi;
   std::vector<int64_t> target;  // slot; -1 where there is none
 
   explicit Rows(int64_t N)
-      : inverse_norm(N), unit(N), cosine(N), scale(N), cosine_t(N), phi(N * kPhiRow), target(N, -1) {}
+      : inverse_norm(N), unit(N), cosine(N), sine(N), scale(N), cosine_t(N), phi(N * kPhiRow), target(N, -1) {}
 
   Probes<T> block(const Problem& p, int64_t begin, int64_t end) const {
     Probes<T> probes{};
@@ -256,9 +256,14 @@ Rows<T> prepare(const Problem& p, const Groups& groups) {
       rows.unit[i] = unit_of(x.data(), D);
       const double inverse = inverse_norm(sweep, p.embedding.const_data_ptr(), storage, D, i);
       const double dot = sum_over(D, [&](int64_t d) { return x[d] * inverse * w[d]; });
-      const auto row = phi_row<double>(p.margin_of(i), dot);
+      const double across = std::sqrt(sum_over(D, [&](int64_t d) {
+        const double part = w[d] - dot * x[d] * inverse;
+        return part * part;
+      }));
+      const auto row = phi_row<double>(p.margin_of(i), dot, across);
       rows.inverse_norm[i] = inverse;
       rows.cosine[i] = dot;
+      rows.sine[i] = across;
       rows.cosine_t[i] = T(dot);
       for (int q = 0; q < kPhiRow; q++) rows.phi[i * kPhiRow + q] = T(row.at[q]);
     }
@@ -394,7 +399,8 @@ Results run(const Problem& p) {
         if (parts[c].sum[r] > 0) l += std::exp(parts[c].shift[r] - shift) * parts[c].sum[r];
       // others = log sum exp of the other slots; excess = others - t. Never sums the target with them, so nothing
       // cancels as its probability nears 1: loss = log(1 + e^excess), 1 - p = e^excess / (1 + e^excess).
-      auto psi = target_margin<double>(p.margin_of(i), rows.cosine[i], hard ? hard_sum / double(hard) : 0.0);
+      auto psi =
+          target_margin<double>(p.margin_of(i), rows.cosine[i], rows.sine[i], hard ? hard_sum / double(hard) : 0.0);
       if (p.slots.straight_through) psi.slope = 1;
       const double scale = p.scale_of(i), t = scale * psi.value;
       const double nan = std::numeric_limits<double>::quiet_NaN();
@@ -515,12 +521,17 @@ at::Tensor run_prototypes(
   const at::Tensor incoming = grad_rows.to(lse.scalar_type()).contiguous();
   const T* g = incoming.const_data_ptr<T>();
   std::vector<T> uniform(N), factor(N), target_weight(N);
+  // Where a probe is nearly parallel to its target an angular margin's slope is large and what the normalisation leaves
+  // of it is small: it would drown in the rounding of the sweep's sums, and is added in double after them.
+  std::vector<int64_t> parallel;
   for (int64_t i = 0; i < N; i++) {
     uniform[i] = T(p.label_smoothing / double(1 + negatives.const_data_ptr<int64_t>()[i]));
     factor[i] = T(p.scale_of(i)) * g[i];
     // A target outside the prototypes gives them no gradient.
     const bool elsewhere = p.ignored[i] || p.positive || groups.in_window(p, p.slot_of(i));
-    target_weight[i] = elsewhere ? T(0) : target_slope.const_data_ptr<T>()[i] * g[i];
+    const bool apart = !elsewhere && p.normalize && rows.sine[i] < 1.0 / 16;
+    if (apart) parallel.push_back(i);
+    target_weight[i] = elsewhere || apart ? T(0) : target_slope.const_data_ptr<T>()[i] * g[i];
   }
 
   // Chunks of slots own their rows of the gradient; probes are packed once for all of them.
@@ -548,6 +559,19 @@ at::Tensor run_prototypes(
           p.margin.kind, blocks.data(), count, packed.get(), prepared.slots, c * kChunk, std::min(K, (c + 1) * kChunk),
           scratch.get(), storage, out);
   });
+  if (parallel.empty()) return gradient;
+  std::vector<double> x(D), w(D);
+  const at::Tensor part = at::empty({D}, p.prototypes.options().dtype(at::kDouble));
+  for (const int64_t i : parallel) {
+    const int64_t y = p.slot_of(i);
+    read_row(p.embedding.const_data_ptr(), storage_of(p.embedding), i, D, x.data());
+    groups.target_row(p, i, w.data());
+    const double weight = double(target_slope.const_data_ptr<T>()[i]) * double(g[i]) *
+                          inverse_norm(sweep, p.slots.features, p.slots.storage, D, y);
+    for (int64_t d = 0; d < D; d++)
+      part.mutable_data_ptr<double>()[d] = weight * (x[d] * rows.inverse_norm[i] - rows.cosine[i] * w[d]);
+    gradient.select(0, y).add_(part);
+  }
   return gradient;
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sst_fast.arguments import REDUCTIONS, Packed
 from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.extension import compiled, why_not_compiled
-from sst_fast.reference import MIN_NORM
+from sst_fast.reference import MIN_NORM, normalize
 
 # What sweeps the queue between prepare and combine: Triton's kernel, or another that gives the same partial results.
 Sweep = Callable[..., None]
@@ -151,7 +151,7 @@ class _Rows:
     unit: Tensor
     inverse_norm: Tensor
     cosine: Tensor
-    exact_cosine: Tensor
+    exact: Tensor
     scales: Tensor
     phi_rows: Tensor
     inverse_w: Tensor | None
@@ -174,7 +174,7 @@ def _prepare(p: Packed) -> _Rows:
     floats: dict[str, Any] = {"dtype": torch.float32, "device": p.embedding.device}
     rows = _Rows(
         torch.empty((n, block_d), dtype=_product_dtype(p.prototypes), device=p.embedding.device),
-        torch.empty(n, **floats), torch.empty(n, **floats), torch.empty(n, dtype=torch.float64, device=p.embedding.device),
+        torch.empty(n, **floats), torch.empty(n, **floats), torch.empty((2, n), dtype=torch.float64, device=p.embedding.device),
         torch.empty(n, **floats), torch.empty((4, n), **floats),
         _inverse_norms(p.prototypes) if p.normalize else None,
         _inverse_norms(p.window) if p.normalize and p.window is not None else None,
@@ -182,7 +182,7 @@ def _prepare(p: Packed) -> _Rows:
     )  # fmt: skip
     prepare_kernel[(n,)](
         p.embedding, p.prototypes, p.window, rows.inverse_w, rows.inverse_window, p.window_start, p.target, p.margin_rows,
-        p.scale_rows, rows.unit, rows.inverse_norm, rows.cosine, rows.exact_cosine, rows.scales, rows.phi_rows, n,
+        p.scale_rows, rows.unit, rows.inverse_norm, rows.cosine, rows.exact, rows.scales, rows.phi_rows, n,
         len(p.prototypes), dim, b, max(n // groups, 1), *rows.numbers,
         KIND=p.kind, P=0 if p.margin_rows is None else len(p.margin_rows), SCALE_ROWS=p.scale_rows is not None,
         WINDOW=p.window is not None, NORMALIZE=p.normalize, BLOCK_D=block_d,
@@ -280,7 +280,7 @@ def margin_softmax(*received: Any, sweep: Sweep | None = None, plan: Any = None)
     def combine(with_loss: bool, with_moment: bool) -> None:
         combine_kernel[(n,)](
             p.embedding, p.prototypes, p.window, rows.inverse_w, rows.inverse_window, p.window_start, p.target,
-            p.margin_rows, p.scale_rows, rows.inverse_norm, rows.cosine, rows.exact_cosine, shift, total, logits, hard_sum,
+            p.margin_rows, p.scale_rows, rows.inverse_norm, rows.cosine, rows.exact, shift, total, logits, hard_sum,
             hard, alive, top, at, above, moment, loss, gradient, lse, hardest, slot, beats, live, slope, residual, uniform,
             n, k, dim, b, n // groups, parts, p.label_smoothing, *rows.numbers,
             KIND=p.kind, P=0 if p.margin_rows is None else len(p.margin_rows), SCALE_ROWS=p.scale_rows is not None,
@@ -313,6 +313,13 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
     cut = blocks_for("prototypes", rows.block_d, p.prototypes.element_size(), machine(p.embedding.device)[0])
     assert cut is not None, "why_not() is asked first"
     incoming = torch.where(valid, grad_loss.float() * weight, 0.0)
+    parallel = torch.zeros_like(incoming)
+    if p.normalize:
+        # Where a probe is nearly parallel to its target an angular margin's slope is large and what the normalisation leaves
+        # of it is small: it would drown in the rounding of the kernel's sums, and is added after them.
+        near = rows.exact[1] < 1 / 16
+        parallel = torch.where(near, target_slope * incoming, 0.0)
+        target_slope = torch.where(near, 0.0, target_slope)
     prototypes_kernel[(-(-len(p.prototypes) // cut.rows),)](
         rows.unit, p.prototypes, rows.inverse_w, p.target, p.identity, p.slot_identity, rows.scales, rows.phi_rows, lse,
         p.label_smoothing / (1.0 + negatives.float()), incoming, target_slope, gradient, n, len(p.prototypes), dim,
@@ -321,6 +328,13 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
         STRAIGHT=p.straight_through, PRECISION=_precision(p.prototypes.dtype), BLOCK_N=cut.slots, BLOCK_K=cut.rows,
         BLOCK_D=rows.block_d, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
+    if p.normalize:
+        assert p.target is not None
+        unit, own = normalize(p.embedding.double()), p.prototypes[p.target].double()
+        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min(MIN_NORM)
+        own = own / norm
+        across = unit - (unit * own).sum(1, keepdim=True) * own
+        gradient.index_add_(0, p.target, (across * parallel[:, None] / norm).to(gradient.dtype))
     return gradient
 
 

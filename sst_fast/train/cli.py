@@ -229,17 +229,17 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
         if name in configs:
             sub.add_argument("--config", action="config", help="a YAML or TOML file with these settings")
             sub.add_class_arguments(configs[name])
-        elif name == "data":
-            data_commands.add(sub, parser_of)
         elif name == "eval":
             sub.add_function_arguments(function, as_positional=True, skip={"targets", "options"})
             sub.add_argument(
                 "targets", nargs="+", help="folders of identities, lists, 'orl', .bin files, pairs, .mat, IJB's folder"
             )
             sub.add_class_arguments(Options)
-        else:
+        elif name != "data":
             sub.add_function_arguments(function, as_positional=True)
         commands.add_subcommand(name, sub, help=summary)
+        if name == "data":  # a parser's own sub-commands come after it has become one
+            data_commands.add(sub, parser_of)
     return parser, configs
 
 
