@@ -301,7 +301,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_shapes(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> window_plain(
     const at::Tensor& features, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
   const at::Tensor wide = features.to(at::kDouble), norm = wide.norm(2, -1, true);
-  const at::Tensor unit = at::where(norm < kMinNorm, at::zeros_like(wide), wide / norm);
+  // A row that is not finite becomes NaN as a whole, so that its first feature tells.
+  const at::Tensor whole = norm.masked_fill(norm.isinf(), std::numeric_limits<double>::quiet_NaN());
+  const at::Tensor unit = at::where(whole < kMinNorm, at::zeros_like(wide), wide / whole);
   const at::Tensor start = state.select(0, kPosition).clone();
   return {unit.to(dtype), start, (start + at::arange(features.size(1), state.options())).remainder(size)};
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class GalleryQueue(nn.Module):
 
     features: Tensor  # [K + spare, D], unit rows; whatever an empty slot holds is masked
     identities: Tensor  # int64 [K + spare], -1 = empty
-    state: Tensor  # int64 [3]: slot written next, number of filled slots, counter of the CUDA kernel
+    state: Tensor  # int64 [4]: slot written next, fill, counter of the CUDA kernel, rows rejected (csrc/ring.h)
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class GalleryQueue(nn.Module):
             features = reference.normalize(torch.randn(size + spare, dim, device=device)).to(dtype)
         self.register_buffer("features", features)
         self.register_buffer("identities", torch.full((size + spare,), -1, dtype=torch.int64, device=device))
-        self.register_buffer("state", torch.zeros(3, dtype=torch.int64, device=device))
+        self.register_buffer("state", torch.zeros(4, dtype=torch.int64, device=device))
 
     @property
     def size(self) -> int:
@@ -76,6 +77,18 @@ class GalleryQueue(nn.Module):
         """Number of filled slots. Waits for the device."""
         return int(self.state[1])
 
+    @property
+    def rejected(self) -> int:
+        """How many rows :meth:`enqueue` has refused so far because they were not finite. Waits for the device."""
+        return int(self.state[3])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes states of three numbers too, from before rejected rows were counted."""
+        name = prefix + "state"
+        if name in state_dict and state_dict[name].shape == (3,):
+            state_dict[name] = torch.nn.functional.pad(state_dict[name], (0, 1))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
         """Sizes and dtype, for ``print(queue)``."""
         return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}"
@@ -83,13 +96,17 @@ class GalleryQueue(nn.Module):
     def enqueue(self, features: Tensor, identities: Tensor, *, unit: bool = False) -> None:
         """Normalises ``features`` [B, D] and writes them over the oldest slots, in place and in order.
 
+        A row that is not finite, as after an overflow in half precision, would make every later loss NaN: its slot is taken but
+        stays empty, and :attr:`rejected` counts it.
+
         Args:
             features: [B, D], floating point, B <= K; their gradient is ignored.
             identities: int64 [B], >= 0 (checked on the CPU only: elsewhere it would wait for the device).
             unit: the features are unit rows already, as a window's are, and are written as they are.
 
         Raises:
-            TypeError, ValueError: wrong dtype, shape, device or value, or more rows than the queue has slots.
+            TypeError, ValueError: wrong dtype, shape, device or value, more rows than the queue has slots, or a state whose
+                position or fill is outside the queue (checked on the CPU only).
         """
         self._check(features, identities, QUEUE_DTYPES if unit else EMBEDDING_DTYPES)
         ring, held = (self.features, self.identities) if self.spare == 0 else self._slots()
@@ -106,7 +123,7 @@ class GalleryQueue(nn.Module):
             Their identities, int64 [count], oldest first; -1 where fewer were filled.
 
         Raises:
-            ValueError: ``count`` is not in [0, K].
+            ValueError: ``count`` is not in [0, K], or the state as for :meth:`enqueue`.
         """
         if not 0 <= count <= self.size:
             raise ValueError(f"count must be in [0, {self.size}], got {count}")
@@ -115,7 +132,7 @@ class GalleryQueue(nn.Module):
     def clear(self) -> None:
         """Empties every slot and starts at slot 0 again."""
         self.identities.fill_(-1)
-        self.state.zero_()
+        self.state[:2] = 0
 
     def load_newest(self, *states: Mapping[str, Tensor], rank: int = 0, world: int = 1) -> tuple[int, int]:
         """Empties the queue and takes over the newest features of other queues, whatever their size and dtype.
@@ -155,14 +172,15 @@ class GalleryQueue(nn.Module):
     def window(self, features: Tensor, identities: Tensor) -> Window:
         """The slots that the next :meth:`enqueue` of B rows will take, as the loss needs them.
 
-        Take it before the batch is enqueued; it stays valid afterwards.
+        Take it before the batch is enqueued; it stays valid afterwards. A row that is not finite makes the loss of the probe
+        whose target it is NaN, so that a gradient scaler skips the step, and is nobody's negative: its identity becomes -1.
 
         Args:
             features: [H, B, D] (or [B, D] for H = 1): what each group of probes shall see there; normalised here.
             identities: int64 [B].
         """
         unit, start, slots = self._unit(features, identities)
-        return Window(unit, identities, start, slots)
+        return Window(unit, _finite_only(unit, identities), start, slots)
 
     def shard_window(self, features: Tensor, identities: Tensor, own: slice) -> tuple[Window, Tensor]:
         """The same for a queue that is one shard of several: all ranks' features in the spare rows, as targets.
@@ -182,7 +200,7 @@ class GalleryQueue(nn.Module):
             raise ValueError(f"spare must be at least {len(identities)}, the batch of all ranks, got {self.spare}")
         unit, start, _ = self._unit(features, identities)
         mine = torch.full_like(identities, -1)
-        mine[own] = identities[own]
+        mine[own] = _finite_only(unit, identities)[own]
         held = self.identities.clone()
         held.index_fill_(0, reference.window_slots(start, len(identities[own]), self.size), -1)
         slots = torch.arange(self.size, self.size + len(identities), device=self.state.device)
@@ -214,3 +232,8 @@ class GalleryQueue(nn.Module):
             raise ValueError(f"features: a batch of {len(features)} does not fit into a queue of {self.size} slots")
         if identities.device.type == "cpu" and not torch.compiler.is_compiling() and bool((identities < 0).any()):
             raise ValueError(f"identities must be >= 0 (-1 marks an empty slot), got {int(identities.min())}")
+
+
+def _finite_only(unit: Tensor, identities: Tensor) -> Tensor:
+    """Identities [B] with -1 where a row of ``unit`` [H, B, D] is NaN: such rows are NaN as a whole."""
+    return identities.masked_fill(unit[..., 0].float().isnan().any(0), -1)

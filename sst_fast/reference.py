@@ -118,7 +118,10 @@ def _plain(
     unit: Tensor, exact: Tensor, w: Tensor, target: Tensor, positive: Tensor | None, identity: Tensor | None,
     slot_identity: Tensor | None, margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, straight_through: bool,
 ) -> MarginSoftmax:  # fmt: skip
-    c = unit @ w.T
+    others = w
+    if slot_identity is not None and mask_empty:  # an empty slot may hold anything, and a weight of 0 does not make NaN harmless
+        others = w.masked_fill((slot_identity < 0)[:, None], 0)
+    c = unit @ others.T
     a = (exact * (w[target] if positive is None else positive)).sum(1)
     live = torch.ones_like(c, dtype=torch.bool)
     if slot_identity is not None:
@@ -157,8 +160,20 @@ def _plain(
     return MarginSoftmax(loss.to(c.dtype), lse, near, hardest, slot.masked_fill(alone, -1), beats)
 
 
+def check_state(operation: str, state: Tensor, slots: int) -> None:
+    """ValueError where a queue's state cannot be: on the CPU only, elsewhere it would wait for the device."""
+    if state.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    position, fill = int(state[0]), int(state[1])
+    if not (0 <= position < slots and 0 <= fill <= slots):
+        raise ValueError(
+            f"{operation}: state must hold a position in [0, {slots}) and a fill in [0, {slots}], got {position} and {fill}"
+        )
+
+
 def window(features: Tensor, state: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Unit rows of ``features`` [H, B, D] in ``dtype``, the slot that is written next (0-d), and the B slots from there on."""
+    check_state("window", state, size)
     wide = torch.promote_types(features.dtype, torch.float32)
     unit = normalize(features.flatten(0, 1).to(wide)).view_as(features).to(dtype)
     start = state[0].clone()
@@ -168,20 +183,27 @@ def window(features: Tensor, state: Tensor, size: int, dtype: torch.dtype) -> tu
 def enqueue(
     features: Tensor, identities: Tensor, queue: Tensor, queue_identities: Tensor, state: Tensor, unit: bool = False
 ) -> None:
-    """Writes rows, normalised unless they are ``unit``, and identities into the ring at ``state[0]`` and advances it."""
-    wide = torch.promote_types(features.dtype, torch.float32)
+    """Writes rows, normalised unless they are ``unit``, and identities into the ring at ``state[0]`` and advances it.
+
+    A row that is not finite would make every later loss NaN: its slot stays empty, and ``state[3]`` counts it.
+    """
+    check_state("enqueue", state, len(queue))
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    finite = wide.isfinite().all(1)
     slots = window_slots(state[0], len(features), len(queue))
-    rows = (features if unit else normalize(features.to(wide))).to(queue.dtype)
+    rows = (features if unit else normalize(wide)).to(queue.dtype)
     if queue.dtype == torch.float8_e4m3fn:  # PyTorch moves its bytes only
         queue, rows = queue.view(torch.uint8), rows.view(torch.uint8)
-    queue.index_copy_(0, slots, rows)
-    queue_identities.index_copy_(0, slots, identities)
+    queue.index_copy_(0, slots, rows.masked_fill(~finite[:, None], 0))
+    queue_identities.index_copy_(0, slots, identities.where(finite, -1))
+    state[3] += len(finite) - finite.sum()
     state[0] = (state[0] + len(features)) % len(queue)
     state[1] = (state[1] + len(features)).clamp_max(len(queue))
 
 
 def dequeue(count: int, queue_identities: Tensor, state: Tensor) -> Tensor:
     """Empties the ``count`` oldest slots, in place; returns their identities [count], -1 where there were fewer."""
+    check_state("dequeue", state, len(queue_identities))
     slots = window_slots((state[0] - state[1]) % len(queue_identities), count, len(queue_identities))
     held = torch.arange(count, device=state.device) < state[1]
     gone = torch.where(held, queue_identities[slots], -1)
