@@ -119,7 +119,9 @@ def _plain(
     slot_identity: Tensor | None, margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, straight_through: bool,
 ) -> MarginSoftmax:  # fmt: skip
     others = w
-    if slot_identity is not None and mask_empty:  # an empty slot may hold anything, and a weight of 0 does not make NaN harmless
+    if (
+        slot_identity is not None and mask_empty
+    ):  # an empty slot may hold anything, and a weight of 0 does not make NaN harmless
         others = w.masked_fill((slot_identity < 0)[:, None], 0)
     c = unit @ others.T
     a = (exact * (w[target] if positive is None else positive)).sum(1)
