@@ -305,7 +305,9 @@ WindowTensors window_plain(
     at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
   const int64_t H = groups.size();
   const at::Tensor wide = at::stack(groups).to(at::kDouble), norm = wide.norm(2, -1, true);
-  const at::Tensor unit = at::where(norm < kMinNorm, at::zeros_like(wide), wide / norm);
+  // A row that is not finite becomes NaN as a whole.
+  const at::Tensor whole = norm.masked_fill(norm.isinf(), std::numeric_limits<double>::quiet_NaN());
+  const at::Tensor unit = at::where(whole < kMinNorm, at::zeros_like(wide), wide / whole);
   const at::Tensor start = state.select(0, kPosition).clone();
   const at::Tensor slots = (start + at::arange(identities.size(0), state.options())).remainder(size);
   const at::Tensor finite = norm.squeeze(-1).isfinite().all(0);

@@ -5,8 +5,20 @@
 
 namespace sst_fast {
 
-// state[kPosition]: slot that is written next; state[kFill]: number of slots that hold a feature.
-constexpr int kPosition = 0, kFill = 1;
+// The ring's state, int64 [4]: the slot that is written next; the number of slots that hold a feature; a counter of the
+// CUDA kernel's, 0 between launches; how many rows were rejected because they were not finite.
+constexpr int kPosition = 0, kFill = 1, kTickets = 2, kRejected = 3, kState = 4;
+
+// Position and fill where nobody can raise an exception: what lies outside the ring is taken as its nearest end.
+SST_HD int64_t ring_position(const volatile int64_t* state, int64_t K) {
+  const int64_t position = state[kPosition];
+  return position < 0 ? 0 : position < K ? position : K - 1;
+}
+
+SST_HD int64_t ring_fill(const volatile int64_t* state, int64_t K) {
+  const int64_t fill = state[kFill];
+  return fill < 0 ? 0 : fill < K ? fill : K;
+}
 
 SST_HD int64_t ring_slot(int64_t start, int64_t offset, int64_t K) {
   const int64_t slot = start + offset;  // 0 <= start < K, 0 <= offset <= K

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class GalleryQueue(nn.Module):
 
     features: Tensor  # [K + spare, D], unit rows; whatever an empty slot holds is masked
     identities: Tensor  # int64 [K + spare], -1 = empty
-    state: Tensor  # int64 [3]: slot written next, number of filled slots, counter of the CUDA kernel
+    state: Tensor  # int64 [4]: slot written next, fill, counter of the CUDA kernel, rows rejected (csrc/ring.h)
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class GalleryQueue(nn.Module):
             features = reference.normalize(torch.randn(size + spare, dim, device=device)).to(dtype)
         self.register_buffer("features", features)
         self.register_buffer("identities", torch.full((size + spare,), -1, dtype=torch.int64, device=device))
-        self.register_buffer("state", torch.zeros(3, dtype=torch.int64, device=device))
+        self.register_buffer("state", torch.zeros(4, dtype=torch.int64, device=device))
 
     @property
     def size(self) -> int:
@@ -72,6 +73,18 @@ class GalleryQueue(nn.Module):
         """Number of filled slots. Waits for the device."""
         return int(self.state[1])
 
+    @property
+    def rejected(self) -> int:
+        """How many rows :meth:`enqueue` has refused so far because they were not finite. Waits for the device."""
+        return int(self.state[3])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes states of three numbers too, from before rejected rows were counted."""
+        name = prefix + "state"
+        if name in state_dict and state_dict[name].shape == (3,):
+            state_dict[name] = torch.nn.functional.pad(state_dict[name], (0, 1))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
         """Sizes and dtype, for ``print(queue)``."""
         return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}"
@@ -79,13 +92,17 @@ class GalleryQueue(nn.Module):
     def enqueue(self, features: Tensor, identities: Tensor, *, unit: bool = False) -> None:
         """Normalises ``features`` [B, D] and writes them over the oldest slots, in place and in order.
 
+        A row that is not finite, as after an overflow in half precision, would make every later loss NaN: its slot is taken but
+        stays empty, and :attr:`rejected` counts it.
+
         Args:
             features: [B, D], floating point, B <= K; their gradient is ignored.
             identities: int64 [B], >= 0 (checked on the CPU only: elsewhere it would wait for the device).
             unit: the features are unit rows already, as a window's are, and are written as they are.
 
         Raises:
-            TypeError, ValueError: wrong dtype, shape, device or value, or more rows than the queue has slots.
+            TypeError, ValueError: wrong dtype, shape, device or value, more rows than the queue has slots, or a state whose
+                position or fill is outside the queue (checked on the CPU only).
         """
         self._check(features, identities, QUEUE_DTYPES if unit else EMBEDDING_DTYPES)
         self._write(features.detach(), identities, unit, None)
@@ -117,7 +134,7 @@ class GalleryQueue(nn.Module):
             Their identities, int64 [count], oldest first; -1 where fewer were filled.
 
         Raises:
-            ValueError: ``count`` is not in [0, K].
+            ValueError: ``count`` is not in [0, K], or the state as for :meth:`enqueue`.
         """
         if not is_integer(count) or not 0 <= count <= self.size:
             raise ValueError(f"count must be in [0, {self.size}], got {count!r}")
@@ -126,7 +143,7 @@ class GalleryQueue(nn.Module):
     def clear(self) -> None:
         """Empties every slot and starts at slot 0 again."""
         self.identities.fill_(-1)
-        self.state.zero_()
+        self.state[:2] = 0
 
     def load_newest(self, *states: Mapping[str, Tensor], rank: int = 0, world: int = 1) -> tuple[int, int]:
         """Empties the queue and takes over the newest features of other queues, whatever their size and dtype.
@@ -166,7 +183,8 @@ class GalleryQueue(nn.Module):
     def window(self, features: Tensor | Sequence[Tensor], identities: Tensor) -> Window:
         """The slots that the next :meth:`enqueue` of B rows will take, as the loss needs them.
 
-        Take it before the batch is enqueued; it stays valid afterwards.
+        Take it before the batch is enqueued; it stays valid afterwards. A row that is not finite makes the loss of the probe
+        whose target it is NaN, so that a gradient scaler skips the step, and is nobody's negative: its identity becomes -1.
 
         Args:
             features: [H, B, D], a sequence of H tensors [B, D], or [B, D] for H = 1: what each group of probes shall see

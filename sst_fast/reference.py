@@ -160,7 +160,12 @@ def _plain(
     unit: Tensor, exact: Tensor, w: Tensor, target: Tensor, own: Tensor, identity: Tensor | None,
     slot_identity: Tensor | None, margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, straight_through: bool,
 ) -> MarginSoftmax:  # fmt: skip
-    c = unit @ w.T
+    others = w
+    if (
+        slot_identity is not None and mask_empty
+    ):  # an empty slot may hold NaN, which a weight of 0 does not make harmless
+        others = w.masked_fill((slot_identity < 0)[:, None], 0)
+    c = unit @ others.T
     a, sine = angle_to_target(exact, own)
     live = torch.ones_like(c, dtype=torch.bool)
     if slot_identity is not None:
@@ -201,10 +206,22 @@ def _plain(
     return MarginSoftmax(loss.to(c.dtype), lse, near, hardest, slot.masked_fill(alone, -1), beats)
 
 
+def check_state(operation: str, state: Tensor, slots: int) -> None:
+    """ValueError where a queue's state cannot be: on the CPU only, elsewhere it would wait for the device."""
+    if state.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    position, fill = int(state[0]), int(state[1])
+    if not (0 <= position < slots and 0 <= fill <= slots):
+        raise ValueError(
+            f"{operation}: state must hold a position in [0, {slots}) and a fill in [0, {slots}], got {position} and {fill}"
+        )
+
+
 def window(
     groups: Sequence[Tensor], identities: Tensor, state: Tensor, size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator ``sst_fast::window``: unit rows, start, targets, owners, identities that others see (csrc/ops.h)."""
+    check_state("window", state, size)
     features = torch.stack(list(groups))
     wide = torch.promote_types(features.dtype, torch.float32)
     unit = normalize(features.flatten(0, 1).to(wide)).view_as(features)
@@ -220,6 +237,7 @@ def enqueue(
 ) -> None:  # fmt: skip
     """Writes rows, normalised unless they are ``unit``, and identities into the ring at ``state[0]`` and advances it.
 
+    A row that is not finite would make every later loss NaN: its slot stays empty, and ``state[3]`` counts it.
     ``group``, 0-d: which of features [H, B, D] is written.
     """
     if group is not None:
@@ -227,19 +245,25 @@ def enqueue(
             features.view(torch.uint8) if features.dtype == torch.float8_e4m3fn else features
         )  # PyTorch moves its bytes only
         features = moved.index_select(0, group.long().view(1))[0].view(features.dtype)
-    wide = torch.promote_types(features.dtype, torch.float32)
+    check_state("enqueue", state, len(queue))
+    wide = features.to(
+        torch.promote_types(features.dtype, torch.float32) if features.dtype != torch.float8_e4m3fn else torch.float32
+    )
+    finite = wide.isfinite().all(1)
     slots = window_slots(state[0], len(features), len(queue))
-    rows = (features if unit else normalize(features.to(wide))).to(queue.dtype)
+    rows = (features if unit else normalize(wide)).to(queue.dtype)
     if queue.dtype == torch.float8_e4m3fn:  # PyTorch moves its bytes only
         queue, rows = queue.view(torch.uint8), rows.view(torch.uint8)
-    queue.index_copy_(0, slots, rows)
-    queue_identities.index_copy_(0, slots, identities)
+    queue.index_copy_(0, slots, rows.masked_fill(~finite[:, None], 0))
+    queue_identities.index_copy_(0, slots, identities.where(finite, -1))
+    state[3] += len(finite) - finite.sum()
     state[0] = (state[0] + len(features)) % len(queue)
     state[1] = (state[1] + len(features)).clamp_max(len(queue))
 
 
 def dequeue(count: int, queue_identities: Tensor, state: Tensor) -> Tensor:
     """Empties the ``count`` oldest slots, in place; returns their identities [count], -1 where there were fewer."""
+    check_state("dequeue", state, len(queue_identities))
     slots = window_slots((state[0] - state[1]) % len(queue_identities), count, len(queue_identities))
     held = torch.arange(count, device=state.device) < state[1]
     gone = torch.where(held, queue_identities[slots], -1)

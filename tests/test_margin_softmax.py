@@ -371,6 +371,20 @@ def test_is_cross_entropy_in_every_option(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "n"), [(torch.float16, 70_000), (torch.bfloat16, 3_000)])
+def test_weights_of_half_precision_are_summed_exactly(backend, dtype, n):
+    """Their sum is beyond float16's largest number, and bfloat16 would have stopped counting long before."""
+    p = make(n, 4, 2, masks=False)
+    weight = torch.linspace(0.5, 1.5, n).to(dtype)
+    found, expected = (
+        margin_softmax(p.embedding.float(), p.prototypes.float(), p.target, scale=20.0, weight=w, backend=backend)
+        for w in (weight, weight.double())
+    )
+    assert found > 0
+    assert torch.allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_rows_may_hold_anything(backend):
     p = make(6, 30, 8)
     x = p.embedding.clone()

@@ -1,5 +1,7 @@
 """The gallery queue: against a plain list, on every backend; state, bad input."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from sst_fast import GalleryQueue
 from sst_fast.backends.choose import backends
+from sst_fast.functional import margin_softmax
 
 BACKENDS = [name for name, state in backends("cpu")["enqueue"].implementations.items() if state == "available"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -80,6 +83,78 @@ def test_state_dict_round_trip():
     assert all(torch.equal(a, b) for a, b in zip(queue.buffers(), copy.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("position", "fill"), [(99, 5), (-1, 0), (0, 8), (3, -2)])
+def test_a_state_outside_the_queue_is_refused(backend, position, fill):
+    """As a damaged checkpoint leaves it: slots follow from it, so nothing may be read or written by it."""
+    queue = GalleryQueue(7, 4, backend=backend)
+    state = {**queue.state_dict(), "state": torch.tensor([position, fill, 0, 0])}
+    queue.load_state_dict(state)
+    found = rf"position in \[0, 7\) and a fill in \[0, 7\], got {position} and {fill}"
+    for call in (
+        lambda: queue.dequeue(2),
+        lambda: queue.enqueue(torch.ones(2, 4), torch.arange(2)),
+        lambda: queue.window(torch.ones(2, 4), torch.arange(2)),
+    ):
+        with pytest.raises(ValueError, match=found):
+            call()
+    assert all(torch.equal(buffer, state[name]) for name, buffer in queue.named_buffers())
+
+
+def test_loads_a_state_from_before_rejected_rows_were_counted():
+    queue, old = GalleryQueue(7, 4), GalleryQueue(7, 4)
+    old.enqueue(torch.randn(3, 4), torch.arange(3))
+    before = {**old.state_dict(), "state": old.state[:3].clone()}
+    torch.nn.Sequential(queue).load_state_dict({f"0.{name}": value for name, value in before.items()})
+    assert all(torch.equal(a, b) for a, b in zip(queue.buffers(), old.buffers(), strict=True))
+    assert before["state"].shape == (3,)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("dtype", QUEUE_DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_is_not_finite_is_nobodys_negative(backend, dtype, unit):
+    queue = GalleryQueue(6, 4, dtype, backend=backend)
+    rows = F.normalize(torch.randn(4, 4))
+    rows[1, 2], rows[2, 3] = torch.nan, torch.inf
+    queue.enqueue(rows, torch.arange(4), unit=unit)
+    assert queue.identities.tolist() == [0, -1, -1, 3, -1, -1]
+    assert (len(queue), queue.rejected) == (4, 2)
+    assert torch.equal(queue.features[1:3].float(), torch.zeros(2, 4))
+    assert torch.allclose(queue.features[[0, 3]].float(), rows[[0, 3]], atol=0.07)
+    queue.enqueue(rows[:2], torch.arange(2))
+    assert queue.rejected == 3
+    queue.clear()
+    assert (len(queue), queue.rejected) == (0, 3)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_row_that_is_not_finite_spoils_its_own_probes_only(backend, dtype, bad):
+    """Its probes' loss is NaN, so that a gradient scaler skips the step; all others' is as if the slot were empty."""
+    queue = GalleryQueue(20, 8, dtype, backend=backend)
+    queue.enqueue(torch.randn(20, 8), torch.arange(20))
+    good = torch.randn(2, 4, 8)
+    features, identities = good.clone(), torch.arange(20, 24)
+    features[1, 2, 5] = bad
+    window = queue.window(features, identities)
+    assert window.identities.tolist() == [20, 21, -1, 23]
+    probes = torch.randn(8, 8).requires_grad_()
+    losses = []
+    for seen in (window, replace(queue.window(good, identities), identities=window.identities)):
+        loss = margin_softmax(
+            probes, queue.features, window.slots.repeat(2), window=seen, identity=identities.repeat(2),
+            slot_identity=queue.identities, reduction="none", backend=backend,
+        )  # fmt: skip
+        rows = torch.arange(8) != 6
+        losses.append((loss, *torch.autograd.grad(loss[rows].sum(), probes)))
+    (spoilt, gradient), (whole, expected) = losses
+    assert spoilt.isnan().tolist() == (~rows).tolist()
+    assert torch.allclose(spoilt[rows], whole[rows])
+    assert torch.allclose(gradient[rows], expected[rows], atol=1e-6)
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
 def test_opcheck():
     queue = GalleryQueue(7, 4)
@@ -123,7 +198,7 @@ def test_bad_arguments_are_named(call, error, message):
 def test_native_operators_serve_cpp_programs():
     """Registered in C++, found by schema through the dispatcher, as a C++ program finds them."""
     features, ids = torch.randn(3, 4), torch.arange(3)
-    queue, held, state = torch.zeros(5, 4), torch.full((5,), -1), torch.zeros(3, dtype=torch.int64)
+    queue, held, state = torch.zeros(5, 4), torch.full((5,), -1), torch.zeros(4, dtype=torch.int64)
     torch.ops.sst_fast.enqueue(features, ids, queue, held, state)
     assert held.tolist() == [0, 1, 2, -1, -1]
     assert torch.allclose(queue[:3], F.normalize(features))

@@ -4,15 +4,36 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "../ops.h"
 #include "../ring.h"
-#include "storage.h"
+#include "format.h"
 
 namespace sst_fast::cpu {
+
+namespace {
+
+// The ring's state, checked: every slot that is read or written follows from it.
+int64_t* ring_of(const at::Tensor& state, int64_t K, const char* operation) {
+  TORCH_CHECK(
+      state.numel() == kState && state.is_contiguous(), operation, ": state must hold ", kState, " numbers, got ",
+      state.numel());
+  int64_t* ring = state.mutable_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(
+      ring[kPosition] >= 0 && ring[kPosition] < K && ring[kFill] >= 0 && ring[kFill] <= K, operation,
+      ": state must hold a position in [0, ", K, ") and a fill in [0, ", K, "], got ", ring[kPosition], " and ",
+      ring[kFill]);
+  return ring;
+}
+
+int64_t rows_for_a_thread(int64_t D) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1)); }
+
+}  // namespace
 
 void enqueue(
     const at::Tensor& features_, const at::Tensor& identities_, at::Tensor& queue, at::Tensor& queue_identities,
@@ -21,33 +42,41 @@ void enqueue(
       (group ? features_.select(0, *group->to(at::kLong).const_data_ptr<int64_t>()) : features_).contiguous();
   const at::Tensor identities = identities_.contiguous();
   const int64_t B = features.size(0), D = features.size(1), K = queue.size(0);
-  TORCH_CHECK(queue.is_contiguous() && queue.size(1) == D && B <= K, "enqueue: shapes disagree");
-  int64_t* ring = state.mutable_data_ptr<int64_t>();
+  TORCH_CHECK(
+      queue.is_contiguous() && queue_identities.is_contiguous() && queue.size(1) == D && B <= K &&
+          identities.numel() == B && queue_identities.numel() == K,
+      "enqueue: shapes disagree");
+  int64_t* ring = ring_of(state, K, "enqueue");
   const int64_t start = ring[kPosition];
-  TORCH_CHECK(start >= 0 && start < K, "enqueue: the queue's position is outside the queue");
 
-  const auto& rows = sweeps().f64;
-  const Storage from_storage = storage_of(features), to_storage = storage_of(queue);
-  at::parallel_for(0, B, std::max<int64_t>(1, 32768 / D), [&](int64_t begin, int64_t end) {
-    std::vector<double> scale(end - begin, 1.0);
-    if (!unit) {
-      rows.norms(features.const_data_ptr(), from_storage, D, begin, end, scale.data());
-      for (double& norm : scale) norm = normaliser(norm);
-    }
-    rows.scaled_rows(
-        features.const_data_ptr(), from_storage, D, begin, end, scale.data(), queue.mutable_data_ptr(), to_storage,
-        start, K);
-  });
+  const auto& rows = sweeps().rows;
+  const Format from_format = format_of(features), to_format = format_of(queue);
   const int64_t* from = identities.const_data_ptr<int64_t>();
   int64_t* to = queue_identities.mutable_data_ptr<int64_t>();
-  for (int64_t b = 0; b < B; b++) to[ring_slot(start, b, K)] = from[b];
+  std::vector<double> scale(B);
+  std::atomic<int64_t> rejected{0};
+  at::parallel_for(0, B, rows_for_a_thread(D), [&](int64_t begin, int64_t end) {
+    rows.norms(features.const_data_ptr(), from_format, D, begin, end, &scale[begin]);
+    for (int64_t b = begin; b < end; b++) {
+      // A row that is not finite would make every later loss NaN: its slot stays empty.
+      const bool finite = std::isfinite(scale[b]);
+      rejected += !finite;
+      to[ring_slot(start, b, K)] = finite ? from[b] : -1;
+      scale[b] = !finite ? 0 : unit ? 1 : normaliser(scale[b]);
+    }
+    rows.scaled_rows(
+        features.const_data_ptr(), from_format, D, begin, end, &scale[begin], queue.mutable_data_ptr(), to_format,
+        start, K);
+  });
+  ring[kRejected] += rejected;
   ring[kPosition] = ring_slot(start, B, K);
   ring[kFill] = ring[kFill] + B < K ? ring[kFill] + B : K;
 }
 
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state) {
   const int64_t K = queue_identities.size(0);
-  int64_t* ring = state.mutable_data_ptr<int64_t>();
+  TORCH_CHECK(queue_identities.is_contiguous() && count >= 0 && count <= K, "dequeue: count must be in [0, ", K, "]");
+  int64_t* ring = ring_of(state, K, "dequeue");
   // More than there are: slots that hold nothing give identity -1.
   at::Tensor out = at::empty({count}, queue_identities.options());
   int64_t* gone = out.mutable_data_ptr<int64_t>();
@@ -68,8 +97,8 @@ WindowTensors window(
     at::TensorList groups, const at::Tensor& identities_, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
   const at::Tensor identities = identities_.contiguous();
   const int64_t H = groups.size(), B = identities.numel(), D = groups[0].size(1);
-  const int64_t position = state.const_data_ptr<int64_t>()[kPosition];
-  TORCH_CHECK(position >= 0 && position < size && B <= size, "window: the queue's position is outside the queue");
+  const int64_t position = ring_of(state, size, "window")[kPosition];
+  TORCH_CHECK(B <= size, "window: shapes disagree");
   const auto numbers = [&](at::IntArrayRef shape) { return at::empty(shape, state.options()); };
   WindowTensors out{
       at::empty({H, B, D}, groups[0].options().dtype(dtype)), numbers({}), numbers({H * B}), numbers({H * B}),
@@ -85,21 +114,21 @@ WindowTensors window(
     seen[b] = identity[b];
     for (int64_t h = 0; h < H; h++) slot[h * B + b] = ring_slot(position, b, size), owner[h * B + b] = identity[b];
   }
-  const auto& rows = sweeps().f64;
-  const Storage to = storage_of(unit);
+  const auto& rows = sweeps().rows;
+  const Format to = format_of(unit);
   for (int64_t h = 0; h < H; h++) {
     const at::Tensor features = groups[h].contiguous();
     TORCH_CHECK(features.size(0) == B && features.size(1) == D, "window: shapes disagree");
-    const Storage from = storage_of(features);
+    const Format from = format_of(features);
     char* group = static_cast<char*>(unit.mutable_data_ptr()) + h * B * D * unit.element_size();
-    at::parallel_for(0, B, std::max<int64_t>(1, 32768 / D), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, B, rows_for_a_thread(D), [&](int64_t begin, int64_t end) {
       std::vector<double> scale(end - begin);
       rows.norms(features.const_data_ptr(), from, D, begin, end, scale.data());
       for (int64_t b = begin; b < end; b++) {
         const double norm = scale[b - begin];
         // A row that is not finite is the target of its own probe, whose loss tells of it, but nobody's negative.
         if (!std::isfinite(norm)) seen[b] = -1;
-        scale[b - begin] = normaliser(norm);
+        scale[b - begin] = std::isfinite(norm) ? normaliser(norm) : std::numeric_limits<double>::quiet_NaN();
       }
       rows.scaled_rows(features.const_data_ptr(), from, D, begin, end, scale.data(), group, to, 0, B);
     });

@@ -1,4 +1,5 @@
-// What one CPU task of the fused loss reads and writes.
+// Between the code that every processor runs and the sweeps, compiled once per instruction set (simd/): what a task
+// reads and writes.
 //
 // Sizes: N probes, K slots, D features, B slots in the batch window.
 #pragma once
@@ -9,23 +10,28 @@
 
 namespace sst_fast::cpu {
 
-enum class Storage { f64, f32, bf16, f16, f8 };  // f8: e4m3fn
+enum class Format { f64, f32, bf16, f16, f8 };  // f8: e4m3fn
 
-constexpr int kBlock = 64;  // probes a task holds at most
+constexpr int kBlock = 64;    // probes a task holds at most
+constexpr int kMaxTile = 96;  // slots of a tile at most
+
+// Slots per tile: the tile should stay in the second-level cache with the block's probes and moments.
+SST_HD int64_t tile_slots(int64_t D) { return D <= 512 ? kMaxTile : D <= 1024 ? kMaxTile / 2 : kMaxTile / 4; }
 
 template <typename T>
 struct Probes {          // [rows] each, of one block
   const void* features;  // [rows, D], not normalised
-  Storage storage;
+  Format format;
   const double* inverse_norm;
-  const double*
-      unit;  // a power of two that leaves the largest of the row's features in [1, 2) when they are divided by it
+  // A power of two that leaves the largest of the row's features in [1, 2) when they are divided by it.
+  const double* unit;
   const T* scale;
   const T* target_cosine;
   const T* phi;             // [rows, kPhiRow], from phi_row()
   const int64_t* target;    // slot
   const int64_t* identity;  // null: no identity mask
   int64_t rows;
+  const void* packed;  // the features as pack() has left them
   // Null: the weight of slot j is exp(z_j - shift), with a shift that follows the largest logit. Otherwise it is
   // exp(z_j - lse) - uniform, for the second sweep, times factor (null: 1).
   const T* lse;
@@ -36,9 +42,9 @@ struct Probes {          // [rows] each, of one block
 
 struct Queue {
   const void* features;  // [K, D]
-  Storage storage;
+  Format format;
   const int64_t* identity;  // [K], -1 = empty; null: none is masked
-  const void* window;       // [B, D], same storage, stands for slots start .. start + B - 1 (mod K); null: none
+  const void* window;       // [B, D], same format, stands for slots start .. start + B - 1 (mod K); null: none
   const int64_t* window_identity;
   int64_t window_start, window_size;
   int64_t K, D;
@@ -62,36 +68,69 @@ struct Partial {
   int64_t hard[kBlock], live[kBlock];
   T hardest[kBlock];  // largest cosine c_j
   int64_t hardest_slot[kBlock], beats[kBlock];
-  T* moment;  // [kBlock / width, D, width]: panels of `width` probes; null: not wanted
-  int64_t moment_width;
+  T* moment;  // moment_bytes(), in panels of probes, for finish() to read; null: not wanted
   bool wants_logits;
+};
+
+// A probe beside its target, in double.
+struct Measured {
+  double inverse_norm, unit;   // as in Probes
+  double target_inverse_norm;  // 1 where targets are taken as they are
+  double cosine;
+  double sine;  // length of what the target has across the probe
+};
+
+// What finish() makes the gradient of a block's probes from: that for the unit probe,
+//   scale * sum over chunks of share * moment + target_slope * target,
+// then projected, since the probe was normalised.
+template <typename T>
+struct Moments {
+  const T* const* moment;  // [chunks]
+  const T* share;          // [chunks, kBlock]; NaN makes the probe's gradient NaN
+  int64_t chunks;
+  const double* scale;         // [rows]
+  const double* target_slope;  // [rows]
+  const void* const* target;   // [rows] of [D]; null: the probe is ignored, its gradient 0
+  Format target_format;
+};
+
+// Operations on rows, the same for every type of sums.
+struct RowOperations {
+  // Norms of rows [first, last) of features [.., D].
+  void (*norms)(const void* features, Format, int64_t D, int64_t first, int64_t last, double* to);
+  // Rows [first, last) of `from` [.., D], times scale[row - first], into `to` [K, D]: row i becomes row start + i
+  // modulo K. Where the scale is 0 the row becomes zeros, whatever it held.
+  void (*scaled_rows)(
+      const void* from, Format, int64_t D, int64_t first, int64_t last, const double* scale, void* to, Format,
+      int64_t start, int64_t K);
+  // A probe [D] and its target [D]; scratch [2 D].
+  Measured (*measure)(
+      const void* probe, Format, const void* target, Format, int64_t D, bool normalize_target, double* scratch);
 };
 
 template <typename T>
 struct Sweep {
-  // Norms of rows [first, last) of features [.., D].
-  void (*norms)(const void* features, Storage, int64_t D, int64_t first, int64_t last, double* to);
-  // Rows [first, last) of `from` [.., D], times scale[row - first], into `to` [K, D]: row i becomes row start + i
-  // modulo K.
-  void (*scaled_rows)(
-      const void* from, Storage, int64_t D, int64_t first, int64_t last, const double* scale, void* to, Storage,
-      int64_t start, int64_t K);
-  // Bytes of scratch for one task of either kind.
-  int64_t (*scratch)(int64_t D);
+  // What pack() writes for a block of probes: for run(); `for_prototypes`, for run_prototypes().
+  int64_t (*pack_bytes)(int64_t rows, int64_t D, bool for_prototypes);
+  void (*pack)(const Probes<T>&, int64_t D, bool for_prototypes, void* packed);
+  // Bytes of scratch for one task of run() or run_prototypes(), of the moments of a block, of scratch for finish().
+  int64_t (*scratch_bytes)(int64_t D, bool for_prototypes);
+  int64_t (*moment_bytes)(int64_t rows, int64_t D);
+  int64_t (*finish_bytes)(int64_t D);
   // One block of probes over slots [first, last).
   void (*run)(
       Kind, const Probes<T>&, const Slots<T>&, int64_t first_slot, int64_t last_slot, void* scratch, Partial<T>&);
-  // Bytes that pack() writes for a block, and the packing: normalised probes in the two layouts of run_prototypes.
-  int64_t (*pack_bytes)(int64_t D);
-  void (*pack)(const Probes<T>&, int64_t D, void* packed);
+  // The gradient [rows, D] of a block's probes.
+  void (*finish)(const Probes<T>&, const Moments<T>&, int64_t D, void* scratch, T* gradient);
   // All blocks over slots [first, last): writes their rows of the prototypes' gradient [K, D].
   void (*run_prototypes)(
-      Kind, const Probes<T>* blocks, int64_t count, char* packed, const Slots<T>&, int64_t first_slot,
-      int64_t last_slot, void* scratch, Storage, void* gradient);
+      Kind, const Probes<T>* blocks, int64_t count, const Slots<T>&, int64_t first_slot, int64_t last_slot,
+      void* scratch, Format, void* gradient);
 };
 
 struct Sweeps {
   const char* name;
+  RowOperations rows;
   Sweep<float> f32;
   Sweep<double> f64;
   const Sweep<float>* pairs;  // probes in bfloat16, queue in bfloat16 or float8, D even; null: none

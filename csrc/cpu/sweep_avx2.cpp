@@ -1,4 +1,4 @@
-// The fused sweep for avx2; see sweep_kernel.h.
+// The fused sweep for avx2; see simd/table.h.
 #include <cmath>
 #include <cstdint>
 
@@ -19,7 +19,7 @@
 #define SST_VECTOR_BYTES 32
 #define SST_MR 6
 #define SST_NV 2
-#include "sweep_kernel.h"
+#include "simd/table.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

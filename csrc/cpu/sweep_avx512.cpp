@@ -1,4 +1,4 @@
-// The fused sweep for avx512; see sweep_kernel.h.
+// The fused sweep for avx512; see simd/table.h.
 #include <cmath>
 #include <cstdint>
 
@@ -20,7 +20,7 @@
 #define SST_VECTOR_BYTES 64
 #define SST_MR 6
 #define SST_NV 4
-#include "sweep_kernel.h"
+#include "simd/table.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-// The fused sweep for generic; see sweep_kernel.h.
+// The fused sweep for generic; see simd/table.h.
 #include <cmath>
 #include <cstdint>
 
@@ -11,7 +11,7 @@
 #define SST_VECTOR_BYTES 16
 #define SST_MR 4
 #define SST_NV 2
-#include "sweep_kernel.h"
+#include "simd/table.h"
 
 namespace sst_fast::cpu {
 const Sweeps* sweeps_generic() { return &generic::table; }

@@ -32,7 +32,7 @@ __global__ void enqueue_kernel(
   const int lane = threadIdx.x % kWarp;
   const int64_t b = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   // Every block reads the position before the last one to finish moves it.
-  const int64_t start = *reinterpret_cast<volatile int64_t*>(state + kPosition);
+  const int64_t start = ring_position(state, K);
   if (b < B) {
     const From* row = features + b * D;
     Sum square = 0;
@@ -43,17 +43,23 @@ __global__ void enqueue_kernel(
     }
 #pragma unroll
     for (int step = kWarp / 2; step; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
-    const Sum scale = unit ? Sum(1) : normaliser(sqrt(square));
+    // A row that is not finite would make every later loss NaN: its slot stays empty and holds zeros.
+    const Sum norm = sqrt(square);
+    const bool finite = isfinite(norm);
+    const Sum scale = !finite ? Sum(0) : unit ? Sum(1) : normaliser(norm);
     const int64_t slot = ring_slot(start, b, K);
     To* to = queue + slot * D;
     for (int64_t d = lane * Width; d < D; d += kWarp * Width) {
       const auto pack = *reinterpret_cast<const Pack<From, Width>*>(row + d);
       Pack<To, Width> unit;
 #pragma unroll
-      for (int i = 0; i < Width; i++) unit.at[i] = static_cast<To>(Sum(pack.at[i]) * scale);
+      for (int i = 0; i < Width; i++) unit.at[i] = static_cast<To>(scale == 0 ? Sum(0) : Sum(pack.at[i]) * scale);
       *reinterpret_cast<Pack<To, Width>*>(to + d) = unit;
     }
-    if (lane == 0) queue_identities[slot] = identities[b];
+    if (lane == 0) {
+      queue_identities[slot] = finite ? identities[b] : -1;
+      if (!finite) atomicAdd(reinterpret_cast<unsigned long long*>(state + kRejected), 1ull);
+    }
   }
   // The last block to arrive moves the ring on and resets the counter for the next launch (or graph replay).
   __syncthreads();
@@ -61,7 +67,7 @@ __global__ void enqueue_kernel(
     __threadfence();
     if (atomicAdd(tickets, 1u) == gridDim.x - 1) {
       state[kPosition] = ring_slot(start, B, K);
-      const int64_t fill = state[kFill] + B;
+      const int64_t fill = ring_fill(state, K) + B;
       state[kFill] = fill < K ? fill : K;
       *tickets = 0;
     }
@@ -69,7 +75,7 @@ __global__ void enqueue_kernel(
 }
 
 __global__ void dequeue_kernel(int64_t* identities, int64_t* gone, int64_t* state, int64_t count, int64_t K) {
-  const int64_t position = state[kPosition], fill = state[kFill];
+  const int64_t position = ring_position(state, K), fill = ring_fill(state, K);
   const int64_t oldest = ring_oldest(position, fill, K);
   for (int64_t b = threadIdx.x; b < count; b += blockDim.x) {
     int64_t identity = -1;
@@ -86,7 +92,6 @@ __global__ void dequeue_kernel(int64_t* identities, int64_t* gone, int64_t* stat
 
 }  // namespace
 
-// state: int64 [3], position, fill and the launch's counter.
 void enqueue(
     const at::Tensor& features_, const at::Tensor& identities_, at::Tensor& queue, at::Tensor& queue_identities,
     at::Tensor& state, bool unit, const OptionalTensor& group) {
@@ -94,7 +99,8 @@ void enqueue(
       (group ? features_.index_select(0, group->to(at::kLong).view({1})).squeeze(0) : features_).contiguous();
   const at::Tensor identities = identities_.contiguous();
   const int64_t B = features.size(0), D = features.size(1), K = queue.size(0);
-  TORCH_CHECK(queue.is_contiguous() && queue.size(1) == D && B <= K, "enqueue: shapes disagree");
+  TORCH_CHECK(
+      queue.is_contiguous() && queue.size(1) == D && B <= K && state.numel() == kState, "enqueue: shapes disagree");
   if (B == 0) return;
   const c10::cuda::CUDAGuard guard(queue.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -108,7 +114,8 @@ void enqueue(
       auto launch = [&](auto kernel) {
         kernel<<<grid, kWarps * kWarp, 0, stream>>>(
             features.const_data_ptr<From>(), identities.const_data_ptr<int64_t>(), queue.mutable_data_ptr<To>(),
-            queue_identities.mutable_data_ptr<int64_t>(), ring, reinterpret_cast<unsigned*>(ring + 2), B, D, K, unit);
+            queue_identities.mutable_data_ptr<int64_t>(), ring, reinterpret_cast<unsigned*>(ring + kTickets), B, D, K,
+            unit);
       };
       const bool aligned = D % wide == 0 && reinterpret_cast<uintptr_t>(features.const_data_ptr()) % 16 == 0;
       if (aligned)
@@ -121,6 +128,7 @@ void enqueue(
 }
 
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state) {
+  TORCH_CHECK(state.numel() == kState && count >= 0 && count <= queue_identities.size(0), "dequeue: shapes disagree");
   const c10::cuda::CUDAGuard guard(queue_identities.device());
   at::Tensor gone = at::empty({count}, queue_identities.options());
   dequeue_kernel<<<1, 1024, 0, c10::cuda::getCurrentCUDAStream()>>>(

@@ -1,0 +1,69 @@
+// A tile of slots: loading it, and its sides in the products.
+#pragma once
+
+#include "products.h"
+
+namespace sst_fast::cpu::SST_NAMESPACE {
+
+// A tile of slots.
+template <typename E>
+struct SlotTile {
+  const E* w;  // [count, D]
+  Prefetch next;
+  int64_t first, count;
+  SumOf<E> factor[kMaxTile];  // 1 / norm where rows are to be normalised: cosines are scaled, not rows
+  int32_t id_low[kMaxTile], id_high[kMaxTile];  // halves of the identity
+  bool empty[kMaxTile];                         // masked for every probe
+};
+
+// `count` slots from `first` on: the queue itself, or a copy where the batch window or another format is in the way.
+// `last`: where the chunk ends that is being swept.
+template <typename E>
+static void load_tile(
+    const Slots<SumOf<E>>& slots, int64_t first, int64_t count, int64_t last, E* copy, SlotTile<E>& tile) {
+  const int64_t D = slots.D, K = slots.K, row = D / Element<E>::kEach;
+  tile.first = first;
+  tile.count = count;
+  // Where a slot lies in the window: its distance from the window's start, modulo K.
+  const int64_t offset = first - slots.window_start < 0 ? first - slots.window_start + K : first - slots.window_start;
+  const bool windowed = slots.window && !slots.window_is_masked && (offset < slots.window_size || offset + count > K);
+  const bool native = !windowed && slots.format == Element<E>::kFormat;
+  tile.w = native ? static_cast<const E*>(slots.features) + first * row : copy;
+  const char* base = static_cast<const char*>(slots.features);
+  const int64_t bytes = D * bytes_of(slots.format), then = first + count;
+  tile.next = {base + then * bytes, base + (last - then < count ? last : then + count) * bytes};
+  for (int64_t j = 0; j < count; j++) {
+    const int64_t inside = offset + j < K ? offset + j : offset + j - K;
+    const bool replaced = slots.window && inside < slots.window_size, own = replaced && !slots.window_is_masked;
+    const int64_t id = !slots.identity ? 0 : own ? slots.window_identity[inside] : slots.identity[first + j];
+    tile.empty[j] = (id < 0 && slots.mask_empty) || (replaced && slots.window_is_masked);
+    tile.id_low[j] = int32_t(id & 0xffffffff);
+    tile.id_high[j] = int32_t(id >> 32);
+    if (slots.inverse_norm) tile.factor[j] = own ? slots.window_inverse_norm[inside] : slots.inverse_norm[first + j];
+    if (native) continue;
+    E* to = copy + j * row;
+    if (own && tile.empty[j])  // may hold anything, and a weight of 0 does not make a NaN harmless
+      for (int64_t k = 0; k < row; k++) to[k] = E{};
+    else
+      read_elements(own ? slots.window : slots.features, slots.format, (own ? inside : first + j) * D, D, to);
+  }
+}
+
+// The tile as the left side of product 2: itself, or neighbouring slots in pairs [pair][d].
+template <typename E>
+static const E* along_slots(const SlotTile<E>& tile, int64_t D, E* pairs) {
+  if constexpr (Element<E>::kEach == 1) {
+    return tile.w;
+  } else {
+    const uint16_t* w = reinterpret_cast<const uint16_t*>(tile.w);
+    for (int64_t j = 0; j < tile.count; j += 2) {
+      const bool single = j + 1 == tile.count;
+      const uint16_t *even = w + j * D, *odd = single ? even : even + D;
+      const uint32_t keep = single ? 0 : 0xffff0000;
+      for (int64_t d = 0; d < D; d++) pairs[j / 2 * D + d].bits = even[d] | ((uint32_t(odd[d]) << 16) & keep);
+    }
+    return pairs;
+  }
+}
+
+}  // namespace sst_fast::cpu::SST_NAMESPACE
