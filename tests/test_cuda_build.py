@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sst_fast.backends import choose
+from sst_fast.backends.extension import compiled
 
-compiled = choose.compiled
 triton = pytest.importorskip("triton")  # its wheel carries cuobjdump
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 pytestmark = pytest.mark.skipif(
