@@ -31,10 +31,14 @@ PYBIND11_MODULE(_C, m) {
       });
   // The index arithmetic of tiles.h, for tests.
   m.def("tile", [](int number, int last, int start, int K, int B) {
-    const Tile tile(number, last, start, K, B);
+    const SlotTile tile(number, last, start, K, B);
     std::vector<int> slots, columns;
     for (int j = 0; j < kSlots; j++) slots.push_back(tile.slot(j)), columns.push_back(tile.column(slots.back()));
     return std::tuple(tile.of_window, tile.first, slots, columns, tile.whole());
+  });
+  m.def("plan_sweep", [](int rows_in_group, int groups, int K, int B, int D, int processors, bool can_share) {
+    const SweepPlan plan = plan_sweep(rows_in_group, groups, K, B, D, processors, can_share);
+    return std::tuple(plan.splits, plan.tiles_in_split, plan.cluster, plan.blocks_in_group);
   });
   m.def("swizzled", &swizzled);
   m.def("narrow_swizzled", &narrow_swizzled);
@@ -42,7 +46,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("narrow_rows_operand", &narrow_rows_operand);
   m.def("columns_operand", &columns_operand);
 #ifdef SST_FAST_CUDA
-  m.def("cuda_sweep", &cuda::sweep, py::call_guard<py::gil_scoped_release>());
   m.attr("cuda") = SST_FAST_CUDA;
   m.attr("sm90a") = bool(SST_FAST_SM90A);
 #else

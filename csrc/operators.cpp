@@ -42,6 +42,10 @@ ResultTuple margin_softmax(
     at::IntArrayRef integers, at::ArrayRef<double> numbers, Text backend) {
   if (backend == "cpu")
     return as_tuple(cpu::margin_softmax(Arguments(embedding, prototypes, positive, tensors, integers, numbers)));
+#ifdef SST_FAST_CUDA
+  if (backend == "hopper")
+    return as_tuple(cuda::margin_softmax(Arguments(embedding, prototypes, positive, tensors, integers, numbers)));
+#endif
   return find_operator<Loss>(std::string(backend) + "_margin_softmax")
       .call(embedding, prototypes, positive, tensors, integers, numbers);
 }
@@ -329,11 +333,9 @@ TORCH_LIBRARY(sst_fast, m) {
   m.def(
       "positive_gradient(Tensor grad_loss, Tensor row_weight, Tensor target_slope, Tensor embedding, Tensor positive, "
       "bool normalize) -> Tensor");
-  // Backends whose kernels are launched from Python (sst_fast/backends/) register theirs when they are first chosen.
-  for (const std::string backend : {"triton", "hopper"}) {
-    m.def((backend + "_margin_softmax(" SST_LOSS ") -> " SST_RESULTS).c_str());
-    m.def((backend + "_prototype_gradient(Tensor grad_loss, Tensor[] found, " SST_LOSS ") -> Tensor").c_str());
-  }
+  // Triton's kernels are launched from Python, which registers these when they are first chosen.
+  m.def("triton_margin_softmax(" SST_LOSS ") -> " SST_RESULTS);
+  m.def("triton_prototype_gradient(Tensor grad_loss, Tensor[] found, " SST_LOSS ") -> Tensor");
   // What the queue's operators take and give: ops.h.
   m.def(
       "enqueue(Tensor features, Tensor identities, Tensor(a!) queue, Tensor(b!) queue_identities, Tensor(c!) state, "

@@ -58,15 +58,8 @@ void enqueue(
     at::Tensor& state, bool unit, const OptionalTensor& group);
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state);
 
-// The loss's sweep on Hopper: partial results of each split of the tiles, as kernels/margin_softmax.py combines them.
-// out, each [splits, N]: shift, total, hard_sum (float32), hard, live (int32), hardest (float32), slot, beats (int32);
-// moment [splits, N, D] float32, or empty where no gradient is wanted. kernels/hopper.py plans and checks.
-void sweep(
-    const at::Tensor& unit, const at::Tensor& prototypes, const OptionalTensor& window,
-    const OptionalTensor& window_start, const at::Tensor& target, const OptionalTensor& identity,
-    const OptionalTensor& slot_identity, const OptionalTensor& window_identity, const at::Tensor& cosine,
-    const at::Tensor& scales, const at::Tensor& phi_rows, const std::vector<at::Tensor>& out, const at::Tensor& moment,
-    int64_t tiles_in_split, int64_t cluster, int64_t kind, bool mask_empty, bool straight_through);
+// On Hopper; what sst_fast/backends/hopper.py has refused is not checked again.
+Results margin_softmax(const Arguments&);
 }  // namespace cuda
 #endif
 

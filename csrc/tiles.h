@@ -1,6 +1,9 @@
-// The index arithmetic of the Hopper sweep (cuda/sweep_sm90.cu): which slots a tile holds, and where its numbers lie in
-// shared memory. Shared with the CPU, where tests/test_sweep_sm90.py checks it.
+// The index arithmetic of the Hopper sweep (cuda/sweep_sm90.h): how the work is cut, which slots a tile holds, and
+// where its numbers lie in shared memory. Shared with the CPU, where tests/test_sweep_sm90.py checks it.
 #pragma once
+
+#include <algorithm>
+#include <cstdint>
 
 #include "margin.h"  // SST_HD
 
@@ -8,14 +11,48 @@ namespace sst_fast {
 
 constexpr int kRows = 64, kSlots = 64;  // probes of a block, slots of a tile
 
+// Blocks [blocks of rows] x [splits of the tiles]. `cluster` blocks of neighbouring rows share what they load.
+struct SweepPlan {
+  int splits, tiles_in_split, cluster, blocks_in_group;
+};
+constexpr int kMaxSplits = 256;
+
+// The cut whose blocks, so many at a time as there are processors, are predicted to end first; not measured on a GPU.
+// Time is in tiles of a block that shares its loads. kEnds: a block's beginning and end, its moments written and read
+// again above all. kAlone: the second-level cache feeds 64-row blocks that share nothing at 5.5 of the 7.4 TB/s that
+// the tensor cores can take.
+inline SweepPlan plan_sweep(int rows_in_group, int groups, int K, int B, int D, int processors, bool can_share) {
+  constexpr double kEnds = 8, kAlone = 7.4 / 5.5, kWorthwhile = 0.97;
+  constexpr int64_t kMoments = 64 << 20;  // bytes, where one round of blocks would need fewer splits
+  const int blocks = std::max(1, (rows_in_group + kRows - 1) / kRows);
+  const int tiles = (K + kSlots - 1) / kSlots + (B + kSlots - 1) / kSlots;
+  SweepPlan best{};
+  double least = 0;
+  for (int cluster = can_share && blocks > 1 ? 2 : 1; cluster > 0; cluster--) {
+    const int in_group = (blocks + cluster - 1) / cluster * cluster;
+    const int at_once = std::max(1, processors / cluster) * cluster;
+    const int most = std::min({(tiles + 1) / 2, processors, kMaxSplits});
+    for (int wanted = 1; wanted <= most; wanted++) {
+      const int in_split = 2 * ((tiles + 2 * wanted - 1) / (2 * wanted));  // they are taken in pairs
+      const int splits = (tiles + in_split - 1) / in_split;
+      if (splits != wanted) continue;  // the same as with fewer
+      const int64_t all = int64_t(groups) * in_group * splits, rounds = (all + at_once - 1) / at_once;
+      if (rounds > 1 && splits > 1 && int64_t(splits) * groups * rows_in_group * D * 4 > kMoments) break;
+      const double time = double(rounds) * (in_split * (can_share && cluster == 1 ? kAlone : 1.0) + kEnds);
+      if (best.splits == 0 || time < kWorthwhile * least) best = {splits, in_split, cluster, in_group}, least = time;
+    }
+  }
+  return best;
+}
+
 // A tile of slots: of the queue, or, after the queue's last one, of the batch window.
-struct Tile {
+struct SlotTile {
   int first, end, start, K, B;
   bool of_window;
 
   // number: among the queue's tiles and then the window's; last: where the range of tiles ends that is being swept;
   // start: the window's first slot. B is 0 where there is no window.
-  SST_HD Tile(int number, int last, int start, int K, int B) : start(start), K(K), B(B) {
+  SST_HD SlotTile(int number, int last, int start, int K, int B) : start(start), K(K), B(B) {
     const int of_queue = (K + kSlots - 1) / kSlots;
     of_window = number >= of_queue;
     first = (of_window ? number - of_queue : number) * kSlots;
@@ -66,5 +103,8 @@ SST_HD uint64_t narrow_rows_operand(uint32_t at) {
 SST_HD uint64_t columns_operand(uint32_t at, uint32_t panel) {
   return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(panel >> 4) << 16 | (at & 0x3ffff) >> 4;
 }
+
+// The operand so many bytes further on, a multiple of 16.
+SST_HD uint64_t operand_at(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
 
 }  // namespace sst_fast

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA queue and of the Hopper sweep, wherever the extension was built with CUDA; no GPU needed."""
+"""The machine code of the CUDA queue and of the loss on Hopper, wherever the extension was built with CUDA; no GPU needed."""
 
 import functools
 import re
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sst_fast.backends import choose
+from sst_fast.backends.extension import compiled
 
-compiled = choose.compiled
 triton = pytest.importorskip("triton")  # its wheel carries cuobjdump
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 pytestmark = pytest.mark.skipif(
@@ -67,13 +66,19 @@ def test_the_hopper_sweep_uses_what_hopper_has():
         product, depth = ("QGMMA", 32) if of_bytes else ("HGMMA", 16)
         cosines = len(re.findall(rf"\b{product}\.64x64x{depth}", part))
         wanted = 2 * 64 // depth if moment else 0  # for either tile
-        if dim == 128:
+        width = dim // 2
+        if of_bytes:  # no more columns at once than registers hold beside the float32 sums
+            wanted, width = wanted * width // 64, 64
+        if width == 64:  # as many as the cosines have
             assert cosines == dim // depth + wanted, name
         else:
             assert cosines == dim // depth, name
-            assert len(re.findall(rf"\b{product}\.64x{dim // 2}x{depth}", part)) == wanted, name
+            assert len(re.findall(rf"\b{product}\.64x{width}x{depth}", part)) == wanted, name
         assert "UTMALDG.3D" in part, name
         assert ("UTMALDG.3D.MULTICAST" in part) == ("__nv_fp8" not in name), name
         assert "USETMAXREG" in part, name
+        # Barriers of memory and discarded caches only where blocks of a cluster begin and end, and one for the weights.
+        assert len(re.findall(r"\bMEMBAR\.\S*GPU", part)) <= 2, name
+        assert len(re.findall(r"\bCCTL", part)) <= 2, name
     # Three dimensions and three dtypes, float8 products of two; four families of margins, with and without a gradient.
     assert len(whole) == (3 * 3 + 2) * 4 * 2

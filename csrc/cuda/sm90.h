@@ -29,6 +29,9 @@ __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
 }
 
+// Tells the compiler that all threads of the warp have the same number.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // 2^x with an error of 2 ulp; what is below 2^-126 becomes 0.
 __device__ __forceinline__ float power_of_two(float x) {
   float y;
@@ -53,13 +56,14 @@ __device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// At the same barrier of a block of the cluster.
+// At the same barrier of a block of the cluster. As CUTLASS does, without `.release.cluster`, which becomes a memory
+// barrier of the whole device: what went before are products that this thread has awaited.
 __device__ __forceinline__ void arrive_at(uint64_t* barrier, uint32_t block) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(block)
       : "memory");
@@ -70,12 +74,13 @@ __device__ __forceinline__ void arrive_and_expect(uint64_t* barrier, uint32_t by
                : "memory");
 }
 
+// Without `.acquire.cluster`, which would discard the first-level cache.
 __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
@@ -142,6 +147,14 @@ __device__ __forceinline__ void wait_for_products(float (&o)[count]) {
   hold(o);
 }
 
+// Four matrices of 8 x 8 numbers of 16 bits; lane l says where row l % 8 of matrix l / 8 begins, 16 bytes. A thread
+// holds of matrix m, in words[m], row lane / 4, columns 2 * (lane % 4) + {0, 1}.
+__device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // clang-format off
 #define SST_LIST_32 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
@@ -162,13 +175,13 @@ __device__ __forceinline__ void wait_for_products(float (&o)[count]) {
 #define SST_REGISTERS_64(o, i) SST_REGISTERS_32(o, i), SST_REGISTERS_32(o, (i) + 32)
 #define SST_REGISTERS_128(o, i) SST_REGISTERS_64(o, i), SST_REGISTERS_64(o, (i) + 64)
 // a, b, add, columns: the operands after `count` accumulators.
-#define SST_PRODUCT(count, columns, type, a, b, add, turned)                                                  \
+#define SST_WGMMA(count, columns, type, a, b, add, turned)                                                  \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add ", 0;\n"                                          \
                "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type                           \
                " {" SST_LIST_##count "}, %" #a ", %" #b ", p, 1, 1, 0, %" #turned ";\n}"                       \
                : SST_REGISTERS_##count(o, 0)                                                                  \
                : "l"(left), "l"(right), "r"(int(accumulate)), "n"(int(kColumns)))
-#define SST_PRODUCT_OF_BYTES(count, columns, a, b, add)                                                       \
+#define SST_WGMMA_OF_BYTES(count, columns, a, b, add)                                                       \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add ", 0;\n"                                          \
                "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3"                                \
                " {" SST_LIST_##count "}, %" #a ", %" #b ", p, 1, 1;\n}"                                        \
@@ -181,19 +194,19 @@ __device__ __forceinline__ void wait_for_products(float (&o)[count]) {
 // + lane / 4 and g + 8 the columns 8 j + 2
 // * (lane % 4) + {0, 1}, as o[4 j + {0, 1}] and o[4 j + {2, 3}].
 template <typename T, bool kColumns, int count>
-__device__ __forceinline__ void product(float (&o)[count], uint64_t left, uint64_t right, bool accumulate) {
+__device__ __forceinline__ void wgmma(float (&o)[count], uint64_t left, uint64_t right, bool accumulate) {
   constexpr bool bf16 = std::is_same_v<T, __nv_bfloat16>, bytes = std::is_same_v<T, __nv_fp8_e4m3>;
   static_assert(bf16 || std::is_same_v<T, __half> || (bytes && !kColumns));
   static_assert(count == 32 || count == 64 || count == 128);
-  if constexpr (count == 32 && bytes) SST_PRODUCT_OF_BYTES(32, 64, 32, 33, 34);
-  if constexpr (count == 32 && bf16) SST_PRODUCT(32, 64, "bf16", 32, 33, 34, 35);
-  if constexpr (count == 32 && !bf16 && !bytes) SST_PRODUCT(32, 64, "f16", 32, 33, 34, 35);
-  if constexpr (count == 64 && bytes) SST_PRODUCT_OF_BYTES(64, 128, 64, 65, 66);
-  if constexpr (count == 64 && bf16) SST_PRODUCT(64, 128, "bf16", 64, 65, 66, 67);
-  if constexpr (count == 64 && !bf16 && !bytes) SST_PRODUCT(64, 128, "f16", 64, 65, 66, 67);
-  if constexpr (count == 128 && bytes) SST_PRODUCT_OF_BYTES(128, 256, 128, 129, 130);
-  if constexpr (count == 128 && bf16) SST_PRODUCT(128, 256, "bf16", 128, 129, 130, 131);
-  if constexpr (count == 128 && !bf16 && !bytes) SST_PRODUCT(128, 256, "f16", 128, 129, 130, 131);
+  if constexpr (count == 32 && bytes) SST_WGMMA_OF_BYTES(32, 64, 32, 33, 34);
+  if constexpr (count == 32 && bf16) SST_WGMMA(32, 64, "bf16", 32, 33, 34, 35);
+  if constexpr (count == 32 && !bf16 && !bytes) SST_WGMMA(32, 64, "f16", 32, 33, 34, 35);
+  if constexpr (count == 64 && bytes) SST_WGMMA_OF_BYTES(64, 128, 64, 65, 66);
+  if constexpr (count == 64 && bf16) SST_WGMMA(64, 128, "bf16", 64, 65, 66, 67);
+  if constexpr (count == 64 && !bf16 && !bytes) SST_WGMMA(64, 128, "f16", 64, 65, 66, 67);
+  if constexpr (count == 128 && bytes) SST_WGMMA_OF_BYTES(128, 256, 128, 129, 130);
+  if constexpr (count == 128 && bf16) SST_WGMMA(128, 256, "bf16", 128, 129, 130, 131);
+  if constexpr (count == 128 && !bf16 && !bytes) SST_WGMMA(128, 256, "f16", 128, 129, 130, 131);
 }
 
 // How many registers each thread of this warpgroup may use from here on.
