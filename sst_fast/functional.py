@@ -97,7 +97,8 @@ def margin_softmax(
             is no negative (-1: none).
         positive: [N, D]: the targets themselves where they are no rows of ``prototypes``, as in MoCo's InfoNCE; taken as they
             are, or normalised with ``normalize_prototypes``; may require a gradient.
-        margin: a margin of :mod:`sst_fast.margins`; its parameters may be tensors [N], one value per probe.
+        margin: a margin of :mod:`sst_fast.margins`; its parameters may be tensors [N], one value per probe, and those that it
+            names ``trainable`` may require a gradient.
         scale: s in (0, 1000], the inverse temperature: a number, a 0-d tensor or a tensor [N] (no gradient).
         reduction: 'mean' (default), 'sum' or 'none' (float32 [N]; float64 if an input is).
         weight: [N], floating point, multiplies each probe's loss; 'mean' then divides by the sum of weights.

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -783,7 +783,7 @@ def _check_arc_beyond(margin: Margin, beyond: object) -> None:
 
 
 def _check_combined_beyond(margin: Margin, beyond: object) -> None:
-    if beyond not in get_args(CombinedBeyond):
+    if beyond not in COMBINED_RULES:
         raise ValueError(
             f"{type(margin).__name__}: beyond must be one of {', '.join(map(repr, COMBINED_RULES))}, got {beyond!r}"
         )

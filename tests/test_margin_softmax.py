@@ -562,6 +562,7 @@ IDS = torch.arange(4)
         ({"scale": torch.ones(4, requires_grad=True)}, ValueError, "scale must not require a gradient"),
         ({"margin": AMSoftmax(torch.ones(3))}, ValueError, r"margin: a parameter must be .*\[4\] or \[\] on cpu, got \[3\]"),
         ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \[4\], got \[3\]"),
+        ({"weight": torch.ones(4, requires_grad=True)}, ValueError, "weight must not require a gradient"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1.0"),
         ({"gradient": "wrong"}, ValueError, "gradient must be one of 'exact', 'straight_through', got 'wrong'"),
         ({"identity": IDS}, ValueError, "identity .* needs slot_identity"),
