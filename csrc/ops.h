@@ -52,6 +52,8 @@ void enqueue(
     const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,
     at::Tensor& state, bool unit);
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> window(
+    const at::Tensor& features, const at::Tensor& state, int64_t size, at::ScalarType dtype);
 
 // The loss's sweep on Hopper: partial results of each split of the tiles, as kernels/margin_softmax.py combines them.
 // out, each [splits, N]: shift, total, hard_sum (float32), hard, live (int32), hardest (float32), slot, beats (int32);
