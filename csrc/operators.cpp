@@ -380,6 +380,7 @@ TORCH_LIBRARY_IMPL(sst_fast, CPU, m) {
 TORCH_LIBRARY_IMPL(sst_fast, CUDA, m) {
   m.impl("enqueue", &cuda::enqueue);
   m.impl("dequeue", &cuda::dequeue);
+  m.impl("window", &cuda::window);
 }
 #endif
 

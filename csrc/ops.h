@@ -57,6 +57,8 @@ void enqueue(
     const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,
     at::Tensor& state, bool unit, const OptionalTensor& group);
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state);
+WindowTensors window(
+    at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t size, at::ScalarType dtype);
 
 // On Hopper; what sst_fast/backends/hopper.py has refused is not checked again.
 Results margin_softmax(const Arguments&);

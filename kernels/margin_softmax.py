@@ -1,155 +1,264 @@
-"""The fused loss in Triton: prepare rows, sweep the queue in splits, combine. No atomics, no N x K tensor.
+"""The fused loss in Triton: prepare rows, sweep the queue in splits, combine. The result never changes from run to run: no
+atomics, no N x K tensor.
 
-Sizes: N probes, K slots, D features, B slots in the batch window, S splits of the queue. All arithmetic is float32; products
-take the prototypes' dtype (float32: PyTorch's matmul precision decides between tf32 and ieee; float8: float16, which holds it exactly).
+Sizes: N probes, K slots, D features, B slots in the batch window, S splits of the queue; the window is one split more. Sums are
+float32, what is done once per probe float64; products take the prototypes' dtype (float32: PyTorch's matmul precision decides
+between tf32 and ieee; float8: float16, which holds it exactly). A tensor that is not there is None, which Triton compiles for.
 sst_fast/backends/triton.py launches these kernels.
+
+What kernels hand on lies in few arrays of several rows, because a launch costs the host time for every argument:
+``rows`` float32 [ROW_FIELDS, N], ``partial`` float32 [PARTIAL_FIELDS, splits, N], ``counts`` int32 [COUNT_FIELDS, splits, N].
 """
 
 import triton
 import triton.language as tl
-from sst_fast.kernels.margins import NPC, phi, phi_is_identity, phi_row, target_margin
+from sst_fast.kernels.margins import needs_hard_mean, phi, phi_is_identity, phi_row, target_margin
+
+from sst_fast.reference import MIN_NORM as MIN_NORM_OF_ALL
 
 # Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.
 COUNTS = ["K", "B", "S", "rows_in_group", "blocks_in_group", "tiles_in_split"]
 NEVER = tl.constexpr(-1e30)  # cosine of a masked slot: finite, so that nothing becomes NaN on the way
+MIN_NORM = tl.constexpr(MIN_NORM_OF_ALL)
+# float16 flushes what is below 6e-8: weights over float16 are lifted by this many powers of e, and may be 4 at most (phi').
+LIFT = tl.constexpr(8.0)
+LARGEST_FLOAT16 = tl.constexpr(32768.0)
+# Without tensor cores every thread holds its operands over the whole length of the sum: cosines are summed in pieces of D.
+PIECE = tl.constexpr(16)
+
+# Rows of `rows`. PHI is the first of four; UNIFORM, the share of label smoothing of each slot, is for the second sweep.
+INVERSE_NORM, SCALE, PHI, UNIFORM = (tl.constexpr(at) for at in (0, 1, 2, 6))
+ROW_FIELDS = 7
+SHIFT, SUM, LOGITS, HARD_SUM, HARDEST = (tl.constexpr(at) for at in range(5))
+PARTIAL_FIELDS = 5
+HARD, LIVE, SLOT, BEATS = (tl.constexpr(at) for at in range(4))
+COUNT_FIELDS = 4
 
 
 @triton.jit
-def _parameters(rows, i, N, p0, p1, p2, p3, p4, p5, scale, scale_rows, P: tl.constexpr, SCALE_ROWS: tl.constexpr):
-    """The margin's parameters and the scale of probe i: numbers, or loaded where they vary."""
+def _parameters(margin_rows, i, real, N, p0, p1, p2, p3, p4, p5, P: tl.constexpr):
+    """The margin's parameters for probes i: numbers, or loaded where they vary."""
     if P > 0:
-        p0 = tl.load(rows + i)
+        p0 = tl.load(margin_rows + i, mask=real, other=0.0).to(tl.float32)
     if P > 1:
-        p1 = tl.load(rows + N + i)
+        p1 = tl.load(margin_rows + N + i, mask=real, other=0.0).to(tl.float32)
     if P > 2:
-        p2 = tl.load(rows + 2 * N + i)
+        p2 = tl.load(margin_rows + 2 * N + i, mask=real, other=1.0).to(tl.float32)
     if P > 3:
-        p3 = tl.load(rows + 3 * N + i)
+        p3 = tl.load(margin_rows + 3 * N + i, mask=real, other=0.0).to(tl.float32)
     if P > 4:
-        p4 = tl.load(rows + 4 * N + i)
+        p4 = tl.load(margin_rows + 4 * N + i, mask=real, other=0.0).to(tl.float32)
     if P > 5:
-        p5 = tl.load(rows + 5 * N + i)
-    if SCALE_ROWS:
-        scale = tl.load(scale_rows + i)
-    return p0, p1, p2, p3, p4, p5, scale
+        p5 = tl.load(margin_rows + 5 * N + i, mask=real, other=0.0).to(tl.float32)
+    return p0, p1, p2, p3, p4, p5
+
+
+@triton.jit
+def _inverse_norm(row):
+    """Of float64 rows [., D]; 0 for a row that is too short to have a direction."""
+    norm = tl.sqrt(tl.sum(row * row, 1))
+    return tl.where(norm < MIN_NORM, 0.0, 1.0 / tl.where(norm < MIN_NORM, 1.0, norm))
+
+
+@triton.jit
+def _since(slot, begin, K):
+    """How many slots lie between slot ``begin`` of the ring and ``slot``."""
+    distance = slot - begin
+    return tl.where(distance < 0, distance + K, distance)
 
 
 @triton.jit
 def _target_row(
-    w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d,
-    WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
+    w, window, positive, start, slot, i, real, d, K, D, B, rows_in_group, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """The target prototype of probe i; NaN where the target is no slot."""
-    known = (y >= 0) & (y < K)
-    slot = tl.where(known, y, 0)
-    row = tl.load(w + slot * D + d, mask=d < D, other=0.0).to(tl.float32)
-    factor = 1.0
+    """The targets of probes i, float64 [., D], normalised if asked for; zeros where there is none."""
+    inside = real[:, None] & (d < D)[None, :]
+    if positive is not None:
+        row = tl.load(positive + i[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float64)
+    else:
+        inside = inside & (slot >= 0)[:, None]
+        in_queue = inside
+        if window is not None:
+            since = _since(slot, tl.load(start).to(tl.int32), K)
+            of_window = inside & (since < B)[:, None]
+            own = (i // rows_in_group) * B + since
+            shown = tl.load(window + own[:, None] * D + d[None, :], mask=of_window, other=0.0).to(tl.float32)
+            in_queue = inside & (since >= B)[:, None]
+        row = tl.load(w + slot.to(tl.int64)[:, None] * D + d[None, :], mask=in_queue, other=0.0).to(tl.float32)
+        if window is not None:
+            row = tl.where(of_window, shown, row)
+        row = row.to(tl.float64)
     if NORMALIZE:
-        factor = tl.load(inverse_w + slot)
-    if WINDOW:
-        inside = (slot - tl.load(start) + K) % K
-        if inside < B:
-            own = (i // rows_in_group) * B + inside
-            row = tl.load(window + own * D + d, mask=d < D, other=0.0).to(tl.float32)
-            if NORMALIZE:
-                factor = tl.load(inverse_window + own)
-    # In float64: rounding would turn the row, which shows where it is nearly parallel to the probe.
-    return tl.where(known, row.to(tl.float64) * factor, float("nan"))
+        row *= _inverse_norm(row)[:, None]
+    return row
+
+
+@triton.jit
+def _prepare_rows(
+    block, x, w, window, positive, start, target, weight, margin_rows, scale_rows, unit, rows, slots, exact_cosine, cosine,
+    row_weight, N, K, D, B, rows_in_group, ignore_index, p0, p1, p2, p3, p4, p5, scale,
+    KIND: tl.constexpr, P: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    real = i < N
+    d = tl.arange(0, BLOCK_D)
+    valid, wrong, slot = real, i < 0, tl.zeros([ROWS], tl.int32) - 1
+    if target is not None:
+        y = tl.load(target + i, mask=real, other=0)
+        valid = real & (y != ignore_index)
+        known = (y >= 0) & (y < K)
+        wrong = valid & (known == 0)
+        if positive is not None:
+            wrong = wrong & (y != -1)
+        slot = tl.where(valid & known, y, -1).to(tl.int32)
+    # An ignored row may hold anything: it is a row of zeros here.
+    row = tl.load(x + i[:, None] * D + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0).to(tl.float64)
+    inverse = _inverse_norm(row)
+    hat = row * inverse[:, None]
+    own = _target_row(w, window, positive, start, slot, i, valid, d, K, D, B, rows_in_group, NORMALIZE)
+    # In float64: near +-1 an angular margin's slope magnifies the target cosine's rounding. No check can wait for the
+    # device: a target that is no slot makes its row's loss NaN.
+    exact = tl.where(wrong, float("nan"), tl.sum(hat * own, 1))
+    part = own - exact[:, None] * hat
+    sine = tl.sqrt(tl.sum(part * part, 1))
+    a = exact.to(tl.float32)
+    q0, q1, q2, q3, q4, q5 = _parameters(margin_rows, i, real, N, p0, p1, p2, p3, p4, p5, P)
+    r0, r1, r2, r3 = phi_row(a, sine.to(tl.float32), q0, q1, q2, q3, q4, q5, KIND)
+    scales = a * 0.0 + scale
+    if scale_rows is not None:
+        scales = tl.load(scale_rows + i, mask=real, other=1.0).to(tl.float32)
+    factor = valid.to(tl.float32)
+    if weight is not None:
+        factor = tl.where(valid, tl.load(weight + i, mask=real, other=0.0).to(tl.float32), 0.0)
+    tl.store(unit + i[:, None] * BLOCK_D + d[None, :], hat.to(tl.float32).to(unit.dtype.element_ty), mask=real[:, None])
+    tl.store(rows + INVERSE_NORM * N + i, inverse.to(tl.float32), mask=real)
+    tl.store(rows + SCALE * N + i, scales, mask=real)
+    tl.store(rows + PHI * N + i, r0, mask=real)
+    tl.store(rows + (PHI + 1) * N + i, r1, mask=real)
+    tl.store(rows + (PHI + 2) * N + i, r2, mask=real)
+    tl.store(rows + (PHI + 3) * N + i, r3, mask=real)
+    tl.store(slots + i, slot, mask=real)
+    tl.store(exact_cosine + 1 + i, exact, mask=real)
+    tl.store(exact_cosine + 1 + N + i, sine, mask=real)
+    tl.store(cosine + i, a, mask=real)
+    tl.store(row_weight + i, factor, mask=real)
+
+
+@triton.jit
+def _total_weight(target, weight, N, ignore_index, BLOCK: tl.constexpr):
+    """Sum of the weights of all probes that are not ignored, float64 [1]."""
+    total = tl.zeros([1], tl.float64)
+    for first in range(0, N, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        counts = i < N
+        if target is not None:
+            counts = counts & (tl.load(target + i, mask=counts, other=0) != ignore_index)
+        factor = counts.to(tl.float64)
+        if weight is not None:
+            factor = tl.load(weight + i, mask=counts, other=0.0).to(tl.float64)
+        total += tl.sum(factor, 0)
+    return total
+
+
+@triton.jit
+def _prepare_norms(block, matrix, inverse, count, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    j = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    mask = (j < count)[:, None] & (d < D)[None, :]
+    row = tl.load(matrix + j[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+    tl.store(inverse + j, _inverse_norm(row).to(tl.float32), mask=j < count)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def prepare_kernel(
-    x, w, window, inverse_w, inverse_window, start, target, margin_rows, scale_rows,
-    unit, inverse_norm, cosine, exact, scales, phi_rows,
-    N, K, D, B, rows_in_group, p0, p1, p2, p3, p4, p5, scale,
-    KIND: tl.constexpr, P: tl.constexpr, SCALE_ROWS: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x, w, window, positive, start, target, weight, margin_rows, scale_rows,
+    unit, rows, slots, exact_cosine, inverse, cosine, row_weight,
+    N, K, D, B, rows_in_group, ignore_index, p0, p1, p2, p3, p4, p5, scale,
+    KIND: tl.constexpr, P: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program a probe: unit row, norm, target cosine, what phi needs. ``exact`` [2, N]: the target cosine and the length of
-    what the target has across the probe, in float64: an angular margin's slope magnifies their rounding near +-1."""
-    i = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    row = tl.load(x + i * D + d, mask=d < D, other=0.0).to(tl.float64)
-    largest = tl.max(tl.abs(row), 0)
-    usable = tl.where(largest > 0, largest, 1.0)
-    scaled = row / usable
-    norm = tl.sqrt(tl.sum(scaled * scaled, 0))
-    tiny = norm * usable < 1e-12
-    inverse = tl.where(tiny, 0.0, 1.0 / norm)
-    hat = scaled * inverse
-    tl.store(unit + i * BLOCK_D + d, hat.to(tl.float32).to(unit.dtype.element_ty))
-    tl.store(inverse_norm + i, tl.where(tiny, 0.0, inverse / usable))
-    y = tl.load(target + i)
-    own = _target_row(w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d, WINDOW, NORMALIZE)
-    along = tl.sum(hat * own, 0)
-    part = own - along * hat
-    sine = tl.sqrt(tl.sum(part * part, 0))
-    a = along.to(tl.float32)
-    tl.store(cosine + i, a)
-    tl.store(exact + i, along)
-    tl.store(exact + N + i, sine)
-    p0, p1, p2, p3, p4, p5, scale = _parameters(
-        margin_rows, i, N, p0, p1, p2, p3, p4, p5, scale, scale_rows, P, SCALE_ROWS
-    )
-    tl.store(scales + i, scale)
-    r0, r1, r2, r3 = phi_row(a, sine.to(tl.float32), p0, p1, p2, p3, p4, p5, KIND)
-    tl.store(phi_rows + i, r0)
-    tl.store(phi_rows + N + i, r1)
-    tl.store(phi_rows + 2 * N + i, r2)
-    tl.store(phi_rows + 3 * N + i, r3)
+    """All that is done once before the sweep: programs for blocks of probes, then one for the sum of the weights, then,
+    where prototypes are normalised, some for the inverse norms of prototypes and window.
+
+    Of probes: the unit row, the target's slot (-1: none) and cosine, what phi needs, the row's weight (0: ignored).
+    ``exact_cosine`` float64 [1 + 2 N]: the sum of the weights, the target cosines, the lengths of what targets have across the probes; ``inverse`` [K + H B].
+    """
+    block = tl.program_id(0)
+    blocks = tl.cdiv(N, ROWS)
+    if block < blocks:
+        _prepare_rows(
+            block, x, w, window, positive, start, target, weight, margin_rows, scale_rows, unit, rows, slots, exact_cosine,
+            cosine, row_weight, N, K, D, B, rows_in_group, ignore_index, p0, p1, p2, p3, p4, p5, scale, KIND, P, NORMALIZE,
+            ROWS, BLOCK_D,
+        )  # fmt: skip
+    if block == blocks:
+        tl.store(exact_cosine + tl.arange(0, 1), _total_weight(target, weight, N, ignore_index, 1024))
+    if NORMALIZE:
+        of_queue = tl.cdiv(K, ROWS)
+        at = block - blocks - 1
+        if at >= 0:
+            if at < of_queue:
+                _prepare_norms(at, w, inverse, K, D, ROWS, BLOCK_D)
+            else:
+                if window is not None:
+                    _prepare_norms(at - of_queue, window, inverse + K, N // rows_in_group * B, D, ROWS, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def sweep_kernel(
-    unit, w, window, inverse_w, inverse_window, start, target, identity, slot_identity, window_identity,
-    cosine, scales, phi_rows, lse, uniform,
-    shift_out, sum_out, logits_out, hard_sum_out, hard_out, live_out, hardest_out, slot_out, beats_out, moment_out,
+    unit, w, window, inverse, start, slots, identity, slot_identity, window_identity, rows, cosine, lse,
+    partial, counts, moment_out,
     N, K, D, B, rows_in_group, blocks_in_group, tiles_in_split, S,
-    KIND: tl.constexpr, WINDOW: tl.constexpr, IDENTITY: tl.constexpr, SLOT_IDENTITY: tl.constexpr,
-    MASK_EMPTY: tl.constexpr, NORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr, MOMENT: tl.constexpr,
-    SECOND: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr,
+    SMOOTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A block of probes of one group over one split of the slots; the last split is the batch window, if there is one.
 
     Weights are exp(z - shift); in the second sweep exp(z - lse) - uniform.
     """
-    block, split = tl.program_id(0), tl.program_id(1)
+    block, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     group = block // blocks_in_group
     r = (block % blocks_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = r < rows_in_group
     i = (group * rows_in_group + r).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    x = tl.load(unit + i[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
+    IEEE: tl.constexpr = (unit.dtype.element_ty == tl.float32) and (PRECISION == "ieee")
+    if not IEEE:
+        x = tl.load(unit + i[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
     a = tl.load(cosine + i, mask=real, other=0.0)
-    scale = tl.load(scales + i, mask=real, other=1.0)
-    y = tl.load(target + i, mask=real, other=-1).to(tl.int32)  # 64 bits would take twice the registers
-    r0 = tl.load(phi_rows + i, mask=real, other=0.0)
-    r1 = tl.load(phi_rows + N + i, mask=real, other=0.0)
-    r2 = tl.load(phi_rows + 2 * N + i, mask=real, other=0.0)
-    r3 = tl.load(phi_rows + 3 * N + i, mask=real, other=0.0)
-    if IDENTITY:
+    y = tl.load(slots + i, mask=real, other=-1)
+    scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0)
+    r0 = tl.load(rows + PHI * N + i, mask=real, other=0.0)
+    r1 = tl.load(rows + (PHI + 1) * N + i, mask=real, other=0.0)
+    r2 = tl.load(rows + (PHI + 2) * N + i, mask=real, other=0.0)
+    r3 = tl.load(rows + (PHI + 3) * N + i, mask=real, other=0.0)
+    if identity is not None:
         mine = tl.load(identity + i, mask=real, other=-2)
     known = a
     even = a * 0.0
     if SECOND:
         known = tl.load(lse + i, mask=real, other=0.0)
-        even = tl.load(uniform + i, mask=real, other=0.0)
+        even = tl.load(rows + UNIFORM * N + i, mask=real, other=0.0)
+    HALF: tl.constexpr = unit.dtype.element_ty == tl.float16
+    lift = 0.0
+    if HALF:
+        lift = LIFT
 
     # Where this program's slots lie: [first, last) of the queue, or of the window.
     first = split * tiles_in_split * BLOCK_K
     last = tl.minimum(first + tiles_in_split * BLOCK_K, K)
-    base, ids, inverse = w, slot_identity, inverse_w
+    base, ids, norms = w, slot_identity, inverse
     begin = K * 0
-    if WINDOW:
+    of_window = split < 0
+    if window is not None:
         begin = tl.load(start).to(tl.int32)
-        if split == S:
+        of_window = split == S
+        if of_window:
             first, last = K * 0, B
             base = window + group.to(tl.int64) * B * D
-            if SLOT_IDENTITY:
+            if slot_identity is not None:
                 ids = window_identity
-            if NORMALIZE:
-                inverse = inverse_window + group.to(tl.int64) * B
+            if inverse is not None:
+                norms = inverse + K + group.to(tl.int64) * B
 
     shift = a * 0.0 + NEVER
     total = a * 0.0
@@ -165,29 +274,40 @@ def sweep_kernel(
     for j0 in range(first, last, BLOCK_K):
         j = j0 + tl.arange(0, BLOCK_K)
         there = j < last
+        if slot_identity is not None:
+            theirs = tl.load(ids + j, mask=there, other=-1)
         features = tl.load(
             base + j.to(tl.int64)[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
         ).to(unit.dtype.element_ty)
-        c = tl.dot(x, tl.trans(features), input_precision=PRECISION)
-        if NORMALIZE:
-            norm = tl.load(inverse + j, mask=there, other=0.0)
+        if IEEE:
+            c = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            for d0 in range(0, BLOCK_D, PIECE):
+                e = d0 + tl.arange(0, PIECE)
+                some = tl.load(unit + i[:, None] * BLOCK_D + e[None, :], mask=real[:, None], other=0.0)
+                theirs_of = base + j.to(tl.int64)[:, None] * D + e[None, :]
+                part = tl.load(theirs_of, mask=there[:, None] & (e < D)[None, :], other=0.0)
+                c = tl.dot(some, tl.trans(part), c, input_precision=PRECISION)
+        else:
+            c = tl.dot(x, tl.trans(features), input_precision=PRECISION)
+        if inverse is not None:
+            norm = tl.load(norms + j, mask=there, other=0.0)
             c *= norm[None, :]
         slot = j
-        if WINDOW:
-            slot = tl.where(split == S, (j + begin) % K, j)
-            # Of the queue, the slots outside the window: at least B after its start.
-            there = there & (tl.where(split == S, B, (j - begin + K) % K) >= B)
+        if window is not None:
+            slot = tl.where(of_window, j + begin, j)
+            slot = tl.where(slot >= K, slot - K, slot)
+            # Of the queue, the slots outside the window.
+            there = there & (of_window | (_since(j, begin, K) >= B))
         alive = there[None, :] & (slot[None, :] != y[:, None])
-        if SLOT_IDENTITY:
-            theirs = tl.load(ids + j, mask=there, other=-1)
-            if IDENTITY:
+        if slot_identity is not None:
+            if identity is not None:
                 alive = alive & (theirs[None, :] != mine[:, None])
             if MASK_EMPTY:
                 alive = alive & (theirs >= 0)[None, :]
         value, slope = phi(c, r0[:, None], r1[:, None], r2[:, None], r3[:, None], KIND)
         z = scale[:, None] * value
         if SECOND:
-            p = tl.where(alive, tl.exp(z - known[:, None]) - even[:, None], 0.0)
+            p = tl.where(alive, tl.exp(z - known[:, None]) - even[:, None], 0.0) * tl.exp(a * 0.0 + lift)[:, None]
         else:
             shown = tl.where(alive, c, NEVER)
             top = tl.max(shown, 1)
@@ -196,16 +316,17 @@ def sweep_kernel(
             hardest = tl.maximum(hardest, top)
             beats += tl.sum((alive & (c > a[:, None])).to(tl.int32), 1)
             live += tl.sum(alive.to(tl.int32), 1)
-            if KIND == NPC:
+            if needs_hard_mean(KIND):
                 is_hard = alive & (c > r0[:, None])
                 hard += tl.sum(is_hard.to(tl.int32), 1)
                 hard_sum += tl.sum(tl.where(is_hard, c, 0.0), 1)
-            if LOGITS:
+            if SMOOTH:
                 logits += tl.sum(tl.where(alive, z, 0.0), 1)
             if phi_is_identity(KIND):  # the largest logit is the hardest slot's
-                higher = tl.maximum(shift, tl.where(top > NEVER, scale * top, NEVER))
+                highest = tl.where(top > NEVER, scale * top, NEVER)
             else:
-                higher = tl.maximum(shift, tl.max(tl.where(alive, z, NEVER), 1))
+                highest = tl.max(tl.where(alive, z, NEVER), 1)
+            higher = tl.maximum(shift, highest - lift)
             fade = tl.exp(shift - higher)
             total *= fade
             if MOMENT:
@@ -216,160 +337,213 @@ def sweep_kernel(
         if MOMENT:
             if not STRAIGHT:
                 p *= slope
-            if NORMALIZE:
-                p *= norm[None, :]
-            moment = tl.dot(p.to(features.dtype), features, moment, input_precision=PRECISION)
+            summed = features
+            if inverse is not None:
+                if HALF:  # an inverse norm may exceed what float16 holds
+                    summed = (features.to(tl.float32) * norm[:, None]).to(features.dtype)
+                else:
+                    p *= norm[None, :]
+            moment = tl.dot(p.to(features.dtype), summed, moment, input_precision=PRECISION)
 
     out = split.to(tl.int64) * N + i
-    if not SECOND:
-        tl.store(shift_out + out, shift, mask=real)
-        tl.store(sum_out + out, total, mask=real)
-        tl.store(live_out + out, live, mask=real)
-        tl.store(beats_out + out, beats, mask=real)
-        tl.store(hardest_out + out, hardest, mask=real)
-        tl.store(slot_out + out, hardest_slot, mask=real)
-        if KIND == NPC:
-            tl.store(hard_out + out, hard, mask=real)
-            tl.store(hard_sum_out + out, hard_sum, mask=real)
-        if LOGITS:
-            tl.store(logits_out + out, logits, mask=real)
+    field = splits.to(tl.int64) * N
+    if SECOND:
+        moment *= tl.exp(a * 0.0 - lift)[:, None]
+    else:
+        tl.store(partial + SHIFT * field + out, shift, mask=real)
+        tl.store(partial + SUM * field + out, total, mask=real)
+        tl.store(partial + HARDEST * field + out, hardest, mask=real)
+        tl.store(counts + LIVE * field + out, live, mask=real)
+        tl.store(counts + SLOT * field + out, hardest_slot, mask=real)
+        tl.store(counts + BEATS * field + out, beats, mask=real)
+        if needs_hard_mean(KIND):
+            tl.store(partial + HARD_SUM * field + out, hard_sum, mask=real)
+            tl.store(counts + HARD * field + out, hard, mask=real)
+        if SMOOTH:
+            tl.store(partial + LOGITS * field + out, logits, mask=real)
     if MOMENT:
         tl.store(moment_out + out[:, None] * BLOCK_D + d[None, :], moment, mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
-    x, w, window, inverse_w, inverse_window, start, target, margin_rows, scale_rows,
-    inverse_norm, cosine, exact, shift, total, logits, hard_sum, hard, live, hardest, slot, beats, moment,
-    loss_out, gradient_out, lse_out, hardest_out, slot_out, beats_out, live_out, slope_out, residual_out, uniform_out,
-    N, K, D, B, rows_in_group, S, label_smoothing, p0, p1, p2, p3, p4, p5, scale,
-    KIND: tl.constexpr, P: tl.constexpr, SCALE_ROWS: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
-    STRAIGHT: tl.constexpr, LOSS: tl.constexpr, MOMENT: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, w, window, positive, start, margin_rows, rows, slots, exact_cosine, partial, counts, moment,
+    loss_out, lse_out, hardest_out, slot_out, beats_out, residual_out, row_weight, gradient_out, live_out, slope_out,
+    N, K, D, B, rows_in_group, S, label_smoothing, p0, p1, p2, p3, p4, p5,
+    KIND: tl.constexpr, P: tl.constexpr, NORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr, LOSS: tl.constexpr,
+    MOMENT: tl.constexpr, SMOOTH: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program a probe, over all splits: the loss (LOSS), the gradient (MOMENT), or first the one and then the other."""
-    i = tl.program_id(0).to(tl.int64)
-    p0, p1, p2, p3, p4, p5, scale = _parameters(
-        margin_rows, i, N, p0, p1, p2, p3, p4, p5, scale, scale_rows, P, SCALE_ROWS
-    )
-    a = tl.load(cosine + i)
-    highest = a * 0.0 + NEVER  # a constexpr on the left makes a constexpr, in Triton before 3.9
-    sum_z = a * 0.0
-    if LOSS:
-        top, at, above, count, hard_count = a * 0.0 + NEVER, -1, 0, 0, 0
-        all_logits, all_hard = a * 0.0, a * 0.0
-        for split in range(S):
-            part = split * N + i
-            highest = tl.maximum(highest, tl.where(tl.load(total + part) > 0, tl.load(shift + part), NEVER))
-            part_top = tl.load(hardest + part)
-            at = tl.where(part_top > top, tl.load(slot + part), at)
+    """A block of probes over all S splits: the loss (LOSS), the gradient (MOMENT), or first the one and then the other."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    real = i < N
+    d = tl.arange(0, BLOCK_D)
+    scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0)
+    field = S.to(tl.int64) * N
+    highest = scale * 0.0 + NEVER
+    sum_z = scale * 0.0
+    top, at = scale * 0.0 + NEVER, tl.zeros([ROWS], tl.int32) - 1
+    above, count, hard = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
+    logits, hard_sum = scale * 0.0, scale * 0.0
+    gathered = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for split in range(S):
+        part = split * N + i
+        if LOSS:
+            total = tl.load(partial + SUM * field + part, mask=real, other=0.0)
+            shift = tl.load(partial + SHIFT * field + part, mask=real, other=NEVER)
+            higher = tl.maximum(highest, tl.where(total > 0, shift, NEVER))
+            before, here = tl.exp(highest - higher), tl.exp(tl.minimum(shift - higher, 0.0))
+            sum_z = sum_z * before + total * here
+            highest = higher
+            part_top = tl.load(partial + HARDEST * field + part, mask=real, other=NEVER)
+            at = tl.where(part_top > top, tl.load(counts + SLOT * field + part, mask=real, other=-1), at)
             top = tl.maximum(top, part_top)
-            above += tl.load(beats + part)
-            count += tl.load(live + part)
-            if KIND == NPC:
-                hard_count += tl.load(hard + part)
-                all_hard += tl.load(hard_sum + part)
+            above += tl.load(counts + BEATS * field + part, mask=real, other=0)
+            count += tl.load(counts + LIVE * field + part, mask=real, other=0)
+            if needs_hard_mean(KIND):
+                hard += tl.load(counts + HARD * field + part, mask=real, other=0)
+                hard_sum += tl.load(partial + HARD_SUM * field + part, mask=real, other=0.0)
             if SMOOTH:
-                all_logits += tl.load(logits + part)
-        for split in range(S):
-            part = split * N + i
-            sum_z += tl.load(total + part) * tl.exp(tl.minimum(tl.load(shift + part) - highest, 0.0))
-        hard_mean = all_hard / tl.maximum(hard_count, 1)
-        psi, slope = target_margin(tl.load(exact + i), tl.load(exact + N + i), hard_mean, p0, p1, p2, p3, p4, p5, KIND)
+                logits += tl.load(partial + LOGITS * field + part, mask=real, other=0.0)
+        if MOMENT:
+            piece = tl.load(moment + part[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
+            if LOSS:
+                gathered = gathered * before[:, None] + piece * here[:, None]
+            else:
+                gathered += piece
+    if LOSS:
+        q0, q1, q2, q3, q4, q5 = _parameters(margin_rows, i, real, N, p0, p1, p2, p3, p4, p5, P)
+        exact = tl.load(exact_cosine + 1 + i, mask=real, other=0.0)
+        sine = tl.load(exact_cosine + 1 + N + i, mask=real, other=0.0)
+        psi, slope = target_margin(exact, sine, hard_sum / tl.maximum(hard, 1), q0, q1, q2, q3, q4, q5, KIND)
         if STRAIGHT:
-            slope = a * 0.0 + 1.0
+            slope = exact * 0.0 + 1.0
         t = scale * psi
         # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.
-        excess = tl.where(sum_z == 0, a * 0.0 + NEVER, highest + tl.log(sum_z) - t)
+        excess = tl.where(sum_z == 0, NEVER, highest + tl.log(tl.where(sum_z == 0, 1.0, sum_z)) - t)
         small = tl.exp(-tl.abs(excess))
         log1p = tl.where(small < 1e-3, small * (1.0 - small * (0.5 - small * 0.33333333)), tl.log(1.0 + small))
-        plain = tl.where(excess > 0, excess, 0.0 * a) + log1p
+        plain = tl.where(excess > 0, excess, 0.0 * exact) + log1p
         wrong = tl.where(excess > 0, 1.0, small) / (1.0 + small)
         share = label_smoothing / (1 + count)
         loss = plain
         if SMOOTH:
-            loss -= share * (all_logits - count * t)
+            loss -= share * (logits - count * t)
         residual = -(wrong - label_smoothing + share)
-        target_slope = scale * slope * residual
-        tl.store(loss_out + i, loss)
-        tl.store(lse_out + i, plain + t)
-        tl.store(hardest_out + i, tl.where(at < 0, -float("inf"), top))
-        tl.store(slot_out + i, at.to(tl.int64))
-        tl.store(beats_out + i, above.to(tl.int64))
-        tl.store(live_out + i, count.to(tl.int64))
-        tl.store(slope_out + i, target_slope)
-        tl.store(residual_out + i, residual)
-        tl.store(uniform_out + i, share)
-        target_slope, wrong = target_slope.to(tl.float32), wrong.to(tl.float32)
+        target_slope = (scale * slope * residual).to(tl.float32)
+        weight = tl.load(row_weight + i, mask=real, other=0.0)
+        if MEAN:
+            all_weights = tl.load(exact_cosine)
+            weight = (weight / tl.where(all_weights == 0, 1.0, all_weights)).to(tl.float32)
+            tl.store(row_weight + i, weight, mask=real)
+        tl.store(loss_out + i, tl.where(weight == 0, 0.0, loss * weight), mask=real)
+        tl.store(lse_out + i, plain + t, mask=real)
+        tl.store(hardest_out + i, tl.where(at < 0, -float("inf"), top), mask=real)
+        tl.store(slot_out + i, at.to(tl.int64), mask=real)
+        tl.store(beats_out + i, above.to(tl.int64), mask=real)
+        tl.store(residual_out + i, residual, mask=real)
+        tl.store(live_out + i, count.to(tl.int64), mask=real)
+        tl.store(slope_out + i, target_slope, mask=real)
+        if SMOOTH:
+            tl.store(rows + UNIFORM * N + i, share, mask=real)
+        gathered *= tl.where(sum_z == 0, 0.0, wrong.to(tl.float32) / tl.where(sum_z == 0, 1.0, sum_z))[:, None]
     else:
-        target_slope = tl.load(slope_out + i)
-        wrong = a * 0.0
+        target_slope = tl.load(slope_out + i, mask=real, other=0.0)
     if MOMENT:
-        d = tl.arange(0, BLOCK_D)
-        gathered = tl.zeros([BLOCK_D], tl.float32)
-        for split in range(S):
-            part = split * N + i
-            piece = tl.load(moment + part * BLOCK_D + d)
-            if LOSS:
-                fade = tl.exp(tl.minimum(tl.load(shift + part) - highest, 0.0))
-                piece *= tl.where(sum_z == 0, 0.0, fade / tl.where(sum_z == 0, 1.0, sum_z) * wrong)
-            gathered += piece
-        y = tl.load(target + i)
-        own = _target_row(
-            w, window, inverse_w, inverse_window, start, y, i, rows_in_group, K, D, B, d, WINDOW, NORMALIZE
-        )
-        inverse = tl.load(inverse_norm + i)
-        row = tl.load(x + i * D + d, mask=d < D, other=0.0).to(tl.float32)
-        hat = row * inverse
-        along = tl.sum(gathered * hat, 0)
+        inverse = tl.load(rows + INVERSE_NORM * N + i, mask=real, other=0.0)
+        usable = real & (inverse != 0)  # an ignored row may hold anything, and a short one has no gradient
+        slot = tl.load(slots + i, mask=real, other=-1)
+        own = _target_row(w, window, positive, start, slot, i, usable, d, K, D, B, rows_in_group, NORMALIZE)
+        mask = usable[:, None] & (d < D)[None, :]
+        row = tl.load(x + i[:, None] * D + d[None, :], mask=mask, other=0.0)
+        hat = row.to(tl.float32) * inverse[:, None]
+        along = tl.sum(gathered * hat, 1)
         # What the target has across the probe, in float64: where they are nearly parallel the slope is large, this small.
         wide = row.to(tl.float64)
-        square = tl.sum(wide * wide, 0)
-        across = own - tl.sum(own * wide, 0) / tl.where(square > 0, square, 1.0) * wide
-        result = (scale * (gathered - along * hat) + (target_slope * across).to(tl.float32)) * inverse
-        tl.store(gradient_out + i * D + d, result.to(gradient_out.dtype.element_ty), mask=d < D)
+        square = tl.sum(wide * wide, 1)
+        share = tl.sum(own * wide, 1) / tl.where(square > 0, square, 1.0)
+        across = own - share[:, None] * wide
+        result = scale[:, None] * (gathered - along[:, None] * hat) + (target_slope[:, None] * across).to(tl.float32)
+        result *= inverse[:, None]
+        tl.store(gradient_out + i[:, None] * D + d[None, :], result, mask=real[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _incoming(grad_loss, row_weight, i, real, EACH: tl.constexpr):
+    """What the loss of probes i is multiplied by on its way to the result; 0 for those that do not count."""
+    weight = tl.load(row_weight + i, mask=real, other=0.0)
+    grad = tl.load(grad_loss + i * EACH, mask=real, other=0.0).to(tl.float32)
+    return tl.where(weight == 0, 0.0, grad * weight)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def prototypes_kernel(
-    unit, w, inverse_w, target, identity, slot_identity, scales, phi_rows, lse, uniform, factor, target_slope, gradient,
-    N, K, D,
-    KIND: tl.constexpr, IDENTITY: tl.constexpr, SLOT_IDENTITY: tl.constexpr, MASK_EMPTY: tl.constexpr,
-    NORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    unit, w, inverse, start, slots, identity, slot_identity, rows, lse, negatives, grad_loss, row_weight, target_slope,
+    gradient, N, K, D, B, label_smoothing,
+    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, TARGETS: tl.constexpr, EACH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of slots over all probes: its rows of the prototypes' gradient, the targets' part included."""
+    """A tile of slots over all probes: its rows of the prototypes' gradient, the targets' part included (TARGETS: unless these
+    are explicit positives). Slots that a window replaces get zeros. ``grad_loss`` is one number, or one for EACH probe.
+    """
     j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     there = j < K
     d = tl.arange(0, BLOCK_D)
     at = j.to(tl.int64)[:, None] * D + d[None, :]
     inside = there[:, None] & (d < D)[None, :]
+    IEEE: tl.constexpr = (unit.dtype.element_ty == tl.float32) and (PRECISION == "ieee")
     features = tl.load(w + at, mask=inside, other=0.0)
     norm = tl.full([BLOCK_K], 1.0, tl.float32)
-    if NORMALIZE:
-        norm = tl.load(inverse_w + j, mask=there, other=0.0)
-    theirs = j.to(tl.int64)
-    if SLOT_IDENTITY:
+    if inverse is not None:
+        norm = tl.load(inverse + j, mask=there, other=0.0)
+    if slot_identity is not None:
         theirs = tl.load(slot_identity + j, mask=there, other=-1)
+    counts = there
+    if start is not None:
+        counts = there & (_since(j, tl.load(start).to(tl.int32), K) >= B)
+    # float16 has a narrow range: the largest weight that can occur is brought to its upper end.
+    HALF: tl.constexpr = unit.dtype.element_ty == tl.float16
+    factor = tl.full([1], 1.0, tl.float32)
+    if HALF:
+        largest = tl.zeros([1], tl.float32)
+        for first in range(0, N, 1024):
+            i = first + tl.arange(0, 1024)
+            real = i < N
+            scale = tl.load(rows + SCALE * N + i, mask=real, other=0.0)
+            at_target = tl.load(target_slope + i, mask=real, other=0.0)
+            incoming = _incoming(grad_loss, row_weight, i, real, EACH)
+            most = tl.maximum(4.0 * scale, tl.abs(at_target)) * tl.abs(incoming)
+            largest = tl.maximum(largest, tl.max(most, 0))
+        factor = LARGEST_FLOAT16 / tl.maximum(largest, 1e-30)
     sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for first in range(0, N, BLOCK_N):
         i = first + tl.arange(0, BLOCK_N)
         real = i < N
         x = tl.load(unit + i.to(tl.int64)[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
-        y = tl.load(target + i, mask=real, other=-1).to(tl.int32)
-        scale = tl.load(scales + i, mask=real, other=1.0)
-        incoming = tl.load(factor + i, mask=real, other=0.0)
-        r0 = tl.load(phi_rows + i, mask=real, other=0.0)
-        r1 = tl.load(phi_rows + N + i, mask=real, other=0.0)
-        r2 = tl.load(phi_rows + 2 * N + i, mask=real, other=0.0)
-        r3 = tl.load(phi_rows + 3 * N + i, mask=real, other=0.0)
+        y = tl.load(slots + i, mask=real, other=-1)
+        scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0)
+        incoming = _incoming(grad_loss, row_weight, i, real, EACH) * factor
+        r0 = tl.load(rows + PHI * N + i, mask=real, other=0.0)
+        r1 = tl.load(rows + (PHI + 1) * N + i, mask=real, other=0.0)
+        r2 = tl.load(rows + (PHI + 2) * N + i, mask=real, other=0.0)
+        r3 = tl.load(rows + (PHI + 3) * N + i, mask=real, other=0.0)
         known = tl.load(lse + i, mask=real, other=0.0)
-        even = tl.load(uniform + i, mask=real, other=0.0)
-        at_target = tl.load(target_slope + i, mask=real, other=0.0)
-        c = tl.dot(features, tl.trans(x), input_precision=PRECISION) * norm[:, None]
-        is_target = j[:, None] == y[None, :]
-        alive = (real[None, :] & there[:, None]) & (is_target == 0)
-        if SLOT_IDENTITY:
-            if IDENTITY:
+        even = label_smoothing / (1.0 + tl.load(negatives + i, mask=real, other=0).to(tl.float32))
+        if IEEE:
+            c = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+            for d0 in range(0, BLOCK_D, PIECE):
+                e = d0 + tl.arange(0, PIECE)
+                some = tl.load(unit + i.to(tl.int64)[:, None] * BLOCK_D + e[None, :], mask=real[:, None], other=0.0)
+                part = tl.load(
+                    w + j.to(tl.int64)[:, None] * D + e[None, :], mask=there[:, None] & (e < D)[None, :], other=0.0
+                )
+                c = tl.dot(part, tl.trans(some), c, input_precision=PRECISION)
+        else:
+            c = tl.dot(features, tl.trans(x), input_precision=PRECISION)
+        c *= norm[:, None]
+        is_target = counts[:, None] & (j[:, None] == y[None, :])
+        alive = (real[None, :] & counts[:, None]) & (is_target == 0)
+        if slot_identity is not None:
+            if identity is not None:
                 mine = tl.load(identity + i, mask=real, other=-2)
                 alive = alive & (theirs[:, None] != mine[None, :])
             if MASK_EMPTY:
@@ -378,9 +552,13 @@ def prototypes_kernel(
         p = tl.where(alive, tl.exp(scale[None, :] * value - known[None, :]) - even[None, :], 0.0) * scale[None, :]
         if not STRAIGHT:
             p *= slope
-        p = tl.where(is_target, at_target[None, :], p) * incoming[None, :]
+        if TARGETS:
+            at_target = tl.load(target_slope + i, mask=real, other=0.0)
+            p = tl.where(is_target, at_target[None, :], p)
+        p = tl.where(incoming[None, :] == 0, 0.0, p * incoming[None, :])
         sums = tl.dot(p.to(x.dtype), x, sums, input_precision=PRECISION)
-    if NORMALIZE:
+    sums *= (1.0 / factor)[:, None]
+    if inverse is not None:
         hat = features.to(tl.float32) * norm[:, None]
         sums = (sums - tl.sum(sums * hat, 1)[:, None] * hat) * norm[:, None]
     tl.store(gradient + at, sums.to(gradient.dtype.element_ty), mask=inside)

@@ -161,3 +161,9 @@ def phi(c, r0, r1, r2, r3, KIND: tl.constexpr):
 def phi_is_identity(KIND: tl.constexpr):
     """Whether the margin leaves the other slots' cosines alone: then the largest logit is that of the largest cosine."""
     return (KIND == SOFTMAX) or (KIND == AM) or (KIND == ARC) or (KIND == COMBINED)
+
+
+@triton.jit
+def needs_hard_mean(KIND: tl.constexpr):
+    """Whether psi takes the mean cosine of the probe's hard slots."""
+    return KIND == NPC

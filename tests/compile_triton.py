@@ -20,56 +20,70 @@ from triton.compiler import ASTSource
 
 from sst_fast.backends.triton import Blocks, blocks_for
 
-SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may have
-TENSOR = {80: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UTCQMMA|UTCOMMA|HMMA", 120: "HMMA"}
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
+TENSOR = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UTCQMMA|UTCOMMA|HMMA", 120: "HMMA"}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
 DIMS = (64, 128, 256, 512, 1024)
-FLOATS = {"cosine", "scales", "phi_rows", "lse", "uniform", "shift_out", "sum_out", "logits_out", "hard_sum_out", "hardest_out",
-          "moment_out", "inverse_w", "inverse_window", "factor", "target_slope"}  # fmt: skip
-FLOATS |= {"margin_rows", "scale_rows", "inverse_norm", "shift", "total", "logits", "hard_sum", "hardest", "moment", "loss_out",
-           "lse_out", "slope_out", "residual_out", "uniform_out"}  # fmt: skip
-NUMBERS = {"label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
-COUNTERS = {"hard_out", "live_out", "slot_out", "beats_out"}
-SPLIT_COUNTERS = {"hard", "live", "slot", "beats"}  # what combine_kernel reads; it writes int64
-LONGS = {"start", "target", "identity", "slot_identity", "window_identity"}
+SWEEPS = ("sweep_kernel", "prototypes_kernel")
+NUMBERS = {
+    "bf16": "16 bits",
+    "fp16": "16 bits",
+    "tf32": "tf32",
+    "ieee": "ieee",
+    "fp8e4nv": "float8",
+}  # what the table calls them
+# What is no tensor of the inputs' dtypes.
+FLOATS = {
+    "inverse", "cosine", "rows", "lse", "partial", "moment", "moment_out", "row_weight", "target_slope", "grad_loss",
+    "loss_out", "lse_out", "hardest_out", "residual_out", "slope_out", "gradient_out",
+}  # fmt: skip
+DOUBLES = {"exact_cosine", "margin_rows", "scale_rows"}
+SCALARS = {"label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
+INTEGERS = {"slots", "counts"}
+LONGS = {
+    "start", "target", "identity", "slot_identity", "window_identity", "negatives", "slot_out", "beats_out", "live_out",
+}  # fmt: skip
+FEW = 16  # spill instructions that are let pass, of a thousand and more; where they lie is not looked at
 SPILL_FREE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # what the table of tile sizes was made for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks) -> ASTSource:
-    """The kernel as the launcher would specialise it, with everything switched on."""
+def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **changes: object) -> ASTSource:
+    """The kernel as the launcher would specialise it, with everything switched on that is not in ``changes``."""
     function = getattr(kernels, kernel)
     constants = {
-        "KIND": kind, "WINDOW": True, "IDENTITY": True, "SLOT_IDENTITY": True, "MASK_EMPTY": True, "NORMALIZE": False,
-        "STRAIGHT": False, "MOMENT": True, "SECOND": False, "LOGITS": False, "PRECISION": "tf32" if dtype == "fp32" else "ieee",
-        "BLOCK_N": blocks.rows, "BLOCK_K": blocks.slots, "BLOCK_D": dim, "inverse_w": None, "inverse_window": None,
+        "KIND": kind, "MASK_EMPTY": True, "STRAIGHT": False, "MOMENT": True, "SECOND": False, "SMOOTH": False, "MEAN": True,
+        "LOSS": True, "TARGETS": True, "EACH": 0, "P": 6, "PRECISION": "tf32" if dtype == "tf32" else "ieee",
+        "BLOCK_N": blocks.rows, "BLOCK_K": blocks.slots, "BLOCK_D": dim, "ROWS": max(1, 512 // dim),
+        "NORMALIZE": kernel == "prepare_kernel", "positive": None,
     }  # fmt: skip
+    if kernel == "sweep_kernel":
+        constants["inverse"] = None
     if kernel == "prototypes_kernel":
-        constants |= {"BLOCK_N": blocks.slots, "BLOCK_K": blocks.rows, "NORMALIZE": True}
-        del constants["inverse_w"]
-    if kernel in ("prepare_kernel", "combine_kernel"):
-        constants |= {"P": 6, "SCALE_ROWS": True, "LOSS": True, "SMOOTH": True}
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+        constants |= {"BLOCK_N": blocks.slots, "BLOCK_K": blocks.rows}
+    if kernel == "combine_kernel":
+        constants["SMOOTH"] = True
+    constants = {name: value for name, value in (constants | changes).items() if name in function.arg_names}
+    stored = {"tf32": "fp32", "ieee": "fp32"}.get(dtype, dtype)
+    multiplied = "fp16" if dtype == "fp8e4nv" else stored
     signature, attributes = {}, {}
     for at, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in FLOATS:
             signature[name] = "*fp32"
-        elif name == "exact":
+        elif name in DOUBLES:
             signature[name] = "*fp64"
-        elif name in NUMBERS:
+        elif name in SCALARS:
             signature[name] = "fp32"
-        elif name in (SPLIT_COUNTERS if kernel == "combine_kernel" else COUNTERS):
+        elif name in INTEGERS:
             signature[name] = "*i32"
-        elif name in LONGS or name in COUNTERS:
+        elif name in LONGS:
             signature[name] = "*i64"
         elif name in ("w", "window"):
-            signature[name] = f"*{dtype}"
-        elif name == "gradient_out":
-            signature[name] = "*fp32"
-        elif name in ("unit", "x", "gradient"):
-            signature[name] = "*fp16" if dtype == "fp8e4nv" else f"*{dtype}"
+            signature[name] = f"*{stored}"
+        elif name in ("unit", "x", "weight", "gradient"):
+            signature[name] = f"*{multiplied}"
         else:
             signature[name] = "i32"
         if signature[name].startswith("*") or name in ("N", "D"):
@@ -77,18 +91,18 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks) -> ASTS
     return ASTSource(function, signature, {(function.arg_names.index(n),): v for n, v in constants.items()}, attributes)
 
 
-def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int) -> tuple[str, list[str]]:
+def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int, changes: dict[str, object]) -> tuple[str, list[str]]:
     """One configuration: a line about it, and what is wrong with it."""
     by_row = kernel in ("prepare_kernel", "combine_kernel")
-    if dtype == "fp8e4nv" and sm < 90:
+    if dtype == "fp8e4nv" and sm < 89:
         return f"{kernel} sm_{sm} {dtype}: left to the reference", []
-    blocks = Blocks(1, 1, 4, 3) if by_row else blocks_for(kernel.removesuffix("_kernel"), dim, DTYPES[dtype], sm)
+    blocks = Blocks(1, 1, 4, 3) if by_row else blocks_for(kernel.removesuffix("_kernel"), dim, NUMBERS[dtype], sm)
     if blocks is None:
         return f"{kernel} sm_{sm} {dtype} D {dim}: left to the reference", []
-    name = f"{kernel:<17} sm_{sm:<4} {dtype} D {dim:<5} kind {kind} {blocks}"
+    name = f"{kernel:<17} sm_{sm:<4} {dtype} D {dim:<5} kind {kind} {blocks} {changes or ''}"
     try:
         built = triton.compile(
-            source(kernel, dtype, dim, kind, blocks), target=GPUTarget("cuda", sm, 32),
+            source(kernel, dtype, dim, kind, blocks, **changes), target=GPUTarget("cuda", sm, 32),
             options={"num_warps": blocks.warps, "num_stages": blocks.stages},
         )  # fmt: skip
     except Exception as error:
@@ -106,25 +120,35 @@ def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int) -> tuple[str,
     spills = len(re.findall(r"\b(LDL|STL)\b", code))
     tensor = len(re.findall(rf"\b({TENSOR[sm]})\b", code))
     # The other kernels run once per probe; what they keep in local memory is the range reduction of sine and cosine.
-    if SPILL_FREE and spills and kernel in ("sweep_kernel", "prototypes_kernel"):
+    if SPILL_FREE and spills > FEW and kernel in SWEEPS:
         wrong.append(f"{spills} spill instructions")
-    if not tensor and kernel in ("sweep_kernel", "prototypes_kernel"):
+    if not tensor and dtype != "ieee" and kernel in SWEEPS:
         wrong.append("no tensor-core instruction")
     return f"{name}: shared {shared:.0f} KiB, tensor {tensor}, spills {spills}", wrong
 
 
+def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
+    """Every dtype and dimension with the additive margin; at D = 512 the heaviest element-wise ones, and what lies between sweeps."""
+    if sm == 89:  # the tiles of sm_86, and float8
+        return [("sweep_kernel", sm, "fp8e4nv", dim, 1, {}) for dim in DIMS]
+    multiplied = ["bf16", "tf32"]
+    if sm in (80, 120):  # without tensor cores the code is the same everywhere
+        multiplied.append("ieee")
+    work = [(kernel, sm, dtype, dim, 1, {}) for kernel, dtype, dim in product(SWEEPS, multiplied, DIMS)]
+    work += [(kernel, sm, "fp16", 512, 1, {}) for kernel in SWEEPS]
+    work += [("sweep_kernel", sm, "fp8e4nv", dim, 1, {}) for dim in DIMS]
+    work += [("sweep_kernel", sm, "bf16", 512, kind, {}) for kind in (4, 8)]
+    for kernel in ("prepare_kernel", "combine_kernel"):
+        work += [(kernel, sm, "bf16", 512, kind, {}) for kind in (3, 6)]
+        work.append(
+            (kernel, sm, "bf16", 64, 1, {"window": None, "start": None, "weight": None, "margin_rows": None, "P": 0})
+        )
+    return work
+
+
 def main() -> int:
-    """Every architecture, dtype and dimension; the additive margin everywhere, the heaviest element-wise ones at D = 512."""
-    architectures = [int(sm) for sm in sys.argv[1:]] or list(SHARED)
-    work = [("sweep_kernel", sm, dtype, dim, 1) for sm, dtype, dim in product(architectures, DTYPES, DIMS)]
-    work += [("sweep_kernel", sm, "bf16", 512, kind) for sm, kind in product(architectures, (4, 8))]
-    work += [
-        ("prototypes_kernel", sm, dtype, dim, 1) for sm, dtype, dim in product(architectures, ("bf16", "fp32"), DIMS)
-    ]
-    work += [
-        (kernel, sm, "bf16", 512, kind)
-        for kernel, sm, kind in product(("prepare_kernel", "combine_kernel"), architectures, (3, 6))
-    ]
+    """All architectures, or those that are asked for."""
+    work = [entry for sm in [int(sm) for sm in sys.argv[1:]] or SHARED for entry in work_of(sm)]
     bad = 0
     with ProcessPoolExecutor(2) as pool:
         for line, wrong in pool.map(examine, *zip(*work, strict=True)):

@@ -70,6 +70,21 @@ def test_queue_equals_the_reference_and_never_waits(dtype, dim):
         assert (a - b).abs().max() <= torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dim", [3, 64, 512])
+def test_window_equals_the_reference(dtype, dim):
+    queues = [GalleryQueue(50, dim, dtype, device="cuda", backend=backend) for backend in ("cuda", "reference")]
+    for queue in queues:
+        queue.enqueue(torch.ones(45, dim, device="cuda"), torch.arange(45, device="cuda"))
+    for groups, count, batch_dtype in ((1, 1, torch.float32), (2, 13, torch.bfloat16), (3, 50, torch.float64)):
+        batch = 3 * torch.randn(groups, count, dim, device="cuda").to(batch_dtype)
+        batch[0, 0] = 0
+        found, expected = (queue.window(batch, torch.arange(count, device="cuda")) for queue in queues)
+        assert (found.features.float() - expected.features.float()).abs().max() <= torch.finfo(dtype).eps
+        assert torch.equal(found.start, expected.start)
+        assert torch.equal(found.slots, expected.slots)
+
+
 def test_queue_small_rows_of_every_batch_dtype():
     for dtype in DTYPES:
         queue = GalleryQueue(9, 40, device="cuda")

@@ -6,20 +6,25 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import problems
 import pytest
 import torch
 from problems import answer, make
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import sst_fast
 from sst_fast import AMSoftmax, ArcSoftmax, CircleLoss, CombinedMargin
+from sst_fast.backends import triton as backend
+from sst_fast.backends.backend import Problem
 from sst_fast.functional import margin_softmax
-from sst_fast.margins import FUSED, KINDS
+from sst_fast.margins import FUSED, KINDS, Margin
 
-triton = pytest.importorskip("triton")
-# Older interpreters convert one-element arrays to numbers, which newer numpy refuses.
-OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-pytestmark = pytest.mark.skipif(OLD, reason=f"Triton {triton.__version__}'s interpreter needs numpy < 2.4")
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not backend.interpreted() or backend.compiled is None, reason="needs the interpreter and the extension"
+)
+if backend.interpreted():
+    import interpreter  # noqa: F401
 
 MARGINS = [
     *problems.MARGINS[:6], CombinedMargin(1.0, -0.2, 0.3, 0.0, "hold"), *problems.MARGINS[6:],
@@ -30,23 +35,24 @@ MARGINS = [
 def both(problem, **options):
     """(loss, statistics, gradients) of the kernel, and of the reference in float64 on the same numbers."""
     results = []
-    for backend, p in (("triton", problem), ("reference", problem.to(torch.float64))):
+    for name, p in (("triton", problem), ("reference", problem.to(torch.float64))):
         x, w = p.embedding.detach().requires_grad_(), p.prototypes.detach()
         w.requires_grad_(options.get("prototypes", False))
+        positive = p.positive if p.positive is None else p.positive.detach().requires_grad_()
         rest = {name: value for name, value in options.items() if name != "prototypes"}
-        loss, statistics = margin_softmax(x, w, p.target, reduction="none", backend=backend, return_statistics=True,
-                                          **p.options(), **rest)  # fmt: skip
+        loss, statistics = margin_softmax(x, w, p.target, reduction="none", backend=name, return_statistics=True,
+                                          positive=positive, **p.options(), **rest)  # fmt: skip
         factors = torch.linspace(-1, 2, len(x), dtype=loss.dtype)
-        leaves = (x, w) if w.requires_grad else (x,)
+        leaves = [leaf for leaf in (x, w, positive) if leaf is not None and leaf.requires_grad]
         results.append((loss.detach(), statistics, torch.autograd.grad(loss @ factors, leaves)))
     return results
 
 
 def check(problem, tolerance=1e-5, **options):
     (loss, seen, gradients), (expected, known, exact) = both(problem, **options)
+    assert gradients[0].dtype == problem.embedding.dtype
     assert (loss.double() - expected).abs().max() <= tolerance * max(1, expected.abs().max().item())
     for a, b in zip(gradients, exact, strict=True):
-        assert a.dtype == problem.embedding.dtype
         assert (a.double() - b).norm() <= 3 * tolerance * max(b.norm().item(), 0.05)
     for name in ("target_cosine", "hardest_cosine"):
         assert torch.allclose(getattr(seen, name).double(), getattr(known, name).double(), atol=max(1e-5, tolerance))
@@ -60,6 +66,14 @@ def test_every_margin_is_here():
 
 
 @pytest.mark.parametrize("margin", MARGINS, ids=repr)
+def test_traits_are_the_margins_own(margin):
+    from sst_fast.kernels import margins
+
+    assert bool(margins.phi_is_identity.fn(margin.kind)) == (type(margin).phi is Margin.phi)
+    assert bool(margins.needs_hard_mean.fn(margin.kind)) == margin.uses_hard_mean
+
+
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
 def test_every_margin(margin):
     check(make(12, 50, 24, identities=15, empty=0.2).to(torch.float32), margin=margin, scale=30.0)
 
@@ -70,7 +84,7 @@ def test_options(margin, options):
     check(make(12, 50, 24, identities=15).to(torch.float32), margin=margin, **options)
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 3), (1, 200, 16), (70, 33, 40), (33, 300, 128), (5, 65, 300)])
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 3), (1, 200, 16), (70, 33, 40), (33, 150, 128), (5, 40, 300)])
 def test_sizes(n, k, d):
     check(make(n, k, d).to(torch.float32))
 
@@ -88,8 +102,165 @@ def test_window_wraps_round(k, start, normalize):
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"normalize_prototypes": True}, {"gradient": "straight_through"}], ids=repr)  # fmt: skip
 @pytest.mark.parametrize("margin", MARGINS[1::4], ids=repr)
 def test_trainable_prototypes(margin, options):
-    problem = make(12, 90, 24, identities=30, empty=0.1).to(torch.float32)
+    problem = make(12, 50, 24, identities=30, empty=0.1).to(torch.float32)
     check(problem, margin=margin, prototypes=True, scale=16.0, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"normalize_prototypes": True}], ids=repr)
+@pytest.mark.parametrize(("k", "start"), [(40, 37), (12, 5)])
+def test_window_with_trainable_prototypes(k, start, options):
+    problem = make(5, k, 20, start=start, identities=30, empty=0.1).to(torch.float32)
+    problem = replace(problem, target=(problem.target + 3) % k)  # targets inside the window and outside
+    check(problem, prototypes=True, scale=16.0, **options)
+    w = problem.prototypes.clone().requires_grad_()
+    margin_softmax(problem.embedding, w, problem.target, backend="triton", **problem.options(), **options).backward()
+    replaced = torch.zeros(k, dtype=torch.bool)
+    replaced[problem.window.slots] = True
+    assert not w.grad[replaced].any()
+    assert w.grad[~replaced].any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize_prototypes": True, "label_smoothing": 0.1}, {"prototypes": True}], ids=repr
+)
+@pytest.mark.parametrize("target", [None, "none", "some"])
+@pytest.mark.parametrize("start", [None, 35])
+def test_explicit_positive(start, target, options):
+    problem = make(5, 40, 20, start=start, identities=30)
+    left_out = {None: None, "none": torch.full_like(problem.target, -1), "some": problem.target.clone()}[target]
+    if target == "some":
+        left_out[::3] = -1
+    positive = problem.embedding.roll(1, 1) + problem.embedding
+    if "normalize_prototypes" not in options:
+        positive = torch.nn.functional.normalize(positive)
+    problem = replace(problem, target=left_out, positive=positive)
+    check(problem.to(torch.float32), margin=ArcSoftmax(0.3), scale=16.0, **options)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_results_are_those_of_the_cpu(reduction):
+    """All that csrc/arguments.h lists: the gradient of each row's own loss in float32, weight and reduction in row_weight."""
+    problem = make(6, 40, 20, start=35, identities=30).to(torch.float32, torch.float16)
+    problem.target[2], problem.embedding[2] = -100, torch.nan
+    call = replace(
+        problem, weight=torch.linspace(0, 3, 12).half(), reduction=reduction, margin=ArcSoftmax(0.4), scale=16.0
+    )
+    *most, integers, numbers = call.packed()
+    integers[-1] = 1  # need_gradient
+    found, expected = (torch.ops.sst_fast.margin_softmax(*most, integers, numbers, name) for name in ("triton", "cpu"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        tolerance = 1e-3 if ours.is_floating_point() else 0
+        if ours.shape == (12,):  # the ignored row sees nothing but ties
+            ours, theirs = (t[torch.arange(12) != 2] for t in (ours, theirs))
+        assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
+    everything = [t.untyped_storage() for t in found]
+    assert len({s.data_ptr() for s in everything}) == len(everything)  # nothing holds on to the scratch memory
+    assert sum(s.nbytes() for s in everything) == sum(t.nbytes for t in found)
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_launches_of_a_step(monkeypatch):
+    """Both directions of the loss, the gradient and the enqueue: three launches here, one each for the queue's operators."""
+    launches, allocations, launch, carve = [], [], backend.launch, backend.carve
+
+    def record(kernel, *rest, **constants):
+        launches.append(kernel.fn.__name__)
+        with _disable_current_modes():  # the interpreter's own
+            launch(kernel, *rest, **constants)
+
+    def allocate(*arrays):
+        allocations.append(arrays)
+        return carve(*arrays)
+
+    monkeypatch.setattr(backend, "launch", record)
+    monkeypatch.setattr(backend, "carve", allocate)
+    criterion = sst_fast.SemiSiameseLoss(sst_fast.GalleryQueue(30, 16), backend="triton", keep="first")
+    probes = [torch.randn(4, 16, requires_grad=True) for _ in range(2)]
+    with Operations() as seen:
+        criterion(*probes, torch.randn(4, 16), torch.randn(4, 16), torch.arange(4)).backward()
+    queue = [name for name in seen.names if name in ("sst_fast::window", "sst_fast::enqueue")]
+    assert launches == ["prepare_kernel", "sweep_kernel", "combine_kernel"]
+    assert queue == ["sst_fast::window", "sst_fast::enqueue"]
+    assert len(allocations) == 1
+
+    p = make(4, 30, 16, start=3).to(torch.float32)
+    *most, integers, numbers = replace(p, scale=16.0).packed()
+    integers[-1] = 1
+    with Operations() as seen:
+        backend.margin_softmax(*most, integers, numbers)
+    assert seen.names.count("empty") == 11 + 1  # the results, and one for all scratch memory
+    assert set(seen.names) - {"view", "slice", "detach"} == {"empty", "sum"}
+
+
+def test_the_device_of_the_tensors_is_the_one_that_is_launched_on(monkeypatch):
+    """Triton launches on the current device."""
+    current = []
+
+    class On:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **__: seen.append((grid, list(current)))
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", On)
+    backend.launch(Kernel(), (3,), torch.device("cuda:1"))
+    backend.launch(Kernel(), (4,), torch.device("cpu"))
+    assert seen == [((3,), [torch.device("cuda:1")]), ((4,), [])]
+
+
+def test_what_a_card_can_do(monkeypatch):
+    def why_not(capability, **fields):
+        monkeypatch.setattr(backend, "machine", lambda _: backend.Machine(capability, 100))
+        return backend.Triton().why_not(Problem("margin_softmax", torch.device("cpu"))._replace(**fields))
+
+    assert why_not((7, 5)) == "needs compute capability 8.0, this device has 7.5"
+    eight_bits = {"queue_dtype": torch.float8_e4m3fn}
+    assert why_not((8, 6), **eight_bits) == "float8 needs compute capability 8.9, this device has 8.6"
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)):
+        assert why_not(capability) is None
+        assert why_not(capability, queue_dtype=torch.bfloat16, trains_prototypes=True, window=True) is None
+        assert why_not(capability, positive=True, window=True) is None
+        assert capability < (8, 9) or why_not(capability, **eight_bits) is None
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this PyTorch has the older setting alone"
+)
+def test_precision_of_float32_products():
+    """The newer setting is the one in force; once it is set, reading the older one raises."""
+    try:
+        for older, expected in (("high", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(older)
+            assert backend._precision() == expected
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert backend._precision() == "tf32"
+        with pytest.raises(RuntimeError, match="legacy"):
+            torch.get_float32_matmul_precision()
+        margin_softmax(torch.ones(1, 4), torch.ones(2, 4), torch.tensor([0]), backend="triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("scale", [1.0, 64.0, 256.0])
@@ -113,12 +284,44 @@ def test_targets_near_one():
     check(replace(problem, embedding=near).to(torch.float32), margin=ArcSoftmax(0.5), scale=64.0)
 
 
-def test_half_precision():
-    check(make(12, 90, 24).to(torch.float16), 2e-3, scale=16.0)
-    check(make(12, 90, 24).to(torch.float32, torch.float16), 5e-3, scale=16.0)
-    check(
-        make(12, 90, 24, start=80).to(torch.float32, torch.float8_e4m3fn), 2e-2, scale=16.0, normalize_prototypes=True
+@pytest.mark.parametrize(
+    ("dtypes", "tolerance"),
+    [
+        ((torch.float16,), 2e-3), ((torch.float32, torch.float16), 5e-3), ((torch.bfloat16,), 2e-2),
+        ((torch.float32, torch.bfloat16), 2e-2), ((torch.float32, torch.float8_e4m3fn), 2e-2),
+    ],
+)  # fmt: skip
+def test_half_precision(dtypes, tolerance):
+    """The interpreter truncates to bfloat16 where a GPU rounds."""
+    frozen = torch.float8_e4m3fn in dtypes
+    check(make(6, 40, 24, start=30).to(*dtypes), tolerance, scale=16.0, normalize_prototypes=frozen)
+    if not frozen:
+        check(make(12, 40, 24).to(*dtypes), tolerance, scale=16.0, prototypes=True)
+
+
+@pytest.mark.parametrize("factor", [3e-6, 1e-3])
+def test_float16_prototypes_of_any_length(factor):
+    """Their inverse norms exceed what float16 holds, and so would weights times these."""
+    problem = make(12, 40, 24, identities=30)
+    problem = replace(problem, prototypes=problem.prototypes * factor).to(torch.float32, torch.float16)
+    (_, _, gradients), (_, _, exact) = both(problem, normalize_prototypes=True, scale=16.0)
+    assert (gradients[0].double() - exact[0]).norm() <= 3e-3 * exact[0].norm()
+
+
+def test_float16_weights_far_below_the_largest():
+    """A slot's share of the gradient below 6e-8 counts, as long as the gradient itself can hold it."""
+    eye = torch.eye(24, dtype=torch.float64)
+    problem = replace(
+        make(1, 1, 24, masks=False), embedding=eye[:2] + 0.1 * eye[2:4], prototypes=eye[:8], target=torch.arange(2)
     )
+    problem = problem.to(torch.float32, torch.float16)
+    found = []
+    for name, p in (("triton", problem), ("reference", problem.to(torch.float64))):
+        w = p.prototypes.clone().requires_grad_()
+        loss = margin_softmax(p.embedding, w, p.target, scale=12.0, reduction="none", backend=name)
+        (loss.sum() * 1e4).backward()
+        found.append(w.grad.double())
+    assert (found[0] - found[1])[4:].norm() <= 0.01 * found[1][4:].norm()
 
 
 def test_targets_that_are_no_slots_poison_their_own_rows():

@@ -8,7 +8,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -18,9 +22,6 @@ from sst_fast.arguments import REDUCTIONS, Packed
 from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.extension import compiled, why_not_compiled
 from sst_fast.reference import MIN_NORM, normalize
-
-# What sweeps the queue between prepare and combine: Triton's kernel, or another that gives the same partial results.
-Sweep = Callable[..., None]
 
 
 class Triton(Backend):
@@ -40,16 +41,15 @@ class Triton(Backend):
             return "rounds no products"
         if torch.float64 in (problem.dtype, problem.queue_dtype):
             return "float64 is more exact than its kernels are"
-        if problem.positive:
-            return "explicit positives are not written"
-        if problem.window and problem.trains_prototypes:
-            return "a window together with trained prototypes is not written"
-        capability, _ = machine(problem.device)
-        if problem.queue_dtype == torch.float8_e4m3fn and capability < 90:
-            return "float8 needs compute capability 8.9"
-        for kernel in ("sweep", "prototypes") if problem.trains_prototypes else ("sweep",):
-            if blocks_for(kernel, problem.dim, problem.queue_dtype.itemsize, capability) is None:
-                return f"no tile of {problem.dim} features in {problem.queue_dtype} fits this device"
+        here = machine(problem.device)
+        if here.capability < (8, 0):
+            return f"needs compute capability 8.0, this device has {'.'.join(map(str, here.capability))}"
+        if problem.queue_dtype == torch.float8_e4m3fn and here.capability < (8, 9):
+            return f"float8 needs compute capability 8.9, this device has {'.'.join(map(str, here.capability))}"
+        kernels = ("sweep", "prototypes") if problem.trains_prototypes else ("sweep",)
+        for kernel, number in product(kernels, _numbers(problem.queue_dtype)):
+            if blocks_for(kernel, problem.dim, number, here.architecture) is None:
+                return f"no tile of {problem.dim} features in {number} fits this device"
         return None
 
     def volunteers(self, problem: Problem) -> bool:
@@ -73,9 +73,33 @@ def register(name: str, loss: Callable[..., Any], prototypes: Callable[..., Tens
         _registered[name] = library
 
 
+@cache
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels."""
+    """Whether Triton's interpreter runs the kernels: read once, as Triton itself does."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What kernels are cut for: compute capability and number of multiprocessors."""
+
+    capability: tuple[int, int]
+    processors: int
+
+    @property
+    def architecture(self) -> int:
+        """As the table of tile sizes knows it. 8.7 (Orin) has the shared memory of 8.0, later ones what their generation has."""
+        major, minor = self.capability
+        return {8: {6: 86, 9: 89}.get(minor, 80), 9: 90, 10: 100, 11: 100}.get(major, 120)
+
+
+@cache
+def machine(device: torch.device) -> Machine:
+    """The device's; an ordinary GPU where the interpreter runs."""
+    if device.type != "cuda":
+        return Machine((9, 0), 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Machine((properties.major, properties.minor), properties.multi_processor_count)
 
 
 @dataclass(frozen=True)
@@ -88,204 +112,250 @@ class Blocks:
     stages: int
 
 
-# (kernel, architecture, bytes per element of the prototypes) -> (rows, slots, warps, stages) for D up to 64, 128, 256, 512 and
-# 1024; None: nothing fits. The accumulator stays in registers: tests/compile_triton.py holds every entry to 'no spills'. The largest
-# tiles that meet that; which of them is fastest has not been measured.
-# Made for Triton 3.8 and 3.9; older ones spill in some.
-_TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, int, int] | None, ...]] = {
-    ("sweep", 80, 2): ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 1), (16, 32, 8, 2)),
-    ("sweep", 80, 4): ((64, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 2), (32, 16, 8, 1), None),
-    ("sweep", 90, 1): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 2)),
-    ("sweep", 90, 2): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("sweep", 90, 4): ((64, 32, 8, 2), (64, 16, 8, 2), (32, 64, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1)),
-    ("sweep", 100, 1): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
-    ("sweep", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (16, 32, 8, 2)),
-    ("sweep", 100, 4): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1)),
-    ("sweep", 120, 1): ((64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
-    ("sweep", 120, 2): ((64, 32, 8, 2), (64, 16, 8, 1), (32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
-    ("sweep", 120, 4): ((64, 32, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 2), None),
-    ("prototypes", 80, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 80, 4): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 16, 8, 1), None),
-    ("prototypes", 90, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 90, 4): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
-    ("prototypes", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 100, 4): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
-    ("prototypes", 120, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 120, 4): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
+# (kernel, architecture, what is multiplied) -> (rows, slots, warps, stages) for D up to 64, 128, 256, 512 and 1024; None: nothing
+# fits. The accumulator stays in registers: tests/compile_triton.py holds every entry to the card's shared memory and next to no
+# spills. The largest tiles that meet that, by machine code alone: which of them is fastest has not been measured on a GPU.
+# Made for Triton 3.8 and 3.9; older ones spill in some. 8.6, 8.9 and 12.0 have 99 KiB of shared memory and share their tiles; without
+# tensor cores (ieee) these are the same everywhere.
+_TABLE: dict[tuple[str, int, str], tuple[tuple[int, int, int, int] | None, ...]] = {
+    ("sweep", 80, "16 bits"): ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 1), (16, 32, 8, 2)),
+    ("sweep", 80, "tf32"): ((64, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 2), (32, 16, 8, 1), None),
+    ("sweep", 80, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 86, "16 bits"): ((64, 32, 8, 2), (64, 16, 8, 1), (32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
+    ("sweep", 86, "tf32"): ((64, 32, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 2), None),
+    ("sweep", 86, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 89, "float8"): ((64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 89, "16 bits"): ((64, 32, 8, 2), (64, 16, 8, 1), (32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
+    ("sweep", 89, "tf32"): ((64, 32, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 2), None),
+    ("sweep", 89, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 90, "float8"): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 2)),
+    ("sweep", 90, "16 bits"): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("sweep", 90, "tf32"): ((64, 32, 8, 2), (64, 16, 8, 2), (32, 64, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1)),
+    ("sweep", 90, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 100, "float8"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 100, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (16, 32, 8, 2)),
+    ("sweep", 100, "tf32"): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1)),
+    ("sweep", 100, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 120, "float8"): ((64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ("sweep", 120, "16 bits"): ((64, 32, 8, 2), (64, 16, 8, 1), (32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 2)),
+    ("sweep", 120, "tf32"): ((64, 32, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 2), None),
+    ("sweep", 120, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ("prototypes", 80, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 80, "tf32"): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 16, 8, 1), None),
+    ("prototypes", 80, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
+    ("prototypes", 86, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 86, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
+    ("prototypes", 86, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
+    ("prototypes", 89, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 89, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
+    ("prototypes", 89, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
+    ("prototypes", 90, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 90, "tf32"): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
+    ("prototypes", 90, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
+    ("prototypes", 100, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 100, "tf32"): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
+    ("prototypes", 100, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
+    ("prototypes", 120, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("prototypes", 120, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
+    ("prototypes", 120, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
 }  # fmt: skip
 _DIMS = (64, 128, 256, 512, 1024)
 
 
-def blocks_for(kernel: str, dim: int, itemsize: int, capability: int) -> Blocks | None:
+def blocks_for(kernel: str, dim: int, number: str, architecture: int) -> Blocks | None:
     """Tile sizes of 'sweep' or 'prototypes' on an architecture (80, 90, 100, 120); None where no size fits."""
     found = next(
-        (cut for most, cut in zip(_DIMS, _TABLE[kernel, capability, itemsize], strict=True) if dim <= most), None
+        (cut for most, cut in zip(_DIMS, _TABLE[kernel, architecture, number], strict=True) if dim <= most), None
     )
     return None if found is None else Blocks(*found)
-
-
-def _inverse_norms(rows: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(
-        rows.float() if rows.dtype == torch.float8_e4m3fn else rows, dim=-1, dtype=torch.float32
-    )
-    return torch.where(norm < MIN_NORM, 0.0, 1.0 / norm)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: as PyTorch's own matmul is set."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def machine(device: torch.device) -> tuple[int, int]:
-    """Architecture, as the table knows it, and number of multiprocessors; of an ordinary GPU where the interpreter runs."""
-    if device.type != "cuda":
-        return 90, 4
-    properties = torch.cuda.get_device_properties(device)
-    return {9: 90, 10: 100, 12: 120}.get(properties.major, 80), properties.multi_processor_count
-
-
-@dataclass
-class _Rows:
-    """What is computed once per probe, and the arguments every kernel shares."""
-
-    unit: Tensor
-    inverse_norm: Tensor
-    cosine: Tensor
-    exact: Tensor
-    scales: Tensor
-    phi_rows: Tensor
-    inverse_w: Tensor | None
-    inverse_window: Tensor | None
-    numbers: list[float]
-    block_d: int
 
 
 def _next_power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
-def _prepare(p: Packed) -> _Rows:
-    from sst_fast.kernels.margin_softmax import prepare_kernel
-
-    assert p.target is not None
-    n, dim = p.embedding.shape
-    block_d = max(16, _next_power_of_two(dim))
-    groups, b = (1, 0) if p.window is None else p.window.shape[:2]
-    floats: dict[str, Any] = {"dtype": torch.float32, "device": p.embedding.device}
-    rows = _Rows(
-        torch.empty((n, block_d), dtype=_product_dtype(p.prototypes), device=p.embedding.device),
-        torch.empty(n, **floats), torch.empty(n, **floats), torch.empty((2, n), dtype=torch.float64, device=p.embedding.device),
-        torch.empty(n, **floats), torch.empty((4, n), **floats),
-        _inverse_norms(p.prototypes) if p.normalize else None,
-        _inverse_norms(p.window) if p.normalize and p.window is not None else None,
-        [*(p.parameters + [0.0] * 6)[:6], p.scale], block_d,
-    )  # fmt: skip
-    prepare_kernel[(n,)](
-        p.embedding, p.prototypes, p.window, rows.inverse_w, rows.inverse_window, p.window_start, p.target, p.margin_rows,
-        p.scale_rows, rows.unit, rows.inverse_norm, rows.cosine, rows.exact, rows.scales, rows.phi_rows, n,
-        len(p.prototypes), dim, b, max(n // groups, 1), *rows.numbers,
-        KIND=p.kind, P=0 if p.margin_rows is None else len(p.margin_rows), SCALE_ROWS=p.scale_rows is not None,
-        WINDOW=p.window is not None, NORMALIZE=p.normalize, BLOCK_D=block_d,
-    )  # fmt: skip
-    return rows
+def _numbers(dtype: torch.dtype) -> tuple[str, ...]:
+    """What products of prototypes in this dtype can be: of float32 as PyTorch's own matmul is set at the time."""
+    return ("tf32", "ieee") if dtype == torch.float32 else ({1: "float8", 2: "16 bits"}[dtype.itemsize],)
 
 
-def _received(*received: Any) -> tuple[Packed, Tensor]:
-    """The arguments as kernels take them, contiguous, ignored probes as rows of zeros; and which probes count."""
-    p = Packed.of(*received)
-    assert p.target is not None
-    valid = p.target != p.ignore_index
-    p.embedding = p.embedding.masked_fill(~valid[:, None], 0).contiguous()
-    p.prototypes, p.target = p.prototypes.contiguous(), p.target.where(valid, 0).contiguous()
-    p.window = None if p.window is None else p.window.contiguous()
-    p.margin_rows = None if p.margin_rows is None else p.margin_rows.float().contiguous()
-    p.scale_rows = None if p.scale_rows is None else p.scale_rows.float().contiguous()
-    return p, valid
+def _precision() -> str:
+    """'tf32' or 'ieee': what PyTorch is set to multiply float32 matrices by. The older setting cannot be read once the newer is set."""
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if newer is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if newer == "tf32" else "ieee"
 
 
-def _weights(p: Packed, valid: Tensor) -> Tensor:
-    """What each probe's loss is multiplied by before the sum, float32 [N]."""
-    weight = valid.float() if p.weight is None else torch.where(valid, p.weight.float(), 0.0)
-    if p.reduction != REDUCTIONS.index("mean"):
-        return weight
-    total = weight.sum(dtype=torch.float64)
-    return (weight / torch.where(total == 0, 1, total)).float()
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Every launch of a kernel goes through here. Triton launches on the current device: it is made the tensors' own."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants)
 
 
-def margin_softmax(*received: Any, sweep: Sweep | None = None, plan: Any = None) -> tuple[Tensor, ...]:
+_ALIGNMENT = 256  # bytes
+
+
+def carve(device: torch.device, *arrays: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
+    """Arrays of these dtypes and shapes, uninitialised, out of one allocation."""
+    ends = [0]
+    for dtype, shape in arrays:
+        ends.append(-(-(ends[-1] + prod(shape) * dtype.itemsize) // _ALIGNMENT) * _ALIGNMENT)
+    whole = torch.empty(ends[-1], dtype=torch.uint8, device=device)
+    return [
+        whole.narrow(0, start, prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        for start, (dtype, shape) in zip(ends[:-1], arrays, strict=True)
+    ]
+
+
+class Call(Packed):
+    """The arguments of a call as kernels take them, and what follows from them."""
+
+    @staticmethod
+    def received(*received: Any) -> Call:
+        """From what an operator has received; contiguous."""
+        p = Packed.of(*received)
+        fields: dict[str, Any] = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in vars(p).items()}
+        return Call(**fields)
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """N, K, D, B, and how many probes see the same window."""
+        n, dim = self.embedding.shape
+        groups, b = (1, 0) if self.window is None else self.window.shape[:2]
+        return n, len(self.prototypes), dim, b, max(n // groups, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.embedding.device
+
+    @cached_property
+    def block_d(self) -> int:
+        """Features, rounded up to what a block can have."""
+        return max(16, _next_power_of_two(self.embedding.shape[1]))
+
+    @property
+    def rows(self) -> int:
+        """Probes of a block of those kernels that run once per probe: about 512 numbers."""
+        return max(1, 512 // self.block_d)
+
+    @property
+    def varying(self) -> int:
+        """How many of the margin's parameters vary from row to row."""
+        return 0 if self.margin_rows is None else len(self.margin_rows)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What products are made of; every float8_e4m3fn is a float16."""
+        return torch.float16 if self.prototypes.dtype == torch.float8_e4m3fn else self.prototypes.dtype
+
+    @property
+    def precision(self) -> str:
+        """Of products; what is no float32 has no choice."""
+        return _precision() if self.prototypes.dtype == torch.float32 else "ieee"
+
+    def blocks(self, kernel: str) -> Blocks:
+        """The kernel's tile sizes."""
+        numbers = _numbers(self.prototypes.dtype)
+        number = self.precision if len(numbers) > 1 else numbers[0]
+        found = blocks_for(kernel, self.block_d, number, machine(self.device).architecture)
+        assert found is not None, "why_not() is asked first"
+        return found
+
+    def scratch(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """What :meth:`prepare` fills: unit rows, rows, slots, exact cosines and sines, inverse norms."""
+        from sst_fast.kernels.margin_softmax import ROW_FIELDS
+
+        n, k, _, b, rows_in_group = self.sizes
+        norms = k + n // rows_in_group * b if self.normalize else 0
+        return [
+            (self.product_dtype, (n, self.block_d)), (torch.float32, (ROW_FIELDS, n)), (torch.int32, (n,)),
+            (torch.float64, (2 * n + 1,)), (torch.float32, (norms,)),
+        ]  # fmt: skip
+
+    def prepare(self, scratch: list[Tensor], cosine: Tensor, row_weight: Tensor) -> None:
+        """Launches ``prepare_kernel``."""
+        from sst_fast.kernels.margin_softmax import prepare_kernel
+
+        n, k, dim, b, rows_in_group = self.sizes
+        blocks = -(-n // self.rows) + 1
+        if self.normalize:
+            blocks += -(-k // self.rows) + -(-(n // rows_in_group * b) // self.rows)
+        unit, rows, slots, exact, inverse = scratch
+        launch(
+            prepare_kernel, (blocks,), self.device, self.embedding, self.prototypes, self.window, self.positive,
+            self.window_start, self.target, self.weight, self.margin_rows, self.scale_rows, unit, rows, slots, exact,
+            inverse if self.normalize else None, cosine, row_weight, n, k, dim, b, rows_in_group, self.ignore_index,
+            *self.numbers, self.scale, KIND=self.kind, P=self.varying, NORMALIZE=self.normalize, ROWS=self.rows,
+            BLOCK_D=self.block_d,
+        )  # fmt: skip
+
+    def own_targets(self, slots: Tensor) -> Tensor:
+        """bool [N]: whose target is a row of the prototypes, and none that the window replaces."""
+        inside = slots >= 0
+        if self.window is not None:
+            assert self.window_start is not None
+            inside = inside & ((slots - self.window_start) % len(self.prototypes) >= self.window.shape[1])
+        return inside
+
+    @property
+    def numbers(self) -> list[float]:
+        """The margin's parameters, as many as kernels take."""
+        return (self.parameters + [0.0] * 6)[:6]
+
+
+def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
     """The operator ``sst_fast::triton_margin_softmax``: see csrc/arguments.h for the results.
 
-    ``sweep`` takes the place of Triton's sweep, cut as ``plan`` says.
+    Three launches (five with label smoothing and a gradient), one allocation of scratch memory; PyTorch's own operations
+    are the allocations of the results and, where the loss is reduced, its sum. Results have memory of their own: those
+    that outlive the call must not hold on to the scratch.
     """
     from sst_fast.kernels.margin_softmax import combine_kernel, sweep_kernel
 
-    p, valid = _received(*received)
-    n, dim = p.embedding.shape
-    k, device = len(p.prototypes), p.embedding.device
-    groups, b = (1, 0) if p.window is None else p.window.shape[:2]
-
-    def values(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    loss, lse, hardest, slope, residual = values(n), values(n), values(n), values(n), values(n)
-    slot, beats, live = numbers(n), numbers(n), numbers(n)
-    gradient = values(n if p.need_gradient else 0, dim)
-    weight = _weights(p, valid)
+    p = Call.received(*received)
+    n, k, dim, b, rows_in_group = p.sizes
+    device = p.device
+    loss, lse, cosine, hardest, residual, weight, slope = (
+        torch.empty(n, dtype=torch.float32, device=device) for _ in range(7)
+    )
+    slot, beats, live = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(3))
+    gradient = torch.empty((n if p.need_gradient else 0, dim), dtype=torch.float32, device=device)
+    none = p.reduction == REDUCTIONS.index("none")
     if n == 0:
-        loss = loss if p.reduction == REDUCTIONS.index("none") else loss.sum()
-        return loss, lse, values(0), hardest, slot, beats, residual, weight, gradient, live, slope
-    rows = _prepare(p)
-    capability, processors = machine(device)
-    cut = blocks_for("sweep", rows.block_d, p.prototypes.element_size(), capability)
-    assert cut is not None, "why_not() is asked first"
-    if sweep is None:
-        blocks_in_group = -(-(n // groups) // cut.rows)
-        tiles = -(-k // cut.slots)
-        splits = max(1, min(tiles, 2 * processors // (groups * blocks_in_group)))
-        tiles_in_split = -(-tiles // splits)
-        splits = -(-tiles // tiles_in_split)
-        parts = splits + (p.window is not None)
-    else:
-        plan = plan(p, rows, processors)
-        parts = plan.splits
+        return loss if none else loss.sum(), lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope
+    groups, processors = n // rows_in_group, machine(device).processors
+    cut = p.blocks("sweep")
+    blocks_in_group = -(-rows_in_group // cut.rows)
+    tiles = -(-k // cut.slots)
+    splits = max(1, min(tiles, 2 * processors // (groups * blocks_in_group)))
+    tiles_in_split = -(-tiles // splits)
+    splits = -(-tiles // tiles_in_split)
+    parts = splits + (p.window is not None)
+    *scratch, partial, counts, moment = carve(device, *p.scratch(), *_partials(p, parts))
+    p.prepare(scratch, cosine, weight)
+    unit, rows, slots, exact, inverse = scratch
     second = p.need_gradient and p.label_smoothing > 0
-    shift, total, logits, hard_sum, top = (values(parts, n) for _ in range(5))
-    hard, alive, at, above = (numbers(parts, n, dtype=torch.int32) for _ in range(4))
-    moment = values(parts, n, rows.block_d) if p.need_gradient else None
-    uniform = values(n)
 
     def run_sweep(again: bool) -> None:
-        if sweep is not None:
-            out = [shift, total, hard_sum, hard, alive, top, at, above]
-            sweep(
-                rows.unit, p.prototypes, p.window, p.window_start, p.target, p.identity, p.slot_identity, p.window_identity,
-                rows.cosine, rows.scales, rows.phi_rows, out, values(0) if moment is None else moment, plan.tiles_in_split,
-                plan.cluster, p.kind, p.mask_empty, p.straight_through,
-            )  # fmt: skip
-            return
-        sweep_kernel[(groups * blocks_in_group, parts)](
-            rows.unit, p.prototypes, p.window, rows.inverse_w, rows.inverse_window, p.window_start, p.target, p.identity,
-            p.slot_identity, p.window_identity, rows.cosine, rows.scales, rows.phi_rows, lse, uniform, shift, total, logits,
-            hard_sum, hard, alive, top, at, above, moment, n, k, dim, b, n // groups, blocks_in_group, tiles_in_split, splits,
-            KIND=p.kind, WINDOW=p.window is not None, IDENTITY=p.identity is not None and p.slot_identity is not None,
-            SLOT_IDENTITY=p.slot_identity is not None, MASK_EMPTY=p.mask_empty, NORMALIZE=p.normalize,
-            STRAIGHT=p.straight_through, MOMENT=again or (p.need_gradient and not second), SECOND=again,
-            LOGITS=p.label_smoothing > 0, PRECISION=_precision(p.prototypes.dtype), BLOCK_N=cut.rows, BLOCK_K=cut.slots,
-            BLOCK_D=rows.block_d, num_warps=cut.warps, num_stages=cut.stages,
+        launch(
+            sweep_kernel, (groups * blocks_in_group, parts), device, unit, p.prototypes, p.window,
+            inverse if p.normalize else None, p.window_start, slots, p.identity, p.slot_identity, p.window_identity, rows,
+            cosine, lse, partial, counts, moment, n, k, dim, b, rows_in_group, blocks_in_group, tiles_in_split, splits,
+            KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.straight_through,
+            MOMENT=again or (p.need_gradient and not second), SECOND=again, SMOOTH=p.label_smoothing > 0,
+            PRECISION=p.precision, BLOCK_N=cut.rows, BLOCK_K=cut.slots, BLOCK_D=p.block_d, num_warps=cut.warps,
+            num_stages=cut.stages,
         )  # fmt: skip
 
     def combine(with_loss: bool, with_moment: bool) -> None:
-        combine_kernel[(n,)](
-            p.embedding, p.prototypes, p.window, rows.inverse_w, rows.inverse_window, p.window_start, p.target,
-            p.margin_rows, p.scale_rows, rows.inverse_norm, rows.cosine, rows.exact, shift, total, logits, hard_sum,
-            hard, alive, top, at, above, moment, loss, gradient, lse, hardest, slot, beats, live, slope, residual, uniform,
-            n, k, dim, b, n // groups, parts, p.label_smoothing, *rows.numbers,
-            KIND=p.kind, P=0 if p.margin_rows is None else len(p.margin_rows), SCALE_ROWS=p.scale_rows is not None,
-            WINDOW=p.window is not None, NORMALIZE=p.normalize, STRAIGHT=p.straight_through, LOSS=with_loss,
-            MOMENT=with_moment, SMOOTH=p.label_smoothing > 0, BLOCK_D=rows.block_d,
+        launch(
+            combine_kernel, (-(-n // p.rows),), device, p.embedding, p.prototypes, p.window, p.positive, p.window_start,
+            p.margin_rows, rows, slots, exact, partial, counts, moment, loss, lse, hardest, slot, beats, residual, weight,
+            gradient, live, slope, n, k, dim, b, rows_in_group, parts, p.label_smoothing, *p.numbers, KIND=p.kind,
+            P=p.varying, NORMALIZE=p.normalize, STRAIGHT=p.straight_through, LOSS=with_loss, MOMENT=with_moment,
+            SMOOTH=p.label_smoothing > 0, MEAN=p.reduction == REDUCTIONS.index("mean"), ROWS=p.rows, BLOCK_D=p.block_d,
         )  # fmt: skip
 
     run_sweep(again=False)
@@ -293,51 +363,56 @@ def margin_softmax(*received: Any, sweep: Sweep | None = None, plan: Any = None)
     if second:
         run_sweep(again=True)
         combine(False, True)
-    loss = torch.where(weight == 0, 0.0, loss * weight)
-    if p.reduction != REDUCTIONS.index("none"):
-        loss = loss.sum()
-    return loss, lse, rows.cosine, hardest, slot, beats, residual, weight, gradient, live, slope
+    return loss if none else loss.sum(), lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope
+
+
+def _partials(p: Call, parts: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """What a sweep fills: partial sums, counts and, for a gradient, moments."""
+    from sst_fast.kernels.margin_softmax import COUNT_FIELDS, PARTIAL_FIELDS
+
+    n = len(p.embedding)
+    moment = (parts, n, p.block_d) if p.need_gradient else (0,)
+    return [
+        (torch.float32, (PARTIAL_FIELDS, parts, n)),
+        (torch.int32, (COUNT_FIELDS, parts, n)),
+        (torch.float32, moment),
+    ]
 
 
 def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -> Tensor:
-    """The operator ``sst_fast::triton_prototype_gradient``: [K, D] in the prototypes' dtype."""
+    """The operator ``sst_fast::triton_prototype_gradient``: [K, D] in the prototypes' dtype. Two launches, one allocation of scratch."""
     from sst_fast.kernels.margin_softmax import prototypes_kernel
 
-    weight, lse, negatives, target_slope = found
-    p, valid = _received(*received)
-    n, dim = p.embedding.shape
+    row_weight, lse, negatives, target_slope = found
+    p = Call.received(*received)
+    n, k, dim, b, _ = p.sizes
     gradient = torch.empty_like(p.prototypes)
     if n == 0:
         return gradient.zero_()
-    rows = _prepare(p)
-    cut = blocks_for("prototypes", rows.block_d, p.prototypes.element_size(), machine(p.embedding.device)[0])
-    assert cut is not None, "why_not() is asked first"
-    incoming = torch.where(valid, grad_loss.float() * weight, 0.0)
-    parallel = torch.zeros_like(incoming)
-    if p.normalize:
-        # Where a probe is nearly parallel to its target an angular margin's slope is large and what the normalisation leaves
-        # of it is small: it would drown in the rounding of the kernel's sums, and is added after them.
-        near = rows.exact[1] < 1 / 16
-        parallel = torch.where(near, target_slope * incoming, 0.0)
+    *scratch, cosine, weight = carve(p.device, *p.scratch(), (torch.float32, (n,)), (torch.float32, (n,)))
+    unit, rows, slots, exact, inverse = scratch
+    p.prepare(scratch, cosine, weight)
+    parallel = None
+    if p.normalize and p.positive is None:
+        # Where a probe is nearly parallel to its target an angular margin's slope is large and what the normalisation leaves of
+        # it is small: it would drown in the rounding of the kernel's sums, and is added after them.
+        near = (exact[1 + n :] < 1 / 16) & p.own_targets(slots)
+        parallel = torch.where(near, target_slope * grad_loss.float() * row_weight, 0.0)
         target_slope = torch.where(near, 0.0, target_slope)
-    prototypes_kernel[(-(-len(p.prototypes) // cut.rows),)](
-        rows.unit, p.prototypes, rows.inverse_w, p.target, p.identity, p.slot_identity, rows.scales, rows.phi_rows, lse,
-        p.label_smoothing / (1.0 + negatives.float()), incoming, target_slope, gradient, n, len(p.prototypes), dim,
-        KIND=p.kind, IDENTITY=p.identity is not None and p.slot_identity is not None,
-        SLOT_IDENTITY=p.slot_identity is not None, MASK_EMPTY=p.mask_empty, NORMALIZE=p.normalize,
-        STRAIGHT=p.straight_through, PRECISION=_precision(p.prototypes.dtype), BLOCK_N=cut.slots, BLOCK_K=cut.rows,
-        BLOCK_D=rows.block_d, num_warps=cut.warps, num_stages=cut.stages,
+    cut = p.blocks("prototypes")
+    launch(
+        prototypes_kernel, (-(-k // cut.rows),), p.device, unit, p.prototypes, inverse if p.normalize else None,
+        p.window_start, slots, p.identity, p.slot_identity, rows, lse, negatives, grad_loss.contiguous(), row_weight,
+        target_slope, gradient, n, k, dim, b, p.label_smoothing, KIND=p.kind, MASK_EMPTY=p.mask_empty,
+        STRAIGHT=p.straight_through, TARGETS=p.positive is None, EACH=grad_loss.dim(), PRECISION=p.precision,
+        BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=p.block_d, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
-    if p.normalize:
-        assert p.target is not None
-        unit, own = normalize(p.embedding.double()), p.prototypes[p.target].double()
+    if parallel is not None:
+        own_slot = slots.clamp_min(0).long()
+        own = p.prototypes[own_slot].double()
         norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min(MIN_NORM)
         own = own / norm
-        across = unit - (unit * own).sum(1, keepdim=True) * own
-        gradient.index_add_(0, p.target, (across * parallel[:, None] / norm).to(gradient.dtype))
+        hat = normalize(p.embedding.double())
+        across = (hat - (hat * own).sum(1, keepdim=True) * own) * parallel[:, None] / norm
+        gradient.index_add_(0, own_slot, torch.where(parallel[:, None] == 0, 0.0, across).to(gradient.dtype))
     return gradient
-
-
-def _product_dtype(prototypes: Tensor) -> torch.dtype:
-    """What products are made of; every float8_e4m3fn is a float16."""
-    return torch.float16 if prototypes.dtype == torch.float8_e4m3fn else prototypes.dtype

@@ -1,0 +1,45 @@
+"""What Triton's interpreter lacks, mended for tests. Import it before a kernel runs.
+
+- It multiplies bfloat16 as bit patterns: operands of dot are widened to float32, which holds them exactly.
+- Before 3.7 it makes numbers of arrays of one element, which NumPy refuses from 2.4 on.
+- It patches the language again at every call of one kernel function by another, which takes a third of its time.
+"""
+
+from functools import partial
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _wide(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _mend():
+    builder = interpreter.InterpreterBuilder
+    dot, patch_tensor, call = (
+        builder.create_dot,
+        interpreter._patch_lang_tensor,
+        interpreter.InterpretedFunction.__call__,
+    )
+
+    def create_dot(self, a, b, d, *rest):
+        return dot(self, _wide(a), _wide(b), d, *rest)
+
+    def patch_lang_tensor(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    def call_within(self, *args, **kwargs):
+        ours = self.fn.__module__.startswith("sst_fast.")  # called by a kernel that has patched the same language
+        return (self.rewrite() if ours else partial(call, self))(*args, **kwargs)
+
+    builder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter.InterpretedFunction.__call__ = call_within
+
+
+_mend()
