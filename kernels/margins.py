@@ -53,6 +53,7 @@ def angle_of(a, sine, length):
 def arc(a, sine, m, rule, offset):
     """Psi and its slope of ArcFace."""
     cos_m, sin_m = tl.cos(m), tl.sin(m)
+    rule = a * 0.0 + rule  # a number would make a Python truth of the comparisons
     easy = rule == EASY
     inside = (rule == COSINE) | (a > tl.where(easy, 0.0, -cos_m))
     outside = tl.where(easy, a, a - tl.where(rule == OFFSET, offset, m * sin_m))
@@ -100,12 +101,12 @@ def target_margin(a, sine, hard_mean, p0, p1, p2, p3, p4, p5, KIND: tl.constexpr
     elif KIND == FILTERED:
         value, slope = combined(a, sine, p0, p1, p2, p3)
     elif KIND == MV:
-        of_arc, slope_of_arc = arc(a, sine, p0, tl.where(p3 != 0, EASY, LINEAR), p3 * 0.0)
+        of_arc, slope_of_arc = arc(a, sine, p0, LINEAR + (EASY - LINEAR) * tl.minimum(tl.abs(p3), 1.0), p3 * 0.0)
         value = tl.where(p2 != 0, of_arc, tl.where((p3 != 0) & (a <= p0), a, a - p0))
         slope = tl.where(p2 != 0, slope_of_arc, 1.0)
     elif KIND == NPC:
         m = tl.minimum(tl.maximum(p0 + p1 * hard_mean, 0.0), PI)
-        value, slope = arc(a, sine, m, tl.where(p5 != 0, EASY, LINEAR), p5 * 0.0)
+        value, slope = arc(a, sine, m, LINEAR + (EASY - LINEAR) * tl.minimum(tl.abs(p5), 1.0), p5 * 0.0)
     elif KIND == CIRCLE:
         slope = tl.maximum(1.0 + p0 - a, 0.0)
         value = slope * (a - (1.0 - p0))

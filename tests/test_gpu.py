@@ -158,7 +158,7 @@ def test_hopper_sizes(n, k, start, dim):
     agree(problem.to(torch.bfloat16), 6e-2, "cuda", scale=64.0)
     agree(problem.to(torch.float16), 5e-3, "cuda", scale=16.0)
     agree(problem.to(torch.float32, torch.float8_e4m3fn), 5e-3, "cuda", scale=16.0)
-    agree(problem.to(torch.float32, torch.float8_e4m3fn), 5e-2, "cuda_float8", scale=16.0)
+    agree(problem.to(torch.float32, torch.float8_e4m3fn), 5e-2, "hopper", scale=16.0)
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_hopper)])

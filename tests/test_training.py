@@ -15,6 +15,7 @@ from runs import config, make_faces
 
 import sst_fast
 from sst_fast import data, evaluation
+from sst_fast.data import commands as data_commands
 from sst_fast.margins import MARGINS, AMSoftmax, ArcSoftmax, CombinedMargin, MagFace, Margin
 from sst_fast.train import backbones, loop
 from sst_fast.train.cli import COMMANDS, main
@@ -309,9 +310,10 @@ def test_a_run_too_short_for_its_momentum_says_so(faces, tmp_path, capsys):
 
 
 def test_help_explains_every_option(capsys):
-    for name in COMMANDS:
+    names = [[name] for name in COMMANDS if name != "data"] + [["data", name] for name in data_commands.COMMANDS]
+    for name in names:
         with pytest.raises(SystemExit):
-            main([name, "--help"])
+            main([*name, "--help"])
         text = capsys.readouterr().out.split("\noptions:\n")[1]
         # An option, its value if any, and then words that are not the parser's own.
         for option, words in re.findall(r"^  (-\S+|[a-z]+)\b(.*(?:\n {8,}.*)*)", text, re.MULTILINE):
@@ -346,8 +348,8 @@ def test_version(capsys):
             "ArcSoftmax: margin must be radians in [0, 3.14159]",
         ),
         (["train", "--data.size", "100"], 2, "sst-fast train: data.size must be a multiple of 16"),
-        (["train", "--data.root", "nowhere"], 1, "sst-fast train: data.root: nowhere is not a folder"),
-        (["train", "--data.root", "{faces}", "--data.test_root", "no"], 1, "train: data.test_root: no is not a folder"),
+        (["train", "--data.root", "nowhere"], 1, "sst-fast train: data.root: nowhere does not exist"),
+        (["train", "--data.root", "{faces}", "--data.test_root", "no"], 1, "train: data.test_root: no does not exist"),
         (["train", "--data.root", "{faces}", "--device", "gpu"], 1, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         (["train", "--data.root", "{faces}", "--device", "cuda:99"], 1, "device: 'cuda:99' was asked for"),
         (["train", "--data.root", "{faces}", "--init", "no", "--out", "{out}"], 1, "train: init: no does not exist"),
