@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -106,10 +105,12 @@ class SemiSiamese(nn.Module):
         if image_a.shape != image_b.shape:
             raise ValueError(f"image_b must have shape {list(image_a.shape)} like image_a, got {list(image_b.shape)}")
         # Images travel between ranks while the probe network runs, features of a while the gallery network sees b.
-        gallery = [self._begin_gallery(image_a), self._begin_gallery(image_b)]
+        shuffle = self.shuffle and self.training
+        gallery = [GalleryPass(self.gallery, image, shuffle, self.criterion.group) for image in (image_a, image_b)]
         probe_a, probe_b = self.probe(image_a), self.probe(image_b)
-        ends = [begun() for begun in gallery]
-        gallery_a, gallery_b = (end() for end in ends)
+        for begun in gallery:
+            begun.run()
+        gallery_a, gallery_b = (begun.features for begun in gallery)
         loss: Tensor = self.criterion(probe_a, probe_b, gallery_a, gallery_b, identity)
         return loss
 
@@ -149,27 +150,42 @@ class SemiSiamese(nn.Module):
         self.updates = int(state["updates"])
         self.turn = self.updates % len(self.galleries)
 
-    def _begin_gallery(self, image: Tensor) -> Callable[[], Callable[[], Tensor]]:
-        """Shuffle, gallery network, unshuffle in three parts: begin the first; do the second; end the third."""
-        if not (self.shuffle and self.training):
 
-            def direct() -> Callable[[], Tensor]:
-                with torch.no_grad():
-                    features: Tensor = self.gallery(image)
-                return lambda: features
+class GalleryPass:
+    """One image of each identity through the gallery network, shuffled over all ranks before and put back after (shuffle-BN).
 
-            return direct
-        group = self.criterion.group
+    What travels between ranks does so while something else is computed: create it before the probe network runs, call
+    :meth:`run` after, and ask for :attr:`features` last.
+
+    Args:
+        network: the gallery network; runs without gradient.
+        image: this rank's images [B, ...]; every rank brings as many.
+        shuffle: whether to permute the images of all ranks.
+        group: the process group.
+    """
+
+    def __init__(self, network: nn.Module, image: Tensor, shuffle: bool, group: distributed.Group) -> None:
+        self.network, self.image, self.shuffle, self.group = network, image, shuffle, group
+        if not shuffle:
+            return
         rank, world = distributed.ranks(group)
         distributed.assert_same_batch(image, group)
-        images = distributed.begin_gather(image, group)
+        self.images = distributed.begin_gather(image, group)
         order = torch.rand(world * len(image), device=image.device).argsort()  # inductor cannot index by randperm's
-        order = distributed.from_first(order, group)
-        own = slice(rank * len(image), (rank + 1) * len(image))
+        self.order = distributed.from_first(order, group)
+        self.own = slice(rank * len(image), (rank + 1) * len(image))
 
-        def through() -> Callable[[], Tensor]:
-            with torch.no_grad():
-                shuffled = distributed.begin_gather(self.gallery(images()[order[own]]), group)
-            return lambda: shuffled()[torch.argsort(order)[own]]
+    @torch.no_grad()
+    def run(self) -> None:
+        """Runs the network, on this rank's share of the shuffled images."""
+        if self.shuffle:
+            mine = self.network(self.images()[self.order[self.own]])
+            self.found = distributed.begin_gather(mine, self.group)
+        else:
+            features: Tensor = self.network(self.image)
+            self.found = lambda: features
 
-        return through
+    @property
+    def features(self) -> Tensor:
+        """[B, D], in the order of ``image``."""
+        return self.found()[torch.argsort(self.order)[self.own]] if self.shuffle else self.found()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sst_fast.semi_siamese import GalleryPass
 from sst_fast.train.config import Config, DataConfig
 
 
@@ -101,3 +102,10 @@ def ranks(arguments, errors: Path, count: int):
         Command(arguments, errors.with_suffix(f".{rank}"), together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
+
+
+def gallery_features(model, images):
+    """Of one image each, as a training step takes them."""
+    begun = GalleryPass(model.gallery, images, model.shuffle, model.criterion.group)
+    begun.run()
+    return begun.features

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from runs import gallery_features
 from torch import nn
 
 from sst_fast import (
@@ -141,8 +142,8 @@ def check_shuffling(rank, world):
     images = next(batches(world))[0][0]
     torch.manual_seed(5 + rank)  # rank 0 decides
     with torch.no_grad():
-        found = model._begin_gallery(images[rows_of(rank)])()()
-        order = torch.randperm(world * B, generator=torch.Generator().manual_seed(5))
+        found = gallery_features(model, images[rows_of(rank)])
+        order = torch.rand(world * B, generator=torch.Generator().manual_seed(5)).argsort()
         shuffled = torch.cat([backbone(part) for part in images[order].chunk(world)])
         close(found, shuffled[order.argsort()][rows_of(rank)])
 
