@@ -41,6 +41,13 @@ def test_every_operation_says_what_is_chosen_and_why():
         assert choice.why
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_a_gpu_would_run_can_be_asked_without_one():
+    for choice in sst_fast.backends("cuda", queue_dtype=torch.bfloat16).values():
+        assert choice.chosen == "reference"
+        assert choice.implementations["cpu"] == "PyTorch finds no CUDA device"
+
+
 def test_forced_by_environment(monkeypatch):
     monkeypatch.setenv("SST_FAST_BACKEND", "reference")
     assert {chosen(operation) for operation in OPERATIONS} == {"reference"}

@@ -132,9 +132,13 @@ def test_command_line_trains_and_evaluates(faces, tmp_path, capsys, suffix):
     assert "rank-1" in capsys.readouterr().out
 
 
-def test_info(capsys):
+def test_info_tells_what_would_run(capsys):
     assert main(["info"]) == 0
-    assert "margin_softmax on" in capsys.readouterr().out
+    assert "margin_softmax on cpu: cpu" in capsys.readouterr().out
+    assert main(["info", "--device", "cuda", "--queue_dtype", "bfloat16", "--dim", "512"]) == 0
+    assert "margin_softmax on cuda: " in capsys.readouterr().out
+    assert main(["info", "--dtype", "int8"]) == 1
+    assert "dtype must be one of float64" in capsys.readouterr().err
 
 
 def test_demo_writes_one_self_contained_page(tmp_path, capsys):

@@ -26,6 +26,7 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
     "hopper": Hopper(), "triton": Triton(), "cuda": Cuda(), "cpu": Cpu(), "reference": Reference(),
 }  # fmt: skip
 ENVIRONMENT = "SST_FAST_BACKEND"
+NO_DEVICE = "PyTorch finds no CUDA device"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ def forget() -> None:
 
 
 def _decide(problem: Problem, requested: str | None) -> Choice:
-    states = {name: backend.why_not(problem) or "available" for name, backend in BACKENDS.items()}
+    missing = problem.device.type == "cuda" and not torch.cuda.is_available()  # then no backend can look at the device
+    states = {
+        name: (NO_DEVICE if missing and name != "reference" else backend.why_not(problem)) or "available"
+        for name, backend in BACKENDS.items()
+    }
     asked, source = requested, "backend argument"
     if asked is None:
         asked, source = _environment().get(problem.operation), ENVIRONMENT

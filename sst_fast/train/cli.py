@@ -119,14 +119,42 @@ def demo(config: DemoConfig) -> None:
     demo.run(config)
 
 
-def info() -> None:
-    """Print versions, device and, for each operation, the implementations there are and the one that is chosen."""
+def info(
+    device: str = "", dtype: str = "float32", queue_dtype: str = "", dim: int = 512, window: bool = False,
+    positive: bool = False, trains_prototypes: bool = False, normalize: bool = False, smooths: bool = False,
+) -> None:  # fmt: skip
+    """Print versions, device and, for each operation, which backend would run such a problem and why not the others.
+
+    Args:
+        device: where its tensors are, 'cpu' or 'cuda'; a GPU if there is one
+        dtype: of the embeddings
+        queue_dtype: of the queue or the prototypes; as the embeddings' if not given
+        dim: number of features
+        window: with the batch's own slots, as in Semi-Siamese Training
+        positive: with targets that are not rows of the prototypes
+        trains_prototypes: with a gradient for the prototypes
+        normalize: with prototypes that are normalised inside
+        smooths: with label smoothing
+    """
+    import torch
+
     import sst_fast
+    from sst_fast.arguments import QUEUE_DTYPES
     from sst_fast.train.report import versions
 
+    names = {str(known).removeprefix("torch."): known for known in QUEUE_DTYPES}
+    for option, name in (("dtype", dtype), ("queue_dtype", queue_dtype or dtype)):
+        if name not in names:
+            raise ValueError(f"{option} must be one of {', '.join(names)}, got {name!r}")
+    if device and torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     for name, value in versions().items():
         print(f"{name:<10} {value}")
-    for choice in sst_fast.backends().values():
+    problem = {
+        "dtype": names[dtype], "queue_dtype": names[queue_dtype or dtype], "dim": dim, "window": window, "positive": positive,
+        "trains_prototypes": trains_prototypes, "normalize": normalize, "smooths": smooths,
+    }  # fmt: skip
+    for choice in sst_fast.backends(device or None, **problem).values():
         print(choice)
 
 
