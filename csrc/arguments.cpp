@@ -27,6 +27,7 @@ Arguments::Arguments(
       kParameters, " parameters of the margin expected, got ", numbers.size());
   TORCH_CHECK(kind >= 0 && kind < kKinds, "margin_softmax: unknown margin ", kind);
   TORCH_CHECK(reduction >= 0 && reduction <= 2, "margin_softmax: unknown reduction ", reduction);
+  TORCH_CHECK_VALUE(scale_rows || (scale > 0 && scale < 1e30), "scale must be a finite number > 0, got ", scale);
   margin.kind = static_cast<Kind>(kind);
   for (size_t p = at; p < numbers.size(); p++) margin.p[p - at] = numbers[p];
 }

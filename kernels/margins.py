@@ -66,16 +66,18 @@ def arc(a, sine, m, rule, offset):
 @triton.jit
 def combined(a, sine, m1, m2, m3, rule):
     """cos(m1 theta + m2) - m3 and its slope."""
+    rule = a * 0.0 + rule  # a number would make a Python truth of the comparisons
     length = tl.sqrt(a * a + sine * sine)
     forward = tl.where(a < 0, -1.0, 1.0)
     held = (rule == CLAMP) & (tl.abs(a) > MOST)
     theta = tl.where(held, acos(forward * MOST), angle_of(a, sine, tl.where(length > 0, length, 1.0)))
     angle = theta * m1 + m2
     low = tl.where(rule == CLAMP, EPSILON, 0.0)
+    high = low * -1.0 + PI  # in this order: Triton 3.8's interpreter takes no tensor from a constant
     below = (rule != RISE) & (angle < low)
-    above = ((rule == HOLD) | (rule == CLAMP)) & (angle > PI - low)
+    above = ((rule == HOLD) | (rule == CLAMP)) & (angle > high)
     turn = tl.where(held | below | above, 0.0, m1)
-    angle = tl.where(below, low, tl.where(above, PI - low, angle))
+    angle = tl.where(below, low, tl.where(above, high, angle))
     k = tl.where(rule == FALL, tl.floor(angle / PI), 0.0)
     sign = 1.0 - 2.0 * (k - 2.0 * tl.floor(k / 2.0))
     value = length * (sign * tl.cos(angle) - 2.0 * k) - m3

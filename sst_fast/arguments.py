@@ -286,6 +286,8 @@ def check_scale(scale: Parameter, n: int | None = None, device: torch.device | N
                 raise ValueError(
                     f"scale must be > 0 and at most {MAX_SCALE:g}, got a tensor with {scale[wrong][0].item()!r}"
                 )
+    elif torch.compiler.is_compiling():
+        return  # a number that changes has no value yet; the operator looks at it again
     elif (type(scale) is not float and not isinstance(scale, Real)) or not 0 < scale < float("inf"):
         raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
     elif scale > MAX_SCALE:

@@ -43,7 +43,7 @@ INTEGERS = {"slots", "counts"}
 LONGS = {
     "start", "target", "identity", "slot_identity", "window_identity", "negatives", "slot_out", "beats_out", "live_out",
 }  # fmt: skip
-FEW = 16  # spill instructions that are let pass, of a thousand and more; where they lie is not looked at
+FEW = 32  # spill instructions that are let pass, of a thousand and more; where they lie is not looked at
 SPILL_FREE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # what the table of tile sizes was made for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -95,7 +95,7 @@ struct Groups {  // of features [B, D]
 // is.
 template <typename From, typename To, int Width>
 __global__ void window_kernel(
-    const Groups groups, const int64_t* __restrict__ identities, To* __restrict__ out,
+    const __grid_constant__ Groups groups, const int64_t* __restrict__ identities, To* __restrict__ out,
     const int64_t* __restrict__ state, int64_t* __restrict__ start, int64_t* __restrict__ targets,
     int64_t* __restrict__ owners, int64_t* __restrict__ held, int64_t B, int64_t D, int64_t K) {
   const int64_t b = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;

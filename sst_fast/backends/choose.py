@@ -67,14 +67,15 @@ def backends(device: str | torch.device | None = None, **problem: object) -> dic
 
 def choose(problem: Problem, requested: str | None = None) -> str:
     """Name of the backend that runs ``problem``; ValueError with the reason if the requested one cannot."""
-    key = (problem, requested)
-    name = _decisions.get(key)
-    if name is None:
+    if torch.compiler.is_compiling():  # sizes may be symbols, which no dictionary takes; the graph keeps the decision
         name = _decide(problem, requested).chosen
         BACKENDS[name].load()
-        if not torch.compiler.is_compiling():
-            _decisions[key] = name
-    return name
+        return name
+    key = (problem, requested)
+    if key not in _decisions:
+        _decisions[key] = _decide(problem, requested).chosen
+        BACKENDS[_decisions[key]].load()
+    return _decisions[key]
 
 
 _decisions: dict[tuple[Problem, str | None], str] = {}
