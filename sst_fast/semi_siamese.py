@@ -175,15 +175,15 @@ class GalleryPass:
         self.order = distributed.from_first(order, group)
         self.own = slice(rank * len(image), (rank + 1) * len(image))
 
-    @torch.no_grad()
     def run(self) -> None:
         """Runs the network, on this rank's share of the shuffled images."""
-        if self.shuffle:
-            mine = self.network(self.images()[self.order[self.own]])
-            self.found = distributed.begin_gather(mine, self.group)
-        else:
-            features: Tensor = self.network(self.image)
-            self.found = lambda: features
+        with torch.no_grad():  # a block, no decorator: torch.compile does not trace decorated methods of a new object
+            if self.shuffle:
+                mine = self.network(self.images()[self.order[self.own]])
+                self.found = distributed.begin_gather(mine, self.group)
+            else:
+                features: Tensor = self.network(self.image)
+                self.found = lambda: features
 
     @property
     def features(self) -> Tensor:
