@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sst_fast.data.pairs import OnError
     from sst_fast.evaluation.targets import Options
     from sst_fast.train.config import Config
     from sst_fast.train.demo import DemoConfig
-    from sst_fast.train.export import OnError, ProbeInfo
+    from sst_fast.train.export import ProbeInfo
 
 
 def train(config: Config) -> None:

@@ -11,18 +11,17 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sst_fast import data
+from sst_fast.data.pairs import OnError
 from sst_fast.train import backbones, checkpoint
 from sst_fast.train.checkpoint import replacing
 from sst_fast.train.config import device_named
-
-OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
