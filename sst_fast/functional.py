@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from sst_fast.arguments import (
     Reduction,
     Statistics,
     Window,
+    check_count,
+    check_embedding,
+    check_tensor,
+    wide_dtype,
 )
 from sst_fast.backends.backend import Problem
 from sst_fast.backends.choose import choose
@@ -26,9 +30,12 @@ from sst_fast.backends.extension import compiled
 from sst_fast.margins import AMSoftmax, Margin, Parameter, Softmax
 
 __all__ = [
-    "EMBEDDING_DTYPES", "QUEUE_DTYPES", "Statistics", "Window", "embedding_norm", "margin_softmax", "target_cosine",
+    "EMBEDDING_DTYPES", "QUEUE_DTYPES", "Statistics", "TopK", "Window", "embedding_norm", "margin_softmax", "target_cosine",
+    "topk",
 ]  # fmt: skip
 
+# Probes and prototypes of a block of topk: 16 MiB of cosines.
+BLOCK = 1024, 4096
 # Trained prototypes whose norms have been looked at.
 _looked_at: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _operator = None if compiled is None else torch.ops.sst_fast.margin_softmax.default
@@ -290,3 +297,44 @@ def embedding_norm(embedding: Tensor) -> Tensor:
     wide = torch.promote_types(embedding.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(embedding.to(wide), dim=1)
     return norm
+
+
+class TopK(NamedTuple):
+    """The most similar prototypes of each probe, most similar first: ``cosine`` and ``index`` (int64), [N, k]."""
+
+    cosine: Tensor
+    index: Tensor
+
+
+@torch.no_grad()
+def topk(embedding: Tensor, prototypes: Tensor, k: int = 1, *, normalize_prototypes: bool = False) -> TopK:
+    """The k prototypes most similar to each probe, found block by block: no N x K tensor is made. No gradient.
+
+    Args:
+        embedding: [N, D], normalised inside.
+        prototypes: [K, D], as in :func:`margin_softmax`: taken as they are, or with ``normalize_prototypes`` by their directions.
+        k: how many, 1 to K.
+
+    Returns:
+        Cosines, float32 (float64 if an input is), and row numbers of ``prototypes``. Of equal ones any may come first.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value.
+    """
+    check_embedding("embedding", embedding)
+    check_tensor("prototypes", prototypes, (None, embedding.shape[1]), QUEUE_DTYPES, embedding.device)
+    if check_count("k", k, 1) > len(prototypes):
+        raise ValueError(f"k must be at most {len(prototypes)}, the number of prototypes, got {k}")
+    wide = wide_dtype(embedding, prototypes)
+    parts = []
+    for probes in embedding.split(BLOCK[0]):
+        unit = reference.normalize(probes.to(wide))
+        best = TopK(unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device))
+        for start, rows in enumerate(prototypes.split(BLOCK[1])):
+            rows = reference.normalize(rows.to(wide)) if normalize_prototypes else rows.to(wide)
+            cosine, index = (unit @ rows.T).topk(min(k, len(rows)))
+            both = TopK(torch.cat([best.cosine, cosine], 1), torch.cat([best.index, index + start * BLOCK[1]], 1))
+            kept = both.cosine.topk(min(k, both.cosine.shape[1]))
+            best = TopK(kept.values, both.index.gather(1, kept.indices))
+        parts.append(best)
+    return TopK(*(torch.cat(found) for found in zip(*parts, strict=True)))
