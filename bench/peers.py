@@ -107,9 +107,7 @@ class MagFace(Head):
         m = self.l_margin + slope * (self.norm(x) - self.l_a)
         a = at_target(cosine, label)
         inside = a * m.cos() - (1 - a**2).sqrt() * m.sin()
-        return self.scale * with_target(
-            cosine, label, torch.where(a > (math.pi - m).cos(), inside, a - self.margin_am)
-        )
+        return self.scale * with_target(cosine, label, torch.where(a > (math.pi - m).cos(), inside, a - self.margin_am))
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         norm = self.norm(x)
@@ -148,9 +146,7 @@ class CurricularFace(Head):
         inside = add_angle(a, self.m)
         final = torch.where(a > math.cos(math.pi - self.m), inside, a - math.sin(math.pi - self.m) * self.m)
         self.t = 0.01 * a.detach().mean() + 0.99 * self.t
-        return self.scale * with_target(
-            torch.where(cosine > inside, cosine * (self.t + cosine), cosine), label, final
-        )
+        return self.scale * with_target(torch.where(cosine > inside, cosine * (self.t + cosine), cosine), label, final)
 
 
 class MVSoftmax(Head):

@@ -120,7 +120,7 @@ def margin_softmax(
         mask_empty: mask slots with identity -1 (needs ``slot_identity``).
         normalize_prototypes: divide rows of ``prototypes`` by their norm inside the sweep; their gradient follows.
         gradient: 'exact', or 'straight_through': psi' = phi' = 1, as of heads that apply the margin under ``no_grad``
-            (insightface's), for parity with them.
+            (insightface's), for parity with them. What FilteredMargin leaves out has no gradient either way.
         return_statistics: also return :class:`Statistics`.
         backend: force an implementation, see :func:`sst_fast.backends`; ValueError with the reason where it cannot do this.
         product_dtype: torch.float8_e4m3fn allows probes and weights over a float8 queue to be rounded to float8 as well, which
@@ -300,10 +300,10 @@ def embedding_norm(embedding: Tensor) -> Tensor:
 
 
 class TopK(NamedTuple):
-    """The most similar prototypes of each probe, most similar first: ``cosine`` and ``index`` (int64), [N, k]."""
+    """The most similar prototypes of each probe, most similar first: ``cosine`` and its ``row`` number (int64), [N, k]."""
 
     cosine: Tensor
-    index: Tensor
+    row: Tensor
 
 
 @torch.no_grad()
@@ -332,9 +332,9 @@ def topk(embedding: Tensor, prototypes: Tensor, k: int = 1, *, normalize_prototy
         best = TopK(unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device))
         for start, rows in enumerate(prototypes.split(BLOCK[1])):
             rows = reference.normalize(rows.to(wide)) if normalize_prototypes else rows.to(wide)
-            cosine, index = (unit @ rows.T).topk(min(k, len(rows)))
-            both = TopK(torch.cat([best.cosine, cosine], 1), torch.cat([best.index, index + start * BLOCK[1]], 1))
+            cosine, row = (unit @ rows.T).topk(min(k, len(rows)))
+            both = TopK(torch.cat([best.cosine, cosine], 1), torch.cat([best.row, row + start * BLOCK[1]], 1))
             kept = both.cosine.topk(min(k, both.cosine.shape[1]))
-            best = TopK(kept.values, both.index.gather(1, kept.indices))
+            best = TopK(kept.values, both.row.gather(1, kept.indices))
         parts.append(best)
     return TopK(*(torch.cat(found) for found in zip(*parts, strict=True)))

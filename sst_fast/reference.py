@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sst_fast.arguments import Arguments, Statistics
-from sst_fast.margins import Margin, Parameter
+from sst_fast.margins import FilteredMargin, Margin, Parameter
 
 MIN_NORM = 1e-12  # a shorter embedding has no direction: cosine 0 with everything, gradient 0
 
@@ -184,7 +184,9 @@ def _plain(
     psi, phi = margin.psi(a, hard_mean, sine), constant.phi(c, near[:, None], across)
     if straight_through:
         trained = margin.psi(a.detach(), hard_mean, sine) if margin.trains else 0.0
-        psi, phi = a + (psi - a).detach() + trained - psi.detach() * margin.trains, c + (phi - c).detach()
+        psi = a + (psi - a).detach() + trained - psi.detach() * margin.trains
+        if not isinstance(margin, FilteredMargin):  # what it leaves out has no gradient
+            phi = c + (phi - c).detach()
     t = scale * psi
     z = (scale[:, None] if isinstance(scale, Tensor) else scale) * phi
     # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.

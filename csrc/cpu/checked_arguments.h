@@ -34,7 +34,7 @@ struct CheckedArguments : Arguments {
     slots.K = prototypes.size(0);
     slots.D = prototypes.size(1);
     slots.mask_empty = mask_empty;
-    slots.straight_through = straight_through;
+    slots.unit_slope = straight_through && Kind(kind) != Kind::filtered;
     if (window) {
       slots.window = window->const_data_ptr();
       slots.window_size = window->size(1);

@@ -97,7 +97,7 @@ struct Combination {
     // cancels as its probability nears 1: loss = log(1 + e^excess), 1 - p = e^excess / (1 + e^excess).
     auto psi =
         target_margin<double>(p.margin_of(i), rows.cosine[i], rows.sine[i], hard ? hard_sum / double(hard) : 0.0);
-    if (p.slots.straight_through) psi.slope = 1;
+    if (p.straight_through) psi.slope = 1;
     const double scale = p.scale_of(i), t = scale * psi.value;
     const double others = poisoned ? nan : total > 0 ? highest + std::log(total) : -infinity;
     const double excess = others - t;

@@ -49,7 +49,7 @@ struct Queue {
   int64_t window_start, window_size;
   int64_t K, D;
   bool mask_empty;
-  bool straight_through;  // phi' = 1
+  bool unit_slope;        // phi' = 1
   bool window_is_masked;  // the window's slots count for nothing: for the gradient of the rows that it replaces
 };
 

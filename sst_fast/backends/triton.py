@@ -21,6 +21,7 @@ from torch import Tensor
 from sst_fast.arguments import REDUCTIONS, Packed
 from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.extension import compiled, why_not_compiled
+from sst_fast.margins import FilteredMargin
 from sst_fast.reference import MIN_NORM, normalize
 
 
@@ -246,6 +247,11 @@ class Call(Packed):
         return 0 if self.margin_rows is None else len(self.margin_rows)
 
     @property
+    def unit_slope(self) -> bool:
+        """Whether phi' = 1 whatever phi."""
+        return self.straight_through and self.kind != FilteredMargin.kind
+
+    @property
     def product_dtype(self) -> torch.dtype:
         """What products are made of; every float8_e4m3fn is a float16."""
         return torch.float16 if self.prototypes.dtype == torch.float8_e4m3fn else self.prototypes.dtype
@@ -343,7 +349,7 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
             sweep_kernel, (groups * blocks_in_group, parts), device, unit, p.prototypes, p.window,
             inverse if p.normalize else None, p.window_start, slots, p.identity, p.slot_identity, p.window_identity, rows,
             cosine, lse, partial, counts, moment, n, k, dim, b, rows_in_group, blocks_in_group, tiles_in_split, splits,
-            KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.straight_through,
+            KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.unit_slope,
             MOMENT=again or (p.need_gradient and not second), SECOND=again, SMOOTH=p.label_smoothing > 0,
             PRECISION=p.precision, BLOCK_N=cut.rows, BLOCK_K=cut.slots, BLOCK_D=p.block_d, num_warps=cut.warps,
             num_stages=cut.stages,
@@ -404,7 +410,7 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
         prototypes_kernel, (-(-k // cut.rows),), p.device, unit, p.prototypes, inverse if p.normalize else None,
         p.window_start, slots, p.identity, p.slot_identity, rows, lse, negatives, grad_loss.contiguous(), row_weight,
         target_slope, gradient, n, k, dim, b, p.label_smoothing, KIND=p.kind, MASK_EMPTY=p.mask_empty,
-        STRAIGHT=p.straight_through, TARGETS=p.positive is None, EACH=grad_loss.dim(), PRECISION=p.precision,
+        STRAIGHT=p.unit_slope, TARGETS=p.positive is None, EACH=grad_loss.dim(), PRECISION=p.precision,
         BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=p.block_d, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if parallel is not None:

@@ -91,7 +91,9 @@ def _convert(state: Mapping[str, Any], source: Source) -> dict[str, Tensor]:
             found[entry.name] = value if entry.dims == 2 else value.reshape(())
     if "weight" not in found:
         weights = [name for name, entry in known.items() if entry.name == "weight"]
-        raise ValueError(f"state_dict: no weights, expected {' or '.join(weights)}, got {', '.join(theirs) or 'nothing'}")
+        raise ValueError(
+            f"state_dict: no weights, expected {' or '.join(weights)}, got {', '.join(theirs) or 'nothing'}"
+        )
     if source == "facex-zoo" and "W" in theirs:
         found["margin.scale"] = torch.zeros(())
     return found

@@ -92,7 +92,14 @@ class CurricularFace(MarginSoftmaxHead):
     """Adaptive curriculum of hard negatives; :class:`sst_fast.CurricularFace`. Its t is the buffer ``margin.t``."""
 
     def __init__(
-        self, classes: int, dim: int, margin: Parameter = 0.5, scale: Parameter = 64.0, *, t: float = 0.0, **options: Any
+        self,
+        classes: int,
+        dim: int,
+        margin: Parameter = 0.5,
+        scale: Parameter = 64.0,
+        *,
+        t: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(classes, dim, margins.CurricularFace(margin, t), scale, **options)
 

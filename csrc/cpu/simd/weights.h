@@ -31,7 +31,7 @@ static void weigh(
         p = c == splat(T(-kInfinityF)) ? V{} : p;
         sum += p;
       } else {
-        const V weighed = slots.straight_through || Phi::kIdentity ? p : p * phi.slope;
+        const V weighed = slots.unit_slope || Phi::kIdentity ? p : p * phi.slope;
         if constexpr (!again) sum += c == splat(T(-kInfinityF)) ? V{} : p;
         p = c == splat(T(-kInfinityF)) ? V{} : weighed;
       }

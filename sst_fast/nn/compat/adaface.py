@@ -10,12 +10,11 @@ from sst_fast.nn.compat import unit_uniform
 
 def AdaFace(
     embedding_size: int = 512, classnum: int = 70722, m: float = 0.4, h: float = 0.333, s: float = 64.0,
-    t_alpha: float = 1.0, **options: Any,
+    t_alpha: float = 1.0, *, clamps: bool = True, **options: Any,
 ) -> heads.AdaFace:  # fmt: skip
     """Takes embeddings before their normalisation, ``head(embeddings * norms, label)`` where the network gives both.
 
-    Its clamps of cosines and angles are kept; ``clamps=False`` gives the formula without.
+    ``clamps``: of cosines and angles, as there; False gives the formula without.
     """
-    return heads.AdaFace(
-        classnum, embedding_size, m, h, s, t_alpha=t_alpha, **{"clamps": True, "init": unit_uniform} | options
-    )
+    options = {"init": unit_uniform} | options
+    return heads.AdaFace(classnum, embedding_size, m, h, s, t_alpha=t_alpha, clamps=clamps, **options)

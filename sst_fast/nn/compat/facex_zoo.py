@@ -63,7 +63,14 @@ def MV_Softmax(
 ) -> heads.MVSoftmax:  # fmt: skip
     """MV_Softmax.py."""
     return heads.MVSoftmax(
-        num_class, feat_dim, margin, mv_weight, scale, arc=not is_am, positive_only=True, **{"init": unit_uniform} | options
+        num_class,
+        feat_dim,
+        margin,
+        mv_weight,
+        scale,
+        arc=not is_am,
+        positive_only=True,
+        **{"init": unit_uniform} | options,
     )
 
 

@@ -60,7 +60,13 @@ def PartialFC_V2(
     margin_loss: MarginLoss, embedding_size: int, num_classes: int, sample_rate: float = 1.0, fp16: bool = False,
     **options: Any,
 ) -> MarginSoftmaxHead:  # fmt: skip
-    """TODO."""
+    """Partial FC of one process with all classes; ``fp16`` is autocast's to say.
+
+    Raises:
+        ValueError: a ``sample_rate`` other than 1.
+    """
+    if sample_rate != 1:
+        raise ValueError(f"sample_rate must be 1, got {sample_rate!r}")
     return MarginSoftmaxHead(
         num_classes, embedding_size, margin_loss.margin, margin_loss.scale, gradient=margin_loss.gradient, **options
     )

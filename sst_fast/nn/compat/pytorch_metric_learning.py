@@ -44,7 +44,13 @@ def SphereFaceLoss(
     if scale != 1:
         raise ValueError(f"scale must be 1, the embedding's norm taking its place, got {scale!r}")
     return heads.SphereFace(
-        num_classes, embedding_size, margin, annealing=0.0, norm_scale=True, init=classes_last(weight_init_func), **options
+        num_classes,
+        embedding_size,
+        margin,
+        annealing=0.0,
+        norm_scale=True,
+        init=classes_last(weight_init_func),
+        **options,
     )
 
 
