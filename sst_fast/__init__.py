@@ -3,6 +3,7 @@
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from sst_fast import functional
 from sst_fast.arguments import Window
@@ -30,11 +31,13 @@ from sst_fast.samplers import IdentitySampler
 from sst_fast.semi_siamese import SemiSiamese
 
 
-def __getattr__(name: str) -> ModuleType:
-    """``sst_fast.nn``, imported when it is first asked for."""
-    if name == "nn":
-        return import_module("sst_fast.nn")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take every name for one that exists
+
+    def __getattr__(name: str) -> ModuleType:
+        """``sst_fast.nn``, imported when it is first asked for."""
+        if name == "nn":
+            return import_module("sst_fast.nn")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 try:

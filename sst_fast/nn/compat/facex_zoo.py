@@ -111,9 +111,9 @@ class SST_Prototype(SemiSiameseLoss):
 
         Args:
             p1, g2, p2, g1: probe and gallery features [B, feat_dim] of images 1 and 2, in this order.
-            cur_ids: identities, int64 [B].
+            cur_ids: identities, int64 [B], on any device.
         """
-        return super().forward(p1, p2, g1, g2, cur_ids)
+        return super().forward(p1, p2, g1, g2, cur_ids.to(p1.device))
 
     def get_id_set(self) -> set[int]:
         """The identities in the queue, which FaceX-Zoo leaves out of the next epoch."""
