@@ -30,7 +30,6 @@ from sst_fast.queue import GalleryQueue
 from sst_fast.samplers import IdentitySampler
 from sst_fast.semi_siamese import SemiSiamese
 
-
 if not TYPE_CHECKING:  # a type checker would take every name for one that exists
 
     def __getattr__(name: str) -> ModuleType:
