@@ -41,7 +41,7 @@ def margin_softmax(
     label_smoothing: float = ..., window: Window | None = ..., identity: Tensor | None = ...,
     slot_identity: Tensor | None = ..., mask_empty: bool = ..., normalize_prototypes: bool = ...,
     gradient: GradientRule = ..., return_statistics: Literal[False] = ..., backend: str | None = ...,
-    product_dtype: torch.dtype | None = ...,
+    product_dtype: torch.dtype | None = ..., sub_centers: int = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def margin_softmax(
@@ -50,7 +50,7 @@ def margin_softmax(
     label_smoothing: float = ..., window: Window | None = ..., identity: Tensor | None = ...,
     slot_identity: Tensor | None = ..., mask_empty: bool = ..., normalize_prototypes: bool = ...,
     gradient: GradientRule = ..., return_statistics: Literal[True], backend: str | None = ...,
-    product_dtype: torch.dtype | None = ...,
+    product_dtype: torch.dtype | None = ..., sub_centers: int = ...,
 ) -> tuple[Tensor, Statistics]: ...  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def margin_softmax(
     return_statistics: bool = False,
     backend: str | None = None,
     product_dtype: torch.dtype | None = None,
+    sub_centers: int = 1,
 ) -> Tensor | tuple[Tensor, Statistics]:
     """Margin-softmax of probes over a gallery queue (Du et al., Semi-Siamese Training, ECCV 2020), in one sweep over the queue.
 
@@ -91,7 +92,7 @@ def margin_softmax(
     Args:
         embedding: probes [N, D], float64, float32, bfloat16 or float16; normalised inside. A zero row has cosine 0
             with everything and gradient 0.
-        prototypes: [K, D], same device, float64, float32, bfloat16, float16 or (without gradient) float8_e4m3fn; taken as
+        prototypes: [K, D] (or [K S, D], see ``sub_centers``), same device, float64, float32, bfloat16, float16 or (without gradient) float8_e4m3fn; taken as
             they are: rows should have norm 1 (those of a queue do).
         target: int64 [N], row numbers of ``prototypes``. With ``positive`` it may be None, or name for each probe a row that
             is no negative (-1: none).
@@ -99,7 +100,8 @@ def margin_softmax(
             are, or normalised with ``normalize_prototypes``; may require a gradient.
         margin: a margin of :mod:`sst_fast.margins`; its parameters may be tensors [N], one value per probe, and those that it
             names ``trainable`` may require a gradient.
-        scale: s in (0, 1000], the inverse temperature: a number, a 0-d tensor or a tensor [N] (no gradient).
+        scale: s in (0, 1000], the inverse temperature: a number, a 0-d tensor or a tensor [N], which may require a
+            gradient: it is found in the same sweep.
         reduction: 'mean' (default), 'sum' or 'none' (float32 [N]; float64 if an input is).
         weight: [N], floating point, multiplies each probe's loss; 'mean' then divides by the sum of weights.
         ignore_index: probes with this target have loss 0 and gradient 0 and do not count in the mean (0 if none does).
@@ -118,6 +120,10 @@ def margin_softmax(
         backend: force an implementation, see :func:`sst_fast.backends`; ValueError with the reason where it cannot do this.
         product_dtype: torch.float8_e4m3fn allows probes and weights over a float8 queue to be rounded to float8 as well, which
             is faster and less exact: cosines are off by up to 0.1 / sqrt(D). None (default): no such rounding.
+        sub_centers: S in [1, 16], how many rows of ``prototypes`` stand for each class (Deng et al., Sub-center ArcFace, ECCV
+            2020). ``prototypes`` are then [K S, D], class c in rows c S to c S + S - 1, and a probe's cosine with a class is the
+            largest over these; the gradient goes to that row alone, the first of equally near ones. ``target``,
+            ``slot_identity`` and statistics count classes. Not beside a window.
 
     Returns:
         The loss, or (loss, statistics).
@@ -129,7 +135,7 @@ def margin_softmax(
     """
     a = Arguments(
         embedding, prototypes, target, positive, margin, scale, reduction, weight, ignore_index, label_smoothing, window,
-        identity, slot_identity, mask_empty, normalize_prototypes, gradient, product_dtype,
+        identity, slot_identity, mask_empty, normalize_prototypes, gradient, product_dtype, sub_centers,
     )  # fmt: skip
     a.check()
     if type(scale) is not float and not isinstance(scale, Tensor):
@@ -190,7 +196,7 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
             embedding = embedding.masked_fill((a.target == a.ignore_index)[:, None], 0)
         norm = embedding_norm(embedding)
         penalty = a.margin.penalty(norm)
-    a.scale = a.margin.scale_for(a.scale, a.prototypes.shape[0], norm)
+    a.scale = a.margin.scale_for(a.scale, a.slots, norm)
     if norm is not None:
         a.margin = a.margin.for_batch(norm)
         if penalty is not None:
@@ -206,17 +212,11 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
 
 
 def _select(a: Arguments, backend: str | None) -> str:
-    if torch.is_grad_enabled() and isinstance(a.scale, Tensor) and a.scale.requires_grad:
-        if backend not in (None, "reference"):
-            raise ValueError(
-                f"backend argument: margin_softmax cannot run on {backend!r}: a scale that is the embedding's norm has its "
-                "gradient in plain PyTorch alone"
-            )
-        return "reference"
-    trains = torch.is_grad_enabled() and a.prototypes.requires_grad
+    records = torch.is_grad_enabled()
     problem = Problem(
         "margin_softmax", a.embedding.device, a.embedding.dtype, a.prototypes.dtype, a.embedding.shape[1],
-        a.window is not None, a.positive is not None, trains, a.normalize_prototypes, a.label_smoothing > 0, a.product_dtype,
+        a.window is not None, a.positive is not None, records and a.prototypes.requires_grad, a.normalize_prototypes,
+        a.label_smoothing > 0, a.product_dtype, records and a.trains_scale, a.sub_centers > 1,
     )  # fmt: skip
     return choose(problem, backend)
 
@@ -252,7 +252,7 @@ def _margin_gradient(a: Arguments, residual: Tensor, row_weight: Tensor) -> Tens
     """
     with torch.no_grad():
         unit, target, _ = reference.unit_probes(a)
-        cosine, sine = reference.angle_to_target(unit, reference.target_rows(a, target))
+        cosine, sine = reference.angle_to_target(unit, reference.target_rows(a, unit, target))
         factor = row_weight * residual * a.scale
     psi = a.margin.psi(cosine, sine=sine)
     each = torch.where(factor == 0, 0, factor * (psi - psi.detach())).to(residual.dtype)
@@ -266,6 +266,7 @@ def target_cosine(
     window: Window | None = None,
     normalize_prototypes: bool = False,
     ignore_index: int = -100,
+    sub_centers: int = 1,
 ) -> Tensor:
     """Cosine of each probe with its target prototype, [N], without gradient: N x D operations. 0 where it is ignored.
 
@@ -278,10 +279,11 @@ def target_cosine(
         window=window,
         normalize_prototypes=normalize_prototypes,
         ignore_index=ignore_index,
+        sub_centers=sub_centers,
     )
     with torch.no_grad():
         unit, within, _ = reference.unit_probes(a)
-        cosine, _ = reference.angle_to_target(unit, reference.target_rows(a, within))
+        cosine, _ = reference.angle_to_target(unit, reference.target_rows(a, unit, within))
         return cosine.to(a.wide)
 
 

@@ -27,7 +27,7 @@ from sst_fast.queue import GalleryQueue
 Keep = Literal["coin", "first", "second", "mean", "both"]
 HEAD_OPTIONS = frozenset({
     "reduction", "weight", "ignore_index", "label_smoothing", "identity", "slot_identity", "mask_empty",
-    "normalize_prototypes", "gradient", "backend", "product_dtype",
+    "normalize_prototypes", "gradient", "backend", "product_dtype", "sub_centers",
 })  # fmt: skip
 
 
@@ -78,7 +78,9 @@ class RunningMargin(nn.Module):
         """
         if not self.margin.running:
             return
-        looks = {name: options[name] for name in ("window", "normalize_prototypes", "ignore_index") if name in options}
+        looks = {
+            n: options[n] for n in ("window", "normalize_prototypes", "ignore_index", "sub_centers") if n in options
+        }
         cosine = functional.target_cosine(embedding, prototypes, target, **looks)
         norm = functional.embedding_norm(embedding)
         counts = torch.isfinite(norm) & torch.isfinite(cosine) & (target != options.get("ignore_index", -100))
@@ -90,7 +92,7 @@ class RunningMargin(nn.Module):
             found: Tensor = scale * cosine + excess + (-torch.expm1(-excess)).log()
             return found
 
-        seen = Seen(norm, cosine, counts, len(prototypes), log_negatives)
+        seen = Seen(norm, cosine, counts, len(prototypes) // options.get("sub_centers", 1), log_negatives)
         for name, value in self.current().follow(seen).items():
             running = getattr(self, name)
             new = torch.where(counts.any(), value, running)
@@ -305,7 +307,8 @@ class MarginSoftmaxHead(nn.Module):
             )
         checked = ("label_smoothing", "reduction", "gradient", "ignore_index")
         check_options(**{name: options[name] for name in checked if name in options})
-        self.weight = nn.Parameter(nn.init.normal_(torch.empty(classes, dim), std=0.01))
+        rows = check_count("sub_centers", options.get("sub_centers", 1), 1)
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(classes * rows, dim), std=0.01))
         self.margin = RunningMargin(margin)
         self.scale = scale
         self.options = {"normalize_prototypes": True} | options
@@ -315,7 +318,9 @@ class MarginSoftmaxHead(nn.Module):
         """Loss of embeddings [N, D] with class numbers ``target``, int64 [N]."""
         if self.training:
             looks = {
-                name: self.options[name] for name in ("normalize_prototypes", "ignore_index") if name in self.options
+                name: self.options[name]
+                for name in ("normalize_prototypes", "ignore_index", "sub_centers")
+                if name in self.options
             }
             self.margin.follow(embedding, self.weight, target, **looks)
         loss: Tensor

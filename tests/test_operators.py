@@ -14,11 +14,18 @@ from problems import MARGINS, make
 
 from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Softmax, Window
 from sst_fast.backends import choose
+from sst_fast.backends.choose import backends
 from sst_fast.backends.extension import compiled
 from sst_fast.functional import margin_softmax
 
 BACKENDS = ["reference"] + (["cpu"] if compiled is not None else [])
 COMPILED = BACKENDS[1:]
+
+
+SCALE_BACKENDS = [
+    name for name, state in backends("cpu", trains_scale=True)["margin_softmax"].implementations.items()
+    if state == "available" and name in BACKENDS
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -124,6 +131,33 @@ def test_weights_of_half_precision_are_summed_exactly(backend, dtype):
 
 
 # ---- derivatives ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", SCALE_BACKENDS)
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("margin", [Softmax(), AMSoftmax(0.35), ArcSoftmax(0.5)], ids=repr)
+def test_the_scale_has_the_gradient_of_a_temperature(margin, per_row, backend):
+    """Against all logits through cross-entropy, label smoothing, weights and an ignored probe included."""
+    p = make(9, 40, 12, masks=False)
+    target = p.target.clone()
+    target[2] = -100
+    weight = torch.linspace(0.5, 2, 9, dtype=torch.float64)
+    results = []
+    for ours in (True, False):
+        x = p.embedding.clone().requires_grad_()
+        s = (torch.linspace(8, 20, 9) if per_row else torch.tensor(12.0)).double().requires_grad_()
+        if ours:
+            loss = margin_softmax(x, p.prototypes, target, margin=margin, scale=s, weight=weight, label_smoothing=0.1,
+                                  backend=backend)  # fmt: skip
+        else:
+            cosines = F.normalize(x) @ p.prototypes.T
+            own = cosines[torch.arange(9), p.target]
+            logits = cosines.index_put((torch.arange(9), p.target), margin.psi(own)) * s.expand(9)[:, None]
+            each = F.cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
+            loss = (each * weight).sum() / weight[target != -100].sum()
+        results.append((loss, *torch.autograd.grad(loss, (x, s))))
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
 @pytest.mark.parametrize("backend", COMPILED)

@@ -39,6 +39,8 @@ class Triton(Backend):
             return f"not for {problem.device.type} tensors (but with TRITON_INTERPRET=1)"
         if problem.product_dtype is not None:
             return "rounds no products"
+        if problem.trains_scale or problem.sub_centers:
+            return "no gradient for the scale, no sub-centres"
         if torch.float64 in (problem.dtype, problem.queue_dtype):
             return "float64 is more exact than its kernels are"
         here = machine(problem.device)
