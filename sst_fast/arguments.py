@@ -34,10 +34,12 @@ INTEGERS = (
     "kind",
     "reduction",
     "ignore_index",
+    "sub_centers",
     "mask_empty",
     "normalize",
     "straight_through",
     "float8_products",
+    "need_scale_gradient",
     "need_gradient",
 )
 NUMBERS = ("scale", "label_smoothing")  # and after them the margin's parameters
@@ -187,7 +189,7 @@ class Arguments:
         window, scale = self.window, self.scale
         n = self.embedding.shape[0]
         parameters, margin_rows = self.margin.per_row(n)
-        scale_rows = scale.detach().double().expand(n) if isinstance(scale, Tensor) else None
+        scale_rows = scale.double().expand(n) if isinstance(scale, Tensor) else None
         features = identities = start = None
         if window is not None:
             features, identities, start = window.features.to(self.prototypes.dtype), window.identities, window.start
@@ -195,8 +197,9 @@ class Arguments:
             self.target, self.weight, self.identity, self.slot_identity, features, identities, start, margin_rows, scale_rows,
         ]  # fmt: skip
         integers = [
-            self.margin.kind, REDUCTIONS.index(self.reduction), self.ignore_index, int(self.mask_empty),
-            int(self.normalize_prototypes), int(self.gradient == "straight_through"), int(self.product_dtype is not None), 0,
+            self.margin.kind, REDUCTIONS.index(self.reduction), self.ignore_index, self.sub_centers,
+            int(self.mask_empty), int(self.normalize_prototypes), int(self.gradient == "straight_through"),
+            int(self.product_dtype is not None), 0, 0,
         ]  # fmt: skip
         floats = [0.0 if isinstance(scale, Tensor) else float(scale), float(self.label_smoothing), *parameters]
         return self.embedding, self.prototypes, self.positive, tensors, integers, floats
@@ -221,10 +224,12 @@ class Packed:
     kind: int
     reduction: int
     ignore_index: int
+    sub_centers: int
     mask_empty: bool
     normalize: bool
     straight_through: bool
     float8_products: bool
+    need_scale_gradient: bool
     need_gradient: bool
     scale: float
     label_smoothing: float
@@ -237,7 +242,7 @@ class Packed:
     ) -> Packed:  # fmt: skip
         """The reverse of :meth:`Arguments.packed`."""
         named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True)) | dict(zip(INTEGERS, integers, strict=True))
-        for name in INTEGERS[3:]:
+        for name in INTEGERS[4:]:
             named[name] = bool(named[name])
         named |= dict(zip(NUMBERS, numbers, strict=False))
         return Packed(embedding, prototypes, positive, **named, parameters=list(numbers[len(NUMBERS) :]))

@@ -806,8 +806,6 @@ PARITY = {
 def test_parity_with_the_authors_rules(backend, name):
     """Loss and both gradients, the embedding's along itself included."""
     margin, head = PARITY[name]
-    if backend != "reference" and getattr(margin, "norm_scale", False):
-        pytest.skip("plain PyTorch alone has it")
     problem = of_each_norm()
     x = problem.embedding
     if isinstance(margin, AdaFace):  # one target and one other class beyond the clamps
@@ -824,15 +822,19 @@ def test_parity_with_the_authors_rules(backend, name):
         assert (found - expected).norm() <= 1e-8 * expected.norm()
 
 
-def test_a_scale_that_is_the_norm():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_of_zero_is_that_of_a_row_without_direction(backend):
+    """Every logit is 0 then, and so are its gradients."""
     p = of_each_norm()
-    x = p.embedding.requires_grad_()
-    with torch.no_grad():
-        values = [
-            margin_softmax(x, p.prototypes, p.target, margin=SphereFace(norm_scale=True), backend=backend)
-            for backend in BACKENDS
-        ]
-    assert all(torch.allclose(value, values[0]) for value in values)
+    x = torch.cat([p.embedding[:3], torch.zeros(1, p.embedding.shape[1], dtype=torch.float64)]).requires_grad_()
+    loss = margin_softmax(
+        x, p.prototypes, p.target[:4], margin=SphereFace(norm_scale=True), label_smoothing=0.1, reduction="none",
+        backend=backend,
+    )  # fmt: skip
+    assert loss[3].item() == pytest.approx(math.log(len(p.prototypes)))
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    assert torch.isfinite(gradient).all()
+    assert not gradient[3].any()
 
 
 # --- nearly parallel to the target -----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import make_sub_centers
+from problems import MARGINS, make_sub_centers
 
 from sst_fast import AMSoftmax, ArcSoftmax, MarginSoftmaxHead, Softmax
 from sst_fast.backends.choose import backends
@@ -37,6 +37,86 @@ def test_is_the_maximum_over_the_rows_of_a_class(sub_centers, margin, backend):
         results.append((loss, *torch.autograd.grad(loss, (x, w))))
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def check(p, backend, **options):
+    """Loss, statistics and all gradients of a backend against the reference's in float64, on the same numbers."""
+    results = []
+    for name, q in ((backend, p), ("reference", p.to(torch.float64))):
+        x, w = q.embedding.detach().requires_grad_(), q.prototypes.detach().requires_grad_()
+        scale = torch.tensor(options.get("scale", 16.0), dtype=torch.float64, requires_grad=True)
+        loss, seen = margin_softmax(x, w, q.target, reduction="none", sub_centers=q.sub_centers, backend=name,
+                                    return_statistics=True, **q.options(), **options | {"scale": scale})  # fmt: skip
+        factors = torch.linspace(-1, 2, len(x), dtype=loss.dtype)
+        results.append((loss.detach(), seen, torch.autograd.grad(loss @ factors, (x, w, scale))))
+    (loss, seen, gradients), (expected, known, exact) = results
+    tolerance = TOLERANCE[p.embedding.dtype]
+    assert (loss.double() - expected).abs().max() <= tolerance * max(1, expected.abs().max().item())
+    for found, right in zip(gradients, exact, strict=True):
+        assert (found.double() - right).norm() <= 2 * tolerance * max(right.norm().item(), 0.05)
+    assert torch.allclose(seen.hardest_cosine.double(), known.hardest_cosine, atol=1e-5)
+    assert torch.allclose(seen.lse.double(), known.lse, atol=1e-4 + 64 * tolerance)
+    assert (seen.beats_target - known.beats_target).abs().max() <= 1
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+def test_every_margin(margin, backend):
+    p = make_sub_centers(70, 90, 3, 20)
+    p.slot_identity = torch.arange(90) % 70 - 1
+    p.identity = p.slot_identity[p.target]
+    for options in ({}, {"normalize_prototypes": True}, {"label_smoothing": 0.1}, {"gradient": "straight_through"}):
+        check(p, backend, margin=margin, **options)
+
+
+# K: one tile, several, several chunks; S: divisors of 12 and others; D: the steps of the tile sizes at 512 and 1024.
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize(
+    ("n", "k", "s", "d"),
+    [(1, 1, 16, 5), (3, 7, 5, 512), (65, 300, 7, 64), (5, 60, 10, 513), (17, 1500, 9, 16), (4, 40, 16, 1025)],
+)
+def test_sizes(n, k, s, d, backend):
+    for dtype in TOLERANCE:
+        check(make_sub_centers(n, k, s, d).to(dtype), backend, normalize_prototypes=dtype == torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    p = make_sub_centers(4, 6, 3, 5)
+    x, w, s = p.embedding.requires_grad_(), p.prototypes.requires_grad_(), torch.full((4,), 8.0, dtype=torch.float64)
+
+    def function(x, w, s):
+        return margin_softmax(x, w, p.target, scale=s, margin=ArcSoftmax(0.3), sub_centers=3, reduction="none",
+                              normalize_prototypes=True, backend=backend)  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, (x, w, s.requires_grad_()))
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_an_explicit_positive_is_one_row(backend):
+    """``target`` names the class that is then no negative."""
+    p = make_sub_centers(9, 12, 4, 8)
+    positive = F.normalize(p.embedding + 0.2)
+    results = [
+        margin_softmax(
+            p.embedding, p.prototypes, p.target, positive=positive, sub_centers=4, reduction="none", backend=name
+        )
+        for name in (backend, "reference")
+    ]
+    assert torch.allclose(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_is_not_finite_is_seen(backend):
+    """It must not lose the comparison without a word."""
+    p = make_sub_centers(4, 6, 3, 8)
+    for row in (0, 1, 2):
+        w = p.prototypes.clone()
+        w[9 + row, 3] = torch.nan
+        assert margin_softmax(p.embedding, w, p.target, sub_centers=3, reduction="none", backend=backend).isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

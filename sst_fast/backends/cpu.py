@@ -15,6 +15,4 @@ class Cpu(Backend):
             return f"not for {problem.device.type} tensors"
         if compiled is None:
             return why_not_compiled
-        if problem.trains_scale or problem.sub_centers:
-            return "no gradient for the scale, no sub-centres"
         return None if problem.product_dtype is None else "rounds no products"
