@@ -29,7 +29,7 @@ from sst_fast.queue import GalleryQueue
 Keep = Literal["coin", "first", "second", "mean", "both"]
 HEAD_OPTIONS = frozenset({
     "reduction", "weight", "ignore_index", "label_smoothing", "identity", "slot_identity", "mask_empty",
-    "normalize_prototypes", "gradient", "backend", "product_dtype",
+    "normalize_prototypes", "gradient", "backend", "product_dtype", "sub_centers",
 })  # fmt: skip
 
 
@@ -80,7 +80,9 @@ class RunningMargin(nn.Module):
         """
         if not self.margin.running:
             return
-        looks = {name: options[name] for name in ("window", "normalize_prototypes", "ignore_index") if name in options}
+        looks = {
+            n: options[n] for n in ("window", "normalize_prototypes", "ignore_index", "sub_centers") if n in options
+        }
         cosine = functional.target_cosine(embedding, prototypes, target, **looks)
         norm = functional.embedding_norm(embedding)
         counts = torch.isfinite(norm) & torch.isfinite(cosine) & (target != options.get("ignore_index", -100))
@@ -92,7 +94,7 @@ class RunningMargin(nn.Module):
             found: Tensor = scale * cosine + excess + (-torch.expm1(-excess)).log()
             return found
 
-        seen = Seen(norm, cosine, counts, len(prototypes), log_negatives)
+        seen = Seen(norm, cosine, counts, len(prototypes) // options.get("sub_centers", 1), log_negatives)
         for name, value in self.current().follow(seen).items():
             running = getattr(self, name)
             new = torch.where(counts.any(), value, running)
@@ -319,7 +321,8 @@ class MarginSoftmaxHead(nn.Module):
             )
         checked = ("label_smoothing", "reduction", "gradient", "ignore_index")
         check_options(**{name: options[name] for name in checked if name in options})
-        self.weight = nn.Parameter(torch.empty(classes, dim))
+        self.sub_centers = check_count("sub_centers", options.get("sub_centers", 1), 1)
+        self.weight = nn.Parameter(torch.empty(classes * self.sub_centers, dim))
         with torch.no_grad():
             init(self.weight)
         self.margin = RunningMargin(margin)
@@ -331,7 +334,9 @@ class MarginSoftmaxHead(nn.Module):
         """Loss of embeddings [N, D] with class numbers ``target``, int64 [N]."""
         if self.training:
             looks = {
-                name: self.options[name] for name in ("normalize_prototypes", "ignore_index") if name in self.options
+                name: self.options[name]
+                for name in ("normalize_prototypes", "ignore_index", "sub_centers")
+                if name in self.options
             }
             self.margin.follow(embedding, self.weight, target, **looks)
         loss: Tensor
@@ -349,10 +354,12 @@ class MarginSoftmaxHead(nn.Module):
         self._check(embedding)
         rows = reference.normalize(self.weight) if self.options["normalize_prototypes"] else self.weight
         cosine = reference.normalize(embedding) @ rows.to(embedding.dtype).T
+        if self.sub_centers > 1:
+            cosine = cosine.unflatten(1, (-1, self.sub_centers)).amax(2)
         margin, norm = self.margin.current(), None
         if margin.uses_norm:
             norm = functional.embedding_norm(embedding)
-        scale = margin.scale_for(self.scale, len(rows), norm)
+        scale = margin.scale_for(self.scale, cosine.shape[1], norm)
         if isinstance(scale, Tensor):
             scale = scale.to(cosine.dtype)[..., None]
         logits: Tensor = scale * cosine
@@ -362,7 +369,7 @@ class MarginSoftmaxHead(nn.Module):
         """The k most similar classes of embeddings [N, D] and their cosines; see :func:`sst_fast.functional.topk`."""
         self._check(embedding)
         normalize = bool(self.options["normalize_prototypes"])
-        return functional.topk(embedding, self.weight, k, normalize_prototypes=normalize)
+        return functional.topk(embedding, self.weight, k, normalize_prototypes=normalize, sub_centers=self.sub_centers)
 
     def _check(self, embedding: Tensor) -> None:
         check_tensor("embedding", embedding, (None, self.weight.shape[1]), EMBEDDING_DTYPES, self.weight.device)

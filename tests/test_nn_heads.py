@@ -43,10 +43,11 @@ def facex(name, peer, *args, **rest):
     return pair_of(lambda: theirs(C, D, *args), lambda: ours(D, C, *args), "facex-zoo", **rest)
 
 
-def metric_learning(name, *args, **rest):
+def metric_learning(name, **rest):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     theirs, ours = getattr(losses, name), getattr(pytorch_metric_learning, name)
-    return pair_of(lambda: theirs(C, D, *args), lambda: ours(C, D, *args), "pytorch-metric-learning", **rest)
+    sizes = {"num_classes": C, "embedding_size": D}
+    return pair_of(lambda: theirs(**sizes), lambda: ours(**sizes), "pytorch-metric-learning", **rest)
 
 
 def partial_fc(*args, **rest):
@@ -85,6 +86,7 @@ PAIRS = {
     "pytorch-metric-learning ArcFaceLoss": lambda: metric_learning("ArcFaceLoss"),
     "pytorch-metric-learning CosFaceLoss": lambda: metric_learning("CosFaceLoss"),
     "pytorch-metric-learning SphereFaceLoss": lambda: metric_learning("SphereFaceLoss"),
+    "pytorch-metric-learning SubCenterArcFaceLoss": lambda: metric_learning("SubCenterArcFaceLoss", lr=0.02),
     "pytorch-metric-learning NormalizedSoftmaxLoss": lambda: metric_learning("NormalizedSoftmaxLoss"),
 }  # fmt: skip
 
@@ -187,7 +189,7 @@ ALL = {
     heads.CombinedMargin: margins.CombinedMargin, heads.CurricularFace: margins.CurricularFace,
     heads.MVSoftmax: margins.MVSoftmax, heads.NPCFace: margins.NPCFace, heads.ArcNegFace: margins.ArcNegFace,
     heads.CircleLoss: margins.CircleLoss, heads.AdaCos: margins.AdaCos, heads.MagFace: margins.MagFace,
-    heads.AdaFace: margins.AdaFace, heads.NormalizedSoftmax: margins.Softmax,
+    heads.AdaFace: margins.AdaFace, heads.SubCenterArcFace: margins.ArcSoftmax, heads.NormalizedSoftmax: margins.Softmax,
 }  # fmt: skip
 
 
@@ -253,6 +255,20 @@ def test_topk_over_blocks(monkeypatch, k):
     assert torch.allclose(found.cosine, expected.values, atol=1e-6)
     assert torch.equal(found.row, expected.indices)
     assert not found.cosine.requires_grad
+
+
+def test_sub_centers_count_as_one_class(monkeypatch):
+    """In the loss, the logits and, over blocks that three sub-centres do not divide, the nearest classes."""
+    monkeypatch.setattr(sst_fast.functional, "BLOCK", (7, 16))
+    torch.manual_seed(0)
+    head, x, y = heads.SubCenterArcFace(C, D, scale=8.0), torch.randn(N, D), torch.arange(N)
+    cosine = cosine_of(head, x).view(N, C, 3).amax(2)
+    assert torch.allclose(head.logits(x), 8 * cosine, atol=1e-5)
+    assert torch.equal(head.topk(x, 5).row, cosine.topk(5).indices)
+    own = cosine[y, y]
+    margined = own * math.cos(0.5) - (1 - own**2).sqrt() * math.sin(0.5)
+    expected = F.cross_entropy(8 * cosine.index_put((y, y), margined), y)
+    assert head(x, y).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_topk_makes_no_table_of_all_cosines():

@@ -22,6 +22,7 @@ from sst_fast.nn.heads import (
     NormalizedSoftmax,
     NPCFace,
     SphereFace,
+    SubCenterArcFace,
 )
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "NPCFace",
     "NormalizedSoftmax",
     "SphereFace",
+    "SubCenterArcFace",
     "convert",
 ]

@@ -34,6 +34,21 @@ class ArcFace(MarginSoftmaxHead):
         super().__init__(classes, dim, margins.ArcSoftmax(margin, easy, beyond), scale, **options)
 
 
+class SubCenterArcFace(ArcFace):
+    """ArcFace with several weight vectors a class, the nearest of which counts (Deng et al., ECCV 2020), the maximum in the kernel.
+
+    ``weight`` is [classes sub_centers, dim], class c in rows c S to c S + S - 1. ``sub_centers`` S: 1 to 16.
+    """
+
+    def __init__(
+        self, classes: int, dim: int, margin: Parameter = 0.5, scale: Parameter = 64.0, *, sub_centers: int = 3,
+        easy: bool = False, beyond: ArcBeyond = "linear", **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            classes, dim, margin, scale, easy=easy, beyond=beyond, sub_centers=sub_centers, **options
+        )  # fmt: skip
+
+
 class CosFace(MarginSoftmaxHead):
     """Additive cosine margin, also known as AM-softmax; :class:`sst_fast.AMSoftmax`."""
 
@@ -55,7 +70,7 @@ class NormalizedSoftmax(MarginSoftmaxHead):
 class SphereFace(MarginSoftmaxHead):
     """Multiplicative angular margin, A-softmax; :class:`sst_fast.SphereFace`, whose m1 ``margin`` is.
 
-    With ``norm_scale`` the embedding's norm takes the place of ``scale``, in plain PyTorch.
+    With ``norm_scale`` the embedding's norm takes the place of ``scale``.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ def SphereFaceLoss(
     num_classes: int, embedding_size: int, margin: int = 4, scale: float = 1, *, weight_init_func: Init = nn.init.normal_,
     **options: Any,
 ) -> heads.SphereFace:  # fmt: skip
-    """Without annealing, scaled by the embedding's norm: in plain PyTorch. ValueError for another ``scale`` than 1."""
+    """Without annealing, scaled by the embedding's norm. ValueError for another ``scale`` than 1."""
     if scale != 1:
         raise ValueError(f"scale must be 1, the embedding's norm taking its place, got {scale!r}")
     return heads.SphereFace(
@@ -61,4 +61,15 @@ def NormalizedSoftmaxLoss(
     """As there."""
     return heads.NormalizedSoftmax(
         num_classes, embedding_size, temperature, init=classes_last(weight_init_func), **options
+    )
+
+
+def SubCenterArcFaceLoss(
+    num_classes: int, embedding_size: int, margin: float = 28.6, scale: float = 64, sub_centers: int = 3, *,
+    weight_init_func: Init = nn.init.normal_, **options: Any,
+) -> heads.SubCenterArcFace:  # fmt: skip
+    """``margin`` in degrees."""
+    init = classes_last(weight_init_func)
+    return heads.SubCenterArcFace(
+        num_classes, embedding_size, math.radians(margin), scale, sub_centers=sub_centers, init=init, **options
     )
