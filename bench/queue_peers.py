@@ -140,3 +140,17 @@ def circle_over(
     n = (gamma * (c.detach() + m).relu() * (c - m)).masked_fill(~other, -torch.inf).logsumexp(1)
     counts = same.any(1) & other.any(1)
     return F.softplus((p + n)[counts]).mean()
+
+
+def clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """open_clip's ClipLoss on one process, of unit features."""
+    logits = logit_scale * image @ text.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logit_scale * text @ image.T, target)) / 2
+
+
+def siglip(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """open_clip's SigLipLoss on one process, of unit features."""
+    logits = logit_scale * image @ text.T + logit_bias
+    labels = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(logits)

@@ -55,6 +55,31 @@ def gather(x: Tensor, group: Group = None) -> Tensor:
     return begin_gather(x, group)()
 
 
+def begin_shift(x: Tensor, group: Group = None) -> Callable[[], Tensor]:
+    """Begins to send ``x`` to the next rank of a ring; what it returns waits for, and gives, the previous rank's, without gradient.
+
+    Every rank's has the same shape and dtype. After as many shifts as there are ranks each is home again.
+    """
+    rank, world = ranks(group)
+    mine = x.detach().contiguous()
+    arriving = torch.empty_like(mine)
+    to, source = (((rank + step) % world) for step in (1, -1))
+    if group is not None:
+        to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
+    # As bytes: not every backend knows every dtype.
+    works = dist.batch_isend_irecv([
+        dist.P2POp(dist.isend, mine.view(torch.uint8), to, group),
+        dist.P2POp(dist.irecv, arriving.view(torch.uint8), source, group),
+    ])
+
+    def end() -> Tensor:
+        for work in works:
+            work.wait()
+        return arriving
+
+    return end
+
+
 def assert_same_batch(batch: Tensor, group: Group = None) -> None:
     """Every rank must bring as many rows: backends end the process, or hang, where shapes differ.
 

@@ -4,5 +4,6 @@ Everything here is a thin layer over the one operator, :func:`sst_fast.functiona
 """
 
 from sst_fast.nn.queues import DCQ, CrossBatchMemory, MoCo, NTXent, PairCircle, SupCon
+from sst_fast.nn.symmetric import CLIPLoss, SigLIPLoss
 
-__all__ = ["DCQ", "CrossBatchMemory", "MoCo", "NTXent", "PairCircle", "SupCon"]
+__all__ = ["DCQ", "CLIPLoss", "CrossBatchMemory", "MoCo", "NTXent", "PairCircle", "SigLIPLoss", "SupCon"]

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sst_fast import distributed, functional
 from sst_fast.arguments import (
@@ -38,6 +38,7 @@ from sst_fast.arguments import (
 )
 from sst_fast.loss import RunningMargin
 from sst_fast.margins import MAX_SCALE, AMSoftmax, CircleLoss, Margin, Softmax
+from sst_fast.nn.ranks import OverRanks
 from sst_fast.queue import GalleryQueue
 from sst_fast.reference import normalize, window_slots
 
@@ -184,8 +185,8 @@ def _sum_exp_of_pairs(logit: Tensor, probe: Tensor, probes: int) -> Tensor:
     return (top + total.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -torch.inf)
 
 
-class _OverRanks(nn.Module):
-    """What the losses share: their queue, their process group, and settings on which its ranks must agree."""
+class _QueueLoss(OverRanks):
+    """A loss with a queue, which keys of all ranks enter."""
 
     queue: GalleryQueue
 
@@ -193,34 +194,11 @@ class _OverRanks(nn.Module):
         self, queue: GalleryQueue | None, gather: bool, group: distributed.Group, backend: str | None,
         settings: dict[str, object],
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(gather, group, settings)
         if queue is not None and not isinstance(queue, GalleryQueue):
             raise TypeError(f"queue must be a GalleryQueue, got {type(queue).__name__}")
         self.queue = queue  # type: ignore[assignment]
-        self.gather = gather
-        self.group = group
         self.backend = backend
-        self.settings = settings
-        self.agreed = False
-
-    def extra_repr(self) -> str:
-        """Settings, for ``print(loss)``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
-
-    def _meet(self, embedding: Tensor) -> tuple[int, int]:
-        """(rank, number of ranks W) of those that exchange keys; they have the same settings and batch sizes.
-
-        Raises:
-            ValueError: they have not; on every rank.
-        """
-        rank, world = distributed.ranks(self.group) if self.gather else (0, 1)
-        if world > 1:
-            if not self.agreed:
-                settings = f"{self} of {embedding.dtype} [B, {embedding.shape[1]}]"
-                distributed.assert_same_settings(" ".join(settings.split()), embedding.device, self.group)
-                self.agreed = True
-            distributed.assert_same_batch(embedding, self.group)
-        return rank, world
 
     def _slots(self) -> Keys:
         size = self.queue.size
@@ -234,7 +212,7 @@ class _OverRanks(nn.Module):
             self.queue.enqueue(key, identity)
 
 
-class _KeyLoss(_OverRanks):
+class _KeyLoss(_QueueLoss):
     """A probe's one positive is its key from a second network; the queue, as it was before the batch, has the negatives."""
 
     statistics: functional.Statistics | None
@@ -311,7 +289,7 @@ class MoCo(_KeyLoss):
         directions = 1
         if (query_b is None) != (key_b is None):
             raise TypeError("query_b and key_b must be given together for the symmetric loss, got one of them")
-        _, world = self._meet(query)
+        _, world = self.meet(query)
         if query_b is not None and key_b is not None:
             if query_b.shape != query.shape or key_b.shape != key.shape:
                 raise ValueError(
@@ -361,13 +339,13 @@ class DCQ(_KeyLoss):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or value, or more keys than the queue has slots.
         """
-        _, world = self._meet(query)
+        _, world = self.meet(query)
         loss = self._loss(query, key, identity)
         self._enqueue(key, identity, world)
         return loss
 
 
-class PairLoss(_OverRanks):
+class PairLoss(_QueueLoss):
     """Of the losses with several positives: where keys come from, and how the losses of probes or pairs become one number.
 
     Args:
@@ -408,7 +386,7 @@ class PairLoss(_OverRanks):
         check_embedding("embedding", embedding)
         if key is not None and key.shape != embedding.shape:
             raise ValueError(f"key must have shape {list(embedding.shape)} like embedding, got {list(key.shape)}")
-        rank, world = self._meet(embedding)
+        rank, world = self.meet(embedding)
         count, device = len(embedding), embedding.device
         if identity is None:
             if views == 1 or self.queue is not None:
@@ -584,7 +562,7 @@ class PairCircle(PairLoss):
         return torch.logaddexp(both.where(counts, 0), torch.zeros_like(both)), counts
 
 
-class CrossBatchMemory(_OverRanks):
+class CrossBatchMemory(_QueueLoss):
     """A loss between the batch and a memory of the last embeddings (Wang et al., Cross-Batch Memory, CVPR 2020).
 
     As in pytorch-metric-learning's class of this name, the batch enters the memory first, and a probe's own embedding is no key of
@@ -634,7 +612,7 @@ class CrossBatchMemory(_OverRanks):
             check_tensor("enqueue_mask", enqueue_mask, (len(embedding),), (torch.bool,), embedding.device)
             entering, names = embedding[enqueue_mask], identity[enqueue_mask]
             embedding, identity = embedding[~enqueue_mask], identity[~enqueue_mask]
-        rank, world = self._meet(entering)
+        rank, world = self.meet(entering)
         if self.training:
             if enqueue_mask is None:
                 slots = window_slots(self.queue.state[0], world * len(entering), self.queue.size)
