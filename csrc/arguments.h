@@ -4,7 +4,8 @@
 // An operator's schema has no structures, so the fields travel in three lists (tensors, integers, numbers) in the order
 // in which they are listed here; Python lists the same names, and a test compares them.
 //
-// Sizes: N probes, K slots, D features, B slots in the batch window, H groups of probes, P parameters of the margin.
+// Sizes: N probes, K slots of S rows (sub-centres, usually one) each, D features, B slots in the batch window, H groups
+// of probes, P parameters of the margin.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -20,17 +21,18 @@ namespace sst_fast {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// target int64 [N], a row number of prototypes, or -1 beside `positive`; weight [N]; identity int64 [N];
+// target int64 [N], a slot, or -1 beside `positive`; weight [N]; identity int64 [N];
 // slot_identity int64 [K], -1 = empty; window [H, B, D], prototypes' dtype; window_identity int64 [B]; window_start
 // int64 0-d; margin_rows float64 [P, N] and scale_rows float64 [N] take the place of parameters and scale where they
 // vary from row to row.
 #define SST_TENSORS(field)                                                                              \
   field(target) field(weight) field(identity) field(slot_identity) field(window) field(window_identity) \
       field(window_start) field(margin_rows) field(scale_rows)
-// Flags are 0 or 1. float8_products: products may be rounded to float8. need_gradient: find the embeddings' gradient.
-#define SST_INTEGERS(field)                                                                                   \
-  field(kind) field(reduction) field(ignore_index) field(mask_empty) field(normalize) field(straight_through) \
-      field(float8_products) field(need_gradient)
+// sub_centers: S; there is no window unless it is 1. Flags are 0 or 1. float8_products: products may be rounded to
+// float8. need_scale_gradient, need_gradient: find the derivative in the scale, the embeddings' gradient.
+#define SST_INTEGERS(field)                                                                              \
+  field(kind) field(reduction) field(ignore_index) field(sub_centers) field(mask_empty) field(normalize) \
+      field(straight_through) field(float8_products) field(need_scale_gradient) field(need_gradient)
 // After these come the margin's parameters.
 #define SST_NUMBERS(field) field(scale) field(label_smoothing)
 
@@ -38,7 +40,7 @@ enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
 
 struct Arguments {
   at::Tensor embedding;     // [N, D], not normalised
-  at::Tensor prototypes;    // [K, D]
+  at::Tensor prototypes;    // [K S, D]; slot k has rows k S to k S + S - 1, and its cosine is the largest of theirs
   OptionalTensor positive;  // [N, D]: the targets themselves, where they are not rows of the prototypes
 #define SST_FIELD(name) OptionalTensor name;
   SST_TENSORS(SST_FIELD)
@@ -78,15 +80,16 @@ struct Results {
   at::Tensor gradient;        // [N, D] of the row's own loss for its embedding, float32 at least; or [0, D]
   at::Tensor negatives;       // int64: number of slots that are neither target nor masked
   at::Tensor target_slope;    // derivative of the row's loss in its target cosine
+  at::Tensor scale_slope;     // derivative of the row's loss in its scale; or [0]
 };
-constexpr int kResults = 11;
+constexpr int kResults = 12;
 using ResultTuple = std::tuple<
     at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-    at::Tensor, at::Tensor>;
+    at::Tensor, at::Tensor, at::Tensor>;
 
 inline ResultTuple as_tuple(Results r) {
   return {r.loss,     r.lse,        r.target_cosine, r.hardest_cosine, r.hardest_slot, r.beats_target,
-          r.residual, r.row_weight, r.gradient,      r.negatives,      r.target_slope};
+          r.residual, r.row_weight, r.gradient,      r.negatives,      r.target_slope, r.scale_slope};
 }
 
 }  // namespace sst_fast

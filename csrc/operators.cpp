@@ -108,6 +108,7 @@ ResultTuple margin_softmax_shapes(
     *t = value();
   for (auto* t : {&r.hardest_slot, &r.beats_target, &r.negatives}) *t = count();
   r.gradient = at::empty_symint({a.need_gradient ? N : c10::SymInt(0), D}, wide);
+  r.scale_slope = at::empty_symint({a.need_scale_gradient ? N : c10::SymInt(0)}, wide);
   return as_tuple(r);
 }
 
@@ -170,6 +171,7 @@ void refuse_second_derivative(at::Tensor& gradient, std::initializer_list<Option
 
 struct MarginSoftmaxBackward : autograd::Node {
   autograd::SavedVariable embedding, prototypes, positive, gradient, row_weight, lse, negatives, target_slope;
+  autograd::SavedVariable scale, scale_slope;
   std::vector<autograd::SavedVariable> tensors;
   std::vector<int64_t> integers;
   std::vector<double> numbers;
@@ -179,13 +181,15 @@ struct MarginSoftmaxBackward : autograd::Node {
   std::string name() const override { return "MarginSoftmaxBackward"; }
 
   void release_variables() override {
-    for (auto* saved : {&embedding, &prototypes, &positive, &gradient, &row_weight, &lse, &negatives, &target_slope})
+    for (auto* saved :
+         {&embedding, &prototypes, &positive, &gradient, &row_weight, &lse, &negatives, &target_slope, &scale,
+          &scale_slope})
       saved->reset_data();
     for (auto& saved : tensors) saved.reset_data();
   }
 
   autograd::variable_list apply(autograd::variable_list&& grads) override {
-    autograd::variable_list out(3);
+    autograd::variable_list out(4);
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) return out;
     const at::Tensor x = embedding.unpack(), weight = row_weight.unpack();
@@ -207,6 +211,10 @@ struct MarginSoftmaxBackward : autograd::Node {
       static const auto of_positive = find_operator<decltype(positive_gradient)>("positive_gradient");
       out[2] = of_positive.call(grad, weight, target_slope.unpack(), x, positive.unpack(), normalize);
     }
+    if (task_should_compute_output(3)) {  // a gradient of one number for each row
+      const at::Tensor slope = scale_slope.unpack().unsqueeze(1), rows = scale.unpack().unsqueeze(1);
+      out[3] = backward.call(grad, weight, slope, rows).squeeze(1);
+    }
     return out;
   }
 };
@@ -221,16 +229,20 @@ ResultTuple margin_softmax_autograd(
   const bool for_prototypes = records && prototypes.requires_grad();
   const bool for_positive = records && wants_gradient(positive);
   Arguments named(embedding, prototypes, positive, tensors, integers, numbers);
-  c10::SmallVector<int64_t, 8> flags(integers.begin(), integers.end());
-  // need_gradient; a compiled graph has asked for it already, and runs without recording.
+  const bool for_scale = records && wants_gradient(named.scale_rows);
+  c10::SmallVector<int64_t, 10> flags(integers.begin(), integers.end());
+  // need_gradient and, before it, need_scale_gradient; a compiled graph has asked already, and runs without recording.
   flags.back() = flags.back() || for_embedding;
+  flags.end()[-2] = flags.end()[-2] || for_scale;
   ResultTuple results = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return loss_by.call(embedding, prototypes, positive, tensors, flags, numbers, backend);
   }();
-  if (!for_embedding && !for_prototypes && !for_positive) return results;
+  if (!for_embedding && !for_prototypes && !for_positive && !for_scale) return results;
   auto node = make_node<MarginSoftmaxBackward>();
-  node->set_next_edges(autograd::collect_next_edges(embedding, prototypes, positive ? *positive : at::Tensor()));
+  node->set_next_edges(
+      autograd::collect_next_edges(
+          embedding, prototypes, positive.value_or(at::Tensor()), named.scale_rows.value_or(at::Tensor())));
   node->embedding = autograd::SavedVariable(embedding, false);
   node->row_weight = autograd::SavedVariable(std::get<7>(results), false);
   if (for_embedding) node->gradient = autograd::SavedVariable(std::get<8>(results), false);
@@ -247,6 +259,10 @@ ResultTuple margin_softmax_autograd(
     node->integers.assign(flags.begin(), flags.end());
     node->numbers.assign(numbers.begin(), numbers.end());
     node->backend = std::string(backend);
+  }
+  if (for_scale) {
+    node->scale = autograd::SavedVariable(*named.scale_rows, false);
+    node->scale_slope = autograd::SavedVariable(std::get<11>(results), false);
   }
   autograd::set_history(std::get<0>(results), NodePointer(std::move(node)));
   return results;
@@ -324,7 +340,7 @@ WindowTensors window_plain(
   "Tensor embedding, Tensor prototypes, Tensor? positive, Tensor?[] tensors, int[] integers, float[] numbers"
 #define SST_RESULTS                                                                                                   \
   "(Tensor loss, Tensor lse, Tensor target_cosine, Tensor hardest_cosine, Tensor hardest_slot, Tensor beats_target, " \
-  "Tensor residual, Tensor row_weight, Tensor gradient, Tensor negatives, Tensor target_slope)"
+  "Tensor residual, Tensor row_weight, Tensor gradient, Tensor negatives, Tensor target_slope, Tensor scale_slope)"
 
 TORCH_LIBRARY(sst_fast, m) {
   m.def("margin_softmax(" SST_LOSS ", str backend) -> " SST_RESULTS);

@@ -1,13 +1,13 @@
 """The fused loss in Triton: prepare rows, sweep the queue in splits, combine. The result never changes from run to run: no
 atomics, no N x K tensor.
 
-Sizes: N probes, K slots, D features, B slots in the batch window, S splits of the queue; the window is one split more. Sums are
+Sizes: N probes, K slots of SUB rows (sub-centres, usually one) each, D features, B slots in the batch window, S splits of the queue; the window is one split more. Sums are
 float32, what is done once per probe float64; products take the prototypes' dtype (float32: PyTorch's matmul precision decides
 between tf32 and ieee; float8: float16, which holds it exactly). A tensor that is not there is None, which Triton compiles for.
 sst_fast/backends/triton.py launches these kernels.
 
 What kernels hand on lies in few arrays of several rows, because a launch costs the host time for every argument:
-``rows`` float32 [ROW_FIELDS, N], ``partial`` float32 [PARTIAL_FIELDS, splits, N], ``counts`` int32 [COUNT_FIELDS, splits, N].
+``own_rows`` int32 [N]: the row that is the target, -1 if there is none; ``rows`` float32 [ROW_FIELDS, N], ``partial`` float32 [PARTIAL_FIELDS, splits, N], ``counts`` int32 [COUNT_FIELDS, splits, N].
 """
 
 import triton
@@ -29,8 +29,8 @@ PIECE = tl.constexpr(16)
 # Rows of `rows`. PHI is the first of four; UNIFORM, the share of label smoothing of each slot, is for the second sweep.
 INVERSE_NORM, SCALE, PHI, UNIFORM = (tl.constexpr(at) for at in (0, 1, 2, 6))
 ROW_FIELDS = 7
-SHIFT, SUM, LOGITS, HARD_SUM, HARDEST = (tl.constexpr(at) for at in range(5))
-PARTIAL_FIELDS = 5
+SHIFT, SUM, PHI_SUM, WEIGHED_PHI, HARD_SUM, HARDEST = (tl.constexpr(at) for at in range(6))
+PARTIAL_FIELDS = 6
 HARD, LIVE, SLOT, BEATS = (tl.constexpr(at) for at in range(4))
 COUNT_FIELDS = 4
 
@@ -69,22 +69,22 @@ def _since(slot, begin, K):
 
 @triton.jit
 def _target_row(
-    w, window, positive, start, slot, i, real, d, K, D, B, rows_in_group, NORMALIZE: tl.constexpr,
+    w, window, positive, start, row_number, i, real, d, K, D, B, rows_in_group, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """The targets of probes i, float64 [., D], normalised if asked for; zeros where there is none."""
+    """The targets of probes i, float64 [., D], normalised if asked for; zeros where there is none (row -1)."""
     inside = real[:, None] & (d < D)[None, :]
     if positive is not None:
         row = tl.load(positive + i[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float64)
     else:
-        inside = inside & (slot >= 0)[:, None]
+        inside = inside & (row_number >= 0)[:, None]
         in_queue = inside
         if window is not None:
-            since = _since(slot, tl.load(start).to(tl.int32), K)
+            since = _since(row_number, tl.load(start).to(tl.int32), K)
             of_window = inside & (since < B)[:, None]
             own = (i // rows_in_group) * B + since
             shown = tl.load(window + own[:, None] * D + d[None, :], mask=of_window, other=0.0).to(tl.float32)
             in_queue = inside & (since >= B)[:, None]
-        row = tl.load(w + slot.to(tl.int64)[:, None] * D + d[None, :], mask=in_queue, other=0.0).to(tl.float32)
+        row = tl.load(w + row_number.to(tl.int64)[:, None] * D + d[None, :], mask=in_queue, other=0.0).to(tl.float32)
         if window is not None:
             row = tl.where(of_window, shown, row)
         row = row.to(tl.float64)
@@ -95,9 +95,10 @@ def _target_row(
 
 @triton.jit
 def _prepare_rows(
-    block, x, w, window, positive, start, target, weight, margin_rows, scale_rows, unit, rows, slots, exact_cosine, cosine,
+    block, x, w, window, positive, start, target, weight, margin_rows, scale_rows, unit, rows, own_rows, exact_cosine, cosine,
     row_weight, N, K, D, B, rows_in_group, ignore_index, p0, p1, p2, p3, p4, p5, scale,
-    KIND: tl.constexpr, P: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, P: tl.constexpr, NORMALIZE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
     real = i < N
@@ -115,10 +116,24 @@ def _prepare_rows(
     row = tl.load(x + i[:, None] * D + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0).to(tl.float64)
     inverse = _inverse_norm(row)
     hat = row * inverse[:, None]
-    own = _target_row(w, window, positive, start, slot, i, valid, d, K, D, B, rows_in_group, NORMALIZE)
+    nearest = tl.where(slot >= 0, slot * SUB, -1)
+    own = _target_row(w, window, positive, start, nearest, i, valid, d, K, D, B, rows_in_group, NORMALIZE)
+    exact = tl.sum(hat * own, 1)
+    if SUB > 1:
+        if positive is None:
+            for sub in range(1, SUB):
+                row_number = tl.where(slot >= 0, slot * SUB + sub, -1)
+                other = _target_row(
+                    w, window, positive, start, row_number, i, valid, d, K, D, B, rows_in_group, NORMALIZE
+                )
+                cosine_of_other = tl.sum(hat * other, 1)
+                nearer = (cosine_of_other > exact) | (cosine_of_other != cosine_of_other)
+                own = tl.where(nearer[:, None], other, own)
+                exact = tl.where(nearer, cosine_of_other, exact)
+                nearest = tl.where(nearer, row_number, nearest)
     # In float64: near +-1 an angular margin's slope magnifies the target cosine's rounding. No check can wait for the
     # device: a target that is no slot makes its row's loss NaN.
-    exact = tl.where(wrong, float("nan"), tl.sum(hat * own, 1))
+    exact = tl.where(wrong, float("nan"), exact)
     part = own - exact[:, None] * hat
     sine = tl.sqrt(tl.sum(part * part, 1))
     a = exact.to(tl.float32)
@@ -137,7 +152,7 @@ def _prepare_rows(
     tl.store(rows + (PHI + 1) * N + i, r1, mask=real)
     tl.store(rows + (PHI + 2) * N + i, r2, mask=real)
     tl.store(rows + (PHI + 3) * N + i, r3, mask=real)
-    tl.store(slots + i, slot, mask=real)
+    tl.store(own_rows + i, nearest, mask=real)
     tl.store(exact_cosine + 1 + i, exact, mask=real)
     tl.store(exact_cosine + 1 + N + i, sine, mask=real)
     tl.store(cosine + i, a, mask=real)
@@ -172,48 +187,69 @@ def _prepare_norms(block, matrix, inverse, count, D, ROWS: tl.constexpr, BLOCK_D
 @triton.jit(do_not_specialize=COUNTS)
 def prepare_kernel(
     x, w, window, positive, start, target, weight, margin_rows, scale_rows,
-    unit, rows, slots, exact_cosine, inverse, cosine, row_weight,
+    unit, rows, own_rows, exact_cosine, inverse, cosine, row_weight,
     N, K, D, B, rows_in_group, ignore_index, p0, p1, p2, p3, p4, p5, scale,
-    KIND: tl.constexpr, P: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, P: tl.constexpr, NORMALIZE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """All that is done once before the sweep: programs for blocks of probes, then one for the sum of the weights, then,
     where prototypes are normalised, some for the inverse norms of prototypes and window.
 
-    Of probes: the unit row, the target's slot (-1: none) and cosine, what phi needs, the row's weight (0: ignored).
-    ``exact_cosine`` float64 [1 + 2 N]: the sum of the weights, the target cosines, the lengths of what targets have across the probes; ``inverse`` [K + H B].
+    Of probes: the unit row, the target's row and cosine, what phi needs, the row's weight (0: ignored).
+    ``exact_cosine`` float64 [1 + 2 N]: the sum of the weights, the target cosines, the lengths of what targets have across the probes; ``inverse`` [K SUB + H B].
     """
     block = tl.program_id(0)
     blocks = tl.cdiv(N, ROWS)
     if block < blocks:
         _prepare_rows(
-            block, x, w, window, positive, start, target, weight, margin_rows, scale_rows, unit, rows, slots, exact_cosine,
+            block, x, w, window, positive, start, target, weight, margin_rows, scale_rows, unit, rows, own_rows, exact_cosine,
             cosine, row_weight, N, K, D, B, rows_in_group, ignore_index, p0, p1, p2, p3, p4, p5, scale, KIND, P, NORMALIZE,
-            ROWS, BLOCK_D,
+            SUB, ROWS, BLOCK_D,
         )  # fmt: skip
     if block == blocks:
         tl.store(exact_cosine + tl.arange(0, 1), _total_weight(target, weight, N, ignore_index, 1024))
     if NORMALIZE:
-        of_queue = tl.cdiv(K, ROWS)
+        of_queue = tl.cdiv(K * SUB, ROWS)
         at = block - blocks - 1
         if at >= 0:
             if at < of_queue:
-                _prepare_norms(at, w, inverse, K, D, ROWS, BLOCK_D)
+                _prepare_norms(at, w, inverse, K * SUB, D, ROWS, BLOCK_D)
             else:
                 if window is not None:
                     _prepare_norms(at - of_queue, window, inverse + K, N // rows_in_group * B, D, ROWS, BLOCK_D)
 
 
+@triton.jit
+def _is_nearest(c, SUB: tl.constexpr, AXIS: tl.constexpr, PADDED: tl.constexpr):
+    """Of cosines [2-D], in which neighbours along ``AXIS`` are the rows of one slot, SUB of PADDED: which are their slot's largest, the
+    first of equally large ones. What is not a number is larger than all else: it must not be lost."""
+    AHEAD: tl.constexpr = c.shape[0] if AXIS == 0 else c.shape[1]
+    BESIDE: tl.constexpr = c.shape[1] if AXIS == 0 else c.shape[0]
+    key = tl.where(c == c, c, float("inf"))
+    key = tl.trans(key) if AXIS == 0 else key
+    key = tl.reshape(key, [BESIDE, AHEAD // PADDED, PADDED])
+    sub = tl.arange(0, PADDED)[None, None, :]
+    key = tl.where(sub < SUB, key, NEVER)
+    largest = tl.max(key, 2)[:, :, None]
+    first = tl.min(tl.where(key == largest, sub, PADDED), 2)[:, :, None]
+    nearest = tl.reshape((first == sub).to(tl.int32), [BESIDE, AHEAD])
+    nearest = tl.trans(nearest) if AXIS == 0 else nearest
+    return nearest != 0
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def sweep_kernel(
-    unit, w, window, inverse, start, slots, identity, slot_identity, window_identity, rows, cosine, lse,
+    unit, w, window, inverse, start, own_rows, identity, slot_identity, window_identity, rows, cosine, lse,
     partial, counts, moment_out,
     N, K, D, B, rows_in_group, blocks_in_group, tiles_in_split, S,
     KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr,
-    SMOOTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    SMOOTH: tl.constexpr, SCALE_SLOPE: tl.constexpr, SUB: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A block of probes of one group over one split of the slots; the last split is the batch window, if there is one.
 
-    Weights are exp(z - shift); in the second sweep exp(z - lse) - uniform.
+    Weights are exp(z - shift); in the second sweep exp(z - lse) - uniform. A tile has BLOCK_K lanes, PADDED (a power of two)
+    for each slot, of which SUB are its rows.
     """
     block, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     group = block // blocks_in_group
@@ -225,7 +261,8 @@ def sweep_kernel(
     if not IEEE:
         x = tl.load(unit + i[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
     a = tl.load(cosine + i, mask=real, other=0.0)
-    y = tl.load(slots + i, mask=real, other=-1)
+    own_row = tl.load(own_rows + i, mask=real, other=-1)
+    y = tl.where(own_row < 0, -1, own_row // SUB)
     scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0)
     r0 = tl.load(rows + PHI * N + i, mask=real, other=0.0)
     r1 = tl.load(rows + (PHI + 1) * N + i, mask=real, other=0.0)
@@ -244,8 +281,10 @@ def sweep_kernel(
         lift = LIFT
 
     # Where this program's slots lie: [first, last) of the queue, or of the window.
-    first = split * tiles_in_split * BLOCK_K
-    last = tl.minimum(first + tiles_in_split * BLOCK_K, K)
+    STEP: tl.constexpr = BLOCK_K // PADDED
+    lane = tl.arange(0, BLOCK_K)
+    first = split * tiles_in_split * STEP
+    last = tl.minimum(first + tiles_in_split * STEP, K)
     base, ids, norms = w, slot_identity, inverse
     begin = K * 0
     of_window = split < 0
@@ -262,7 +301,8 @@ def sweep_kernel(
 
     shift = a * 0.0 + NEVER
     total = a * 0.0
-    logits = a * 0.0
+    phi_sum = a * 0.0
+    weighed_phi = a * 0.0
     hard_sum = a * 0.0
     hard = tl.zeros([BLOCK_N], tl.int32)
     live = tl.zeros([BLOCK_N], tl.int32)
@@ -271,26 +311,30 @@ def sweep_kernel(
     hardest_slot = tl.zeros([BLOCK_N], tl.int32) - 1
     moment = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    for j0 in range(first, last, BLOCK_K):
-        j = j0 + tl.arange(0, BLOCK_K)
+    for j0 in range(first, last, STEP):
+        j = j0 + lane // PADDED
         there = j < last
+        at_row = j
+        if SUB > 1:
+            there = there & (lane % PADDED < SUB)
+            at_row = j * SUB + lane % PADDED
         if slot_identity is not None:
             theirs = tl.load(ids + j, mask=there, other=-1)
         features = tl.load(
-            base + j.to(tl.int64)[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
+            base + at_row.to(tl.int64)[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
         ).to(unit.dtype.element_ty)
         if IEEE:
             c = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
             for d0 in range(0, BLOCK_D, PIECE):
                 e = d0 + tl.arange(0, PIECE)
                 some = tl.load(unit + i[:, None] * BLOCK_D + e[None, :], mask=real[:, None], other=0.0)
-                theirs_of = base + j.to(tl.int64)[:, None] * D + e[None, :]
+                theirs_of = base + at_row.to(tl.int64)[:, None] * D + e[None, :]
                 part = tl.load(theirs_of, mask=there[:, None] & (e < D)[None, :], other=0.0)
                 c = tl.dot(some, tl.trans(part), c, input_precision=PRECISION)
         else:
             c = tl.dot(x, tl.trans(features), input_precision=PRECISION)
         if inverse is not None:
-            norm = tl.load(norms + j, mask=there, other=0.0)
+            norm = tl.load(norms + at_row, mask=there, other=0.0)
             c *= norm[None, :]
         slot = j
         if window is not None:
@@ -299,6 +343,8 @@ def sweep_kernel(
             # Of the queue, the slots outside the window.
             there = there & (of_window | (_since(j, begin, K) >= B))
         alive = there[None, :] & (slot[None, :] != y[:, None])
+        if SUB > 1:
+            alive = alive & _is_nearest(c, SUB, 1, PADDED)
         if slot_identity is not None:
             if identity is not None:
                 alive = alive & (theirs[None, :] != mine[:, None])
@@ -321,7 +367,7 @@ def sweep_kernel(
                 hard += tl.sum(is_hard.to(tl.int32), 1)
                 hard_sum += tl.sum(tl.where(is_hard, c, 0.0), 1)
             if SMOOTH:
-                logits += tl.sum(tl.where(alive, z, 0.0), 1)
+                phi_sum += tl.sum(tl.where(alive, value, 0.0), 1)
             if phi_is_identity(KIND):  # the largest logit is the hardest slot's
                 highest = tl.where(top > NEVER, scale * top, NEVER)
             else:
@@ -329,11 +375,14 @@ def sweep_kernel(
             higher = tl.maximum(shift, highest - lift)
             fade = tl.exp(shift - higher)
             total *= fade
+            weighed_phi *= fade
             if MOMENT:
                 moment *= fade[:, None]
             shift = higher
             p = tl.where(alive, tl.exp(z - shift[:, None]), 0.0)
             total += tl.sum(p, 1)
+            if SCALE_SLOPE:
+                weighed_phi += tl.sum(tl.where(alive, p * value, 0.0), 1)
         if MOMENT:
             if not STRAIGHT:
                 p *= slope
@@ -360,15 +409,18 @@ def sweep_kernel(
             tl.store(partial + HARD_SUM * field + out, hard_sum, mask=real)
             tl.store(counts + HARD * field + out, hard, mask=real)
         if SMOOTH:
-            tl.store(partial + LOGITS * field + out, logits, mask=real)
+            tl.store(partial + PHI_SUM * field + out, phi_sum, mask=real)
+        if SCALE_SLOPE:
+            tl.store(partial + WEIGHED_PHI * field + out, weighed_phi, mask=real)
     if MOMENT:
         tl.store(moment_out + out[:, None] * BLOCK_D + d[None, :], moment, mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
-    x, w, window, positive, start, margin_rows, rows, slots, exact_cosine, partial, counts, moment,
+    x, w, window, positive, start, margin_rows, rows, own_rows, exact_cosine, partial, counts, moment,
     loss_out, lse_out, hardest_out, slot_out, beats_out, residual_out, row_weight, gradient_out, live_out, slope_out,
+    scale_slope_out,
     N, K, D, B, rows_in_group, S, label_smoothing, p0, p1, p2, p3, p4, p5,
     KIND: tl.constexpr, P: tl.constexpr, NORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr, LOSS: tl.constexpr,
     MOMENT: tl.constexpr, SMOOTH: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -383,7 +435,7 @@ def combine_kernel(
     sum_z = scale * 0.0
     top, at = scale * 0.0 + NEVER, tl.zeros([ROWS], tl.int32) - 1
     above, count, hard = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
-    logits, hard_sum = scale * 0.0, scale * 0.0
+    phi_sum, weighed_phi, hard_sum = scale * 0.0, scale * 0.0, scale * 0.0
     gathered = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for split in range(S):
         part = split * N + i
@@ -403,7 +455,10 @@ def combine_kernel(
                 hard += tl.load(counts + HARD * field + part, mask=real, other=0)
                 hard_sum += tl.load(partial + HARD_SUM * field + part, mask=real, other=0.0)
             if SMOOTH:
-                logits += tl.load(partial + LOGITS * field + part, mask=real, other=0.0)
+                phi_sum += tl.load(partial + PHI_SUM * field + part, mask=real, other=0.0)
+            if scale_slope_out is not None:
+                weighed_here = tl.load(partial + WEIGHED_PHI * field + part, mask=real, other=0.0)
+                weighed_phi = weighed_phi * before + weighed_here * here
         if MOMENT:
             piece = tl.load(moment + part[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
             if LOSS:
@@ -427,7 +482,7 @@ def combine_kernel(
         share = label_smoothing / (1 + count)
         loss = plain
         if SMOOTH:
-            loss -= share * (logits - count * t)
+            loss -= share * (scale * phi_sum - count * t)
         residual = -(wrong - label_smoothing + share)
         target_slope = (scale * slope * residual).to(tl.float32)
         weight = tl.load(row_weight + i, mask=real, other=0.0)
@@ -443,6 +498,13 @@ def combine_kernel(
         tl.store(residual_out + i, residual, mask=real)
         tl.store(live_out + i, count.to(tl.int64), mask=real)
         tl.store(slope_out + i, target_slope, mask=real)
+        if scale_slope_out is not None:
+            in_scale = (
+                tl.where(sum_z == 0, 0.0, wrong * (weighed_phi / tl.where(sum_z == 0, 1.0, sum_z))) + residual * psi
+            )
+            if SMOOTH:
+                in_scale -= share * phi_sum
+            tl.store(scale_slope_out + i, in_scale, mask=real)
         if SMOOTH:
             tl.store(rows + UNIFORM * N + i, share, mask=real)
         gathered *= tl.where(sum_z == 0, 0.0, wrong.to(tl.float32) / tl.where(sum_z == 0, 1.0, sum_z))[:, None]
@@ -451,8 +513,8 @@ def combine_kernel(
     if MOMENT:
         inverse = tl.load(rows + INVERSE_NORM * N + i, mask=real, other=0.0)
         usable = real & (inverse != 0)  # an ignored row may hold anything, and a short one has no gradient
-        slot = tl.load(slots + i, mask=real, other=-1)
-        own = _target_row(w, window, positive, start, slot, i, usable, d, K, D, B, rows_in_group, NORMALIZE)
+        own_row = tl.load(own_rows + i, mask=real, other=-1)
+        own = _target_row(w, window, positive, start, own_row, i, usable, d, K, D, B, rows_in_group, NORMALIZE)
         mask = usable[:, None] & (d < D)[None, :]
         row = tl.load(x + i[:, None] * D + d[None, :], mask=mask, other=0.0)
         hat = row.to(tl.float32) * inverse[:, None]
@@ -477,24 +539,30 @@ def _incoming(grad_loss, row_weight, i, real, EACH: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def prototypes_kernel(
-    unit, w, inverse, start, slots, identity, slot_identity, rows, lse, negatives, grad_loss, row_weight, target_slope,
+    unit, w, inverse, start, own_rows, identity, slot_identity, rows, lse, negatives, grad_loss, row_weight, target_slope,
     gradient, N, K, D, B, label_smoothing,
     KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, TARGETS: tl.constexpr, EACH: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUB: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile of slots over all probes: its rows of the prototypes' gradient, the targets' part included (TARGETS: unless these
     are explicit positives). Slots that a window replaces get zeros. ``grad_loss`` is one number, or one for EACH probe.
     """
-    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_K)
+    j = tl.program_id(0) * (BLOCK_K // PADDED) + lane // PADDED
     there = j < K
+    row_number = j
+    if SUB > 1:
+        there = there & (lane % PADDED < SUB)
+        row_number = j * SUB + lane % PADDED
     d = tl.arange(0, BLOCK_D)
-    at = j.to(tl.int64)[:, None] * D + d[None, :]
+    at = row_number.to(tl.int64)[:, None] * D + d[None, :]
     inside = there[:, None] & (d < D)[None, :]
     IEEE: tl.constexpr = (unit.dtype.element_ty == tl.float32) and (PRECISION == "ieee")
     features = tl.load(w + at, mask=inside, other=0.0)
     norm = tl.full([BLOCK_K], 1.0, tl.float32)
     if inverse is not None:
-        norm = tl.load(inverse + j, mask=there, other=0.0)
+        norm = tl.load(inverse + row_number, mask=there, other=0.0)
     if slot_identity is not None:
         theirs = tl.load(slot_identity + j, mask=there, other=-1)
     counts = there
@@ -519,7 +587,7 @@ def prototypes_kernel(
         i = first + tl.arange(0, BLOCK_N)
         real = i < N
         x = tl.load(unit + i.to(tl.int64)[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
-        y = tl.load(slots + i, mask=real, other=-1)
+        own_row = tl.load(own_rows + i, mask=real, other=-1)
         scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0)
         incoming = _incoming(grad_loss, row_weight, i, real, EACH) * factor
         r0 = tl.load(rows + PHI * N + i, mask=real, other=0.0)
@@ -534,14 +602,21 @@ def prototypes_kernel(
                 e = d0 + tl.arange(0, PIECE)
                 some = tl.load(unit + i.to(tl.int64)[:, None] * BLOCK_D + e[None, :], mask=real[:, None], other=0.0)
                 part = tl.load(
-                    w + j.to(tl.int64)[:, None] * D + e[None, :], mask=there[:, None] & (e < D)[None, :], other=0.0
+                    w + row_number.to(tl.int64)[:, None] * D + e[None, :],
+                    mask=there[:, None] & (e < D)[None, :],
+                    other=0.0,
                 )
                 c = tl.dot(part, tl.trans(some), c, input_precision=PRECISION)
         else:
             c = tl.dot(features, tl.trans(x), input_precision=PRECISION)
         c *= norm[:, None]
-        is_target = counts[:, None] & (j[:, None] == y[None, :])
-        alive = (real[None, :] & counts[:, None]) & (is_target == 0)
+        is_target = counts[:, None] & (row_number[:, None] == own_row[None, :])
+        alive = real[None, :] & counts[:, None]
+        if SUB > 1:
+            y = tl.where(own_row < 0, -1, own_row // SUB)
+            alive = alive & (j[:, None] != y[None, :]) & _is_nearest(c, SUB, 0, PADDED)
+        else:
+            alive = alive & (is_target == 0)
         if slot_identity is not None:
             if identity is not None:
                 mine = tl.load(identity + i, mask=real, other=-2)

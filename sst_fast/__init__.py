@@ -1,6 +1,9 @@
 """sst-fast: fused margin-softmax over an in-place gallery queue, and Semi-Siamese Training on top of it."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from sst_fast import functional
 from sst_fast.arguments import Window
@@ -26,6 +29,15 @@ from sst_fast.margins import (
 from sst_fast.queue import GalleryQueue
 from sst_fast.samplers import IdentitySampler
 from sst_fast.semi_siamese import SemiSiamese
+
+if not TYPE_CHECKING:  # a type checker would take every name for one that exists
+
+    def __getattr__(name: str) -> ModuleType:
+        """``sst_fast.nn``, imported when it is first asked for."""
+        if name == "nn":
+            return import_module("sst_fast.nn")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 try:
     __version__ = version("sst-fast")

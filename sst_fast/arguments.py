@@ -3,7 +3,8 @@
 ``csrc/arguments.h`` is its counterpart in C++. An operator's schema has no structures, so the fields travel in lists, in the
 order of :data:`TENSORS`, :data:`INTEGERS` and :data:`NUMBERS`; a test compares them with the compiled ones.
 
-Sizes: N probes, K slots, D features, B slots in the batch window, H groups of probes, P parameters of a margin.
+Sizes: N probes, K slots of S rows (sub-centres, usually one) each, D features, B slots in the batch window, H groups of probes, P
+parameters of a margin.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUEUE_DTYPES = (*EMBEDDING_DTYPES, torch.float8_e4m3fn)
 REDUCTIONS: tuple[Reduction, ...] = ("none", "mean", "sum")
 GRADIENT_RULES: tuple[GradientRule, ...] = ("exact", "straight_through")
+MAX_SUB_CENTERS = 16  # a tile of every kernel holds a class whole; papers use 3 to 10
 
 TENSORS = (
     "target", "weight", "identity", "slot_identity", "window", "window_identity", "window_start", "margin_rows", "scale_rows",
@@ -32,10 +34,12 @@ INTEGERS = (
     "kind",
     "reduction",
     "ignore_index",
+    "sub_centers",
     "mask_empty",
     "normalize",
     "straight_through",
     "float8_products",
+    "need_scale_gradient",
     "need_gradient",
 )
 NUMBERS = ("scale", "label_smoothing")  # and after them the margin's parameters
@@ -96,6 +100,17 @@ class Arguments:
     normalize_prototypes: bool = False
     gradient: GradientRule = "exact"
     product_dtype: torch.dtype | None = None
+    sub_centers: int = 1
+
+    @property
+    def slots(self) -> int:
+        """K: how many classes the rows of ``prototypes`` stand for."""
+        return self.prototypes.shape[0] // self.sub_centers
+
+    @property
+    def trains_scale(self) -> bool:
+        """Whether the scale is a tensor that requires a gradient."""
+        return isinstance(self.scale, Tensor) and self.scale.requires_grad
 
     @property
     def wide(self) -> torch.dtype:
@@ -111,9 +126,11 @@ class Arguments:
         check_tensor("prototypes", prototypes, (None, d), QUEUE_DTYPES, device)
         if prototypes.requires_grad and prototypes.dtype == torch.float8_e4m3fn:
             raise TypeError("prototypes in float8_e4m3fn are frozen, got requires_grad=True")
-        k = prototypes.shape[0]
-        if k == 0:
+        if prototypes.shape[0] == 0:
             raise ValueError("prototypes must have at least one row, got [0, D]")
+        if self.sub_centers != 1:
+            self._check_sub_centers()
+        k = self.slots
         if self.positive is not None:
             check_tensor("positive", self.positive, (n, d), EMBEDDING_DTYPES, device)
         if target is not None:
@@ -151,6 +168,19 @@ class Arguments:
             if b > k:
                 raise ValueError(f"window holds {b} slots, more than the {k} rows of prototypes")
 
+    def _check_sub_centers(self) -> None:
+        self.sub_centers = check_count("sub_centers", self.sub_centers, 1)
+        if self.sub_centers > MAX_SUB_CENTERS:
+            raise ValueError(f"sub_centers must be at most {MAX_SUB_CENTERS}, got {self.sub_centers}")
+        if self.prototypes.shape[0] % self.sub_centers:
+            raise ValueError(
+                f"prototypes must have sub_centers = {self.sub_centers} rows for each class, got {self.prototypes.shape[0]} rows"
+            )
+        if self.window is not None:
+            raise ValueError(
+                f"sub_centers must be 1 beside a window: a queue's slot is one row, got {self.sub_centers}"
+            )
+
     def packed(self) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None], list[int], list[float]]:
         """As the operators take them: embedding, prototypes, positive, tensors, integers, numbers.
 
@@ -159,7 +189,7 @@ class Arguments:
         window, scale = self.window, self.scale
         n = self.embedding.shape[0]
         parameters, margin_rows = self.margin.per_row(n)
-        scale_rows = scale.detach().double().expand(n) if isinstance(scale, Tensor) else None
+        scale_rows = scale.double().expand(n) if isinstance(scale, Tensor) else None
         features = identities = start = None
         if window is not None:
             features, identities, start = window.features.to(self.prototypes.dtype), window.identities, window.start
@@ -167,8 +197,9 @@ class Arguments:
             self.target, self.weight, self.identity, self.slot_identity, features, identities, start, margin_rows, scale_rows,
         ]  # fmt: skip
         integers = [
-            self.margin.kind, REDUCTIONS.index(self.reduction), self.ignore_index, int(self.mask_empty),
-            int(self.normalize_prototypes), int(self.gradient == "straight_through"), int(self.product_dtype is not None), 0,
+            self.margin.kind, REDUCTIONS.index(self.reduction), self.ignore_index, self.sub_centers,
+            int(self.mask_empty), int(self.normalize_prototypes), int(self.gradient == "straight_through"),
+            int(self.product_dtype is not None), 0, 0,
         ]  # fmt: skip
         floats = [0.0 if isinstance(scale, Tensor) else float(scale), float(self.label_smoothing), *parameters]
         return self.embedding, self.prototypes, self.positive, tensors, integers, floats
@@ -193,10 +224,12 @@ class Packed:
     kind: int
     reduction: int
     ignore_index: int
+    sub_centers: int
     mask_empty: bool
     normalize: bool
     straight_through: bool
     float8_products: bool
+    need_scale_gradient: bool
     need_gradient: bool
     scale: float
     label_smoothing: float
@@ -209,7 +242,7 @@ class Packed:
     ) -> Packed:  # fmt: skip
         """The reverse of :meth:`Arguments.packed`."""
         named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True)) | dict(zip(INTEGERS, integers, strict=True))
-        for name in INTEGERS[3:]:
+        for name in INTEGERS[4:]:
             named[name] = bool(named[name])
         named |= dict(zip(NUMBERS, numbers, strict=False))
         return Packed(embedding, prototypes, positive, **named, parameters=list(numbers[len(NUMBERS) :]))
@@ -267,7 +300,7 @@ def check_margin(margin: object) -> None:
 
 
 def check_scale(scale: Parameter, n: int | None = None, device: torch.device | None = None) -> None:
-    """ValueError unless ``scale`` is a number in (0, MAX_SCALE] or a constant tensor [] or [n] on ``device`` (None: any).
+    """ValueError unless ``scale`` is a number in (0, MAX_SCALE] or a tensor [] or [n] on ``device`` (None: any).
 
     The values of a tensor are looked at on the CPU only: elsewhere that would wait for the device.
     """
@@ -278,8 +311,6 @@ def check_scale(scale: Parameter, n: int | None = None, device: torch.device | N
                 f"scale must be a number or a floating-point tensor [{'N' if n is None else n}] or [] on "
                 f"{device or 'any device'}, got {scale.dtype} {list(scale.shape)} on {scale.device}"
             )
-        if scale.requires_grad:
-            raise ValueError("scale must not require a gradient: it is a constant")
         if scale.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = ~((scale > 0) & (scale <= MAX_SCALE))  # a NaN is wrong too
             if bool(wrong.any()):

@@ -55,6 +55,31 @@ def gather(x: Tensor, group: Group = None) -> Tensor:
     return begin_gather(x, group)()
 
 
+def begin_shift(x: Tensor, group: Group = None) -> Callable[[], Tensor]:
+    """Begins to send ``x`` to the next rank of a ring; what it returns waits for, and gives, the previous rank's, without gradient.
+
+    Every rank's has the same shape and dtype. After as many shifts as there are ranks each is home again.
+    """
+    rank, world = ranks(group)
+    mine = x.detach().contiguous()
+    arriving = torch.empty_like(mine)
+    to, source = (((rank + step) % world) for step in (1, -1))
+    if group is not None:
+        to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
+    # As bytes: not every backend knows every dtype.
+    works = dist.batch_isend_irecv([
+        dist.P2POp(dist.isend, mine.view(torch.uint8), to, group),
+        dist.P2POp(dist.irecv, arriving.view(torch.uint8), source, group),
+    ])
+
+    def end() -> Tensor:
+        for work in works:
+            work.wait()
+        return arriving
+
+    return end
+
+
 def assert_same_batch(batch: Tensor, group: Group = None) -> None:
     """Every rank must bring as many rows: backends end the process, or hang, where shapes differ.
 
@@ -70,6 +95,29 @@ def assert_same_batch(batch: Tensor, group: Group = None) -> None:
         raise ValueError(
             f"every rank must bring a batch of the same size, got {counts} on ranks 0 to {len(counts) - 1}"
         )
+
+
+def assert_same_settings(line: str, device: torch.device, group: Group = None) -> None:
+    """Every rank must have the same settings, in one line of text; waits for ``device``, so ask once.
+
+    Raises:
+        ValueError: on every rank, with the lines of two ranks that differ.
+    """
+    if ranks(group)[1] == 1:
+        return
+    text = line.encode()
+    length = gather(torch.tensor([len(text)], device=device), group)
+    room = torch.zeros(int(length.max()), dtype=torch.uint8)
+    room[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    lines = [
+        bytes(row[:size].tolist()).decode()
+        for row, size in zip(gather(room.to(device)[None], group).cpu(), length.tolist(), strict=True)
+    ]
+    for rank, other in enumerate(lines):
+        if other != lines[0]:
+            raise ValueError(
+                f"every rank must have the same settings, got {lines[0]} on rank 0 and {other} on rank {rank}"
+            )
 
 
 def _speaks_on_the_host(group: Group) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from sst_fast.arguments import (
     Reduction,
     Statistics,
     Window,
+    check_count,
+    check_embedding,
+    check_tensor,
+    wide_dtype,
 )
 from sst_fast.backends.backend import Problem
 from sst_fast.backends.choose import choose
@@ -26,9 +30,12 @@ from sst_fast.backends.extension import compiled
 from sst_fast.margins import AMSoftmax, Margin, Parameter, Softmax
 
 __all__ = [
-    "EMBEDDING_DTYPES", "QUEUE_DTYPES", "Statistics", "Window", "embedding_norm", "margin_softmax", "target_cosine",
+    "EMBEDDING_DTYPES", "QUEUE_DTYPES", "Statistics", "TopK", "Window", "embedding_norm", "margin_softmax", "target_cosine",
+    "topk",
 ]  # fmt: skip
 
+# Probes and prototypes of a block of topk: 16 MiB of cosines.
+BLOCK = 1024, 4096
 # Trained prototypes whose norms have been looked at.
 _looked_at: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _operator = None if compiled is None else torch.ops.sst_fast.margin_softmax.default
@@ -41,7 +48,7 @@ def margin_softmax(
     label_smoothing: float = ..., window: Window | None = ..., identity: Tensor | None = ...,
     slot_identity: Tensor | None = ..., mask_empty: bool = ..., normalize_prototypes: bool = ...,
     gradient: GradientRule = ..., return_statistics: Literal[False] = ..., backend: str | None = ...,
-    product_dtype: torch.dtype | None = ...,
+    product_dtype: torch.dtype | None = ..., sub_centers: int = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def margin_softmax(
@@ -50,7 +57,7 @@ def margin_softmax(
     label_smoothing: float = ..., window: Window | None = ..., identity: Tensor | None = ...,
     slot_identity: Tensor | None = ..., mask_empty: bool = ..., normalize_prototypes: bool = ...,
     gradient: GradientRule = ..., return_statistics: Literal[True], backend: str | None = ...,
-    product_dtype: torch.dtype | None = ...,
+    product_dtype: torch.dtype | None = ..., sub_centers: int = ...,
 ) -> tuple[Tensor, Statistics]: ...  # fmt: skip
 
 
@@ -75,6 +82,7 @@ def margin_softmax(
     return_statistics: bool = False,
     backend: str | None = None,
     product_dtype: torch.dtype | None = None,
+    sub_centers: int = 1,
 ) -> Tensor | tuple[Tensor, Statistics]:
     """Margin-softmax of probes over a gallery queue (Du et al., Semi-Siamese Training, ECCV 2020), in one sweep over the queue.
 
@@ -91,7 +99,7 @@ def margin_softmax(
     Args:
         embedding: probes [N, D], float64, float32, bfloat16 or float16; normalised inside. A zero row has cosine 0
             with everything and gradient 0.
-        prototypes: [K, D], same device, float64, float32, bfloat16, float16 or (without gradient) float8_e4m3fn; taken as
+        prototypes: [K, D] (or [K S, D], see ``sub_centers``), same device, float64, float32, bfloat16, float16 or (without gradient) float8_e4m3fn; taken as
             they are: rows should have norm 1 (those of a queue do).
         target: int64 [N], row numbers of ``prototypes``. With ``positive`` it may be None, or name for each probe a row that
             is no negative (-1: none).
@@ -99,7 +107,8 @@ def margin_softmax(
             are, or normalised with ``normalize_prototypes``; may require a gradient.
         margin: a margin of :mod:`sst_fast.margins`; its parameters may be tensors [N], one value per probe, and those that it
             names ``trainable`` may require a gradient.
-        scale: s in (0, 1000], the inverse temperature: a number, a 0-d tensor or a tensor [N] (no gradient).
+        scale: s in (0, 1000], the inverse temperature: a number, a 0-d tensor or a tensor [N], which may require a
+            gradient: it is found in the same sweep.
         reduction: 'mean' (default), 'sum' or 'none' (float32 [N]; float64 if an input is).
         weight: [N], floating point, multiplies each probe's loss; 'mean' then divides by the sum of weights.
         ignore_index: probes with this target have loss 0 and gradient 0 and do not count in the mean (0 if none does).
@@ -113,11 +122,15 @@ def margin_softmax(
         mask_empty: mask slots with identity -1 (needs ``slot_identity``).
         normalize_prototypes: divide rows of ``prototypes`` by their norm inside the sweep; their gradient follows.
         gradient: 'exact', or 'straight_through': psi' = phi' = 1, as of heads that apply the margin under ``no_grad``
-            (insightface's), for parity with them.
+            (insightface's), for parity with them. What FilteredMargin leaves out has no gradient either way.
         return_statistics: also return :class:`Statistics`.
         backend: force an implementation, see :func:`sst_fast.backends`; ValueError with the reason where it cannot do this.
         product_dtype: torch.float8_e4m3fn allows probes and weights over a float8 queue to be rounded to float8 as well, which
             is faster and less exact: cosines are off by up to 0.1 / sqrt(D). None (default): no such rounding.
+        sub_centers: S in [1, 16], how many rows of ``prototypes`` stand for each class (Deng et al., Sub-center ArcFace, ECCV
+            2020). ``prototypes`` are then [K S, D], class c in rows c S to c S + S - 1, and a probe's cosine with a class is the
+            largest over these; the gradient goes to that row alone, the first of equally near ones. ``target``,
+            ``slot_identity`` and statistics count classes. Not beside a window.
 
     Returns:
         The loss, or (loss, statistics).
@@ -129,7 +142,7 @@ def margin_softmax(
     """
     a = Arguments(
         embedding, prototypes, target, positive, margin, scale, reduction, weight, ignore_index, label_smoothing, window,
-        identity, slot_identity, mask_empty, normalize_prototypes, gradient, product_dtype,
+        identity, slot_identity, mask_empty, normalize_prototypes, gradient, product_dtype, sub_centers,
     )  # fmt: skip
     a.check()
     if type(scale) is not float and not isinstance(scale, Tensor):
@@ -190,7 +203,7 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
             embedding = embedding.masked_fill((a.target == a.ignore_index)[:, None], 0)
         norm = embedding_norm(embedding)
         penalty = a.margin.penalty(norm)
-    a.scale = a.margin.scale_for(a.scale, a.prototypes.shape[0], norm)
+    a.scale = a.margin.scale_for(a.scale, a.slots, norm)
     if norm is not None:
         a.margin = a.margin.for_batch(norm)
         if penalty is not None:
@@ -206,17 +219,11 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
 
 
 def _select(a: Arguments, backend: str | None) -> str:
-    if torch.is_grad_enabled() and isinstance(a.scale, Tensor) and a.scale.requires_grad:
-        if backend not in (None, "reference"):
-            raise ValueError(
-                f"backend argument: margin_softmax cannot run on {backend!r}: a scale that is the embedding's norm has its "
-                "gradient in plain PyTorch alone"
-            )
-        return "reference"
-    trains = torch.is_grad_enabled() and a.prototypes.requires_grad
+    records = torch.is_grad_enabled()
     problem = Problem(
         "margin_softmax", a.embedding.device, a.embedding.dtype, a.prototypes.dtype, a.embedding.shape[1],
-        a.window is not None, a.positive is not None, trains, a.normalize_prototypes, a.label_smoothing > 0, a.product_dtype,
+        a.window is not None, a.positive is not None, records and a.prototypes.requires_grad, a.normalize_prototypes,
+        a.label_smoothing > 0, a.product_dtype, records and a.trains_scale, a.sub_centers > 1,
     )  # fmt: skip
     return choose(problem, backend)
 
@@ -252,7 +259,7 @@ def _margin_gradient(a: Arguments, residual: Tensor, row_weight: Tensor) -> Tens
     """
     with torch.no_grad():
         unit, target, _ = reference.unit_probes(a)
-        cosine, sine = reference.angle_to_target(unit, reference.target_rows(a, target))
+        cosine, sine = reference.angle_to_target(unit, reference.target_rows(a, unit, target))
         factor = row_weight * residual * a.scale
     psi = a.margin.psi(cosine, sine=sine)
     each = torch.where(factor == 0, 0, factor * (psi - psi.detach())).to(residual.dtype)
@@ -266,6 +273,7 @@ def target_cosine(
     window: Window | None = None,
     normalize_prototypes: bool = False,
     ignore_index: int = -100,
+    sub_centers: int = 1,
 ) -> Tensor:
     """Cosine of each probe with its target prototype, [N], without gradient: N x D operations. 0 where it is ignored.
 
@@ -278,10 +286,11 @@ def target_cosine(
         window=window,
         normalize_prototypes=normalize_prototypes,
         ignore_index=ignore_index,
+        sub_centers=sub_centers,
     )
     with torch.no_grad():
         unit, within, _ = reference.unit_probes(a)
-        cosine, _ = reference.angle_to_target(unit, reference.target_rows(a, within))
+        cosine, _ = reference.angle_to_target(unit, reference.target_rows(a, unit, within))
         return cosine.to(a.wide)
 
 
@@ -290,3 +299,55 @@ def embedding_norm(embedding: Tensor) -> Tensor:
     wide = torch.promote_types(embedding.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(embedding.to(wide), dim=1)
     return norm
+
+
+class TopK(NamedTuple):
+    """The most similar prototypes of each probe, most similar first: ``cosine`` and its ``row`` number (int64), [N, k]."""
+
+    cosine: Tensor
+    row: Tensor
+
+
+@torch.no_grad()
+def topk(
+    embedding: Tensor, prototypes: Tensor, k: int = 1, *, normalize_prototypes: bool = False, sub_centers: int = 1
+) -> TopK:  # fmt: skip
+    """The k prototypes most similar to each probe, found block by block: no N x K tensor is made. No gradient.
+
+    Args:
+        embedding: [N, D], normalised inside.
+        prototypes: [K, D], as in :func:`margin_softmax`: taken as they are, or with ``normalize_prototypes`` by their directions.
+        k: how many, 1 to K.
+        sub_centers: S: ``prototypes`` are [K S, D], and of the S rows of a class the most similar one counts.
+
+    Returns:
+        Cosines, float32 (float64 if an input is), and row numbers of ``prototypes`` (numbers of classes with ``sub_centers``).
+        Of equal ones any may come first.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value.
+    """
+    check_embedding("embedding", embedding)
+    check_tensor("prototypes", prototypes, (None, embedding.shape[1]), QUEUE_DTYPES, embedding.device)
+    classes, rest = divmod(len(prototypes), check_count("sub_centers", sub_centers, 1))
+    if rest:
+        raise ValueError(
+            f"prototypes must have sub_centers = {sub_centers} rows for each class, got {len(prototypes)} rows"
+        )
+    if check_count("k", k, 1) > classes:
+        raise ValueError(f"k must be at most {classes}, the number of prototypes, got {k}")
+    wide = wide_dtype(embedding, prototypes)
+    step = max(1, BLOCK[1] // sub_centers)  # classes
+    parts = []
+    for probes in embedding.split(BLOCK[0]):
+        unit = reference.normalize(probes.to(wide))
+        best = TopK(unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device))
+        for number, rows in enumerate(prototypes.split(step * sub_centers)):
+            rows = reference.normalize(rows.to(wide)) if normalize_prototypes else rows.to(wide)
+            each = (unit @ rows.T).unflatten(1, (-1, sub_centers)).amax(2)
+            cosine, row = each.topk(min(k, each.shape[1]))
+            both = TopK(torch.cat([best.cosine, cosine], 1), torch.cat([best.row, row + number * step], 1))
+            kept = both.cosine.topk(min(k, both.cosine.shape[1]))
+            best = TopK(kept.values, both.row.gather(1, kept.indices))
+        parts.append(best)
+    return TopK(*(torch.cat(found) for found in zip(*parts, strict=True)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sst_fast import distributed, functional, reference
 from sst_fast.arguments import (
+    EMBEDDING_DTYPES,
     GradientRule,
     Reduction,
     Window,
@@ -19,6 +20,7 @@ from sst_fast.arguments import (
     check_margin,
     check_options,
     check_scale,
+    check_tensor,
     check_word,
 )
 from sst_fast.margins import AdaCos, AMSoftmax, Margin, Parameter, Seen, Softmax
@@ -27,7 +29,7 @@ from sst_fast.queue import GalleryQueue
 Keep = Literal["coin", "first", "second", "mean", "both"]
 HEAD_OPTIONS = frozenset({
     "reduction", "weight", "ignore_index", "label_smoothing", "identity", "slot_identity", "mask_empty",
-    "normalize_prototypes", "gradient", "backend", "product_dtype",
+    "normalize_prototypes", "gradient", "backend", "product_dtype", "sub_centers",
 })  # fmt: skip
 
 
@@ -78,7 +80,9 @@ class RunningMargin(nn.Module):
         """
         if not self.margin.running:
             return
-        looks = {name: options[name] for name in ("window", "normalize_prototypes", "ignore_index") if name in options}
+        looks = {
+            n: options[n] for n in ("window", "normalize_prototypes", "ignore_index", "sub_centers") if n in options
+        }
         cosine = functional.target_cosine(embedding, prototypes, target, **looks)
         norm = functional.embedding_norm(embedding)
         counts = torch.isfinite(norm) & torch.isfinite(cosine) & (target != options.get("ignore_index", -100))
@@ -90,7 +94,7 @@ class RunningMargin(nn.Module):
             found: Tensor = scale * cosine + excess + (-torch.expm1(-excess)).log()
             return found
 
-        seen = Seen(norm, cosine, counts, len(prototypes), log_negatives)
+        seen = Seen(norm, cosine, counts, len(prototypes) // options.get("sub_centers", 1), log_negatives)
         for name, value in self.current().follow(seen).items():
             running = getattr(self, name)
             new = torch.where(counts.any(), value, running)
@@ -277,10 +281,15 @@ class SemiSiameseLoss(nn.Module):
 class MarginSoftmaxHead(nn.Module):
     """Learned class weights under a margin: what ArcFace and CosFace heads do, by the same kernels and with no N x K tensor.
 
+    :mod:`sst_fast.nn` has one by name for each margin.
+
     Args:
-        classes: number of classes K; dim: number of features D.
+        classes: number of classes K >= 2; dim: number of features D.
         margin: a margin of :mod:`sst_fast.margins`.
         scale: inverse temperature s > 0.
+        init: fills the weight [K, D] in place, as the functions of ``torch.nn.init`` do; default: normal with standard
+            deviation 0.01, as insightface's. Only directions enter the loss, but the shorter the rows, the further a step of
+            the optimizer turns them.
         options: more keyword arguments of :func:`sst_fast.functional.margin_softmax`.
 
     After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the batch.
@@ -292,20 +301,30 @@ class MarginSoftmaxHead(nn.Module):
     statistics: functional.Statistics | None
 
     def __init__(
-        self, classes: int, dim: int, margin: Margin = AMSoftmax(0.35), scale: Parameter = 64.0, **options: Any
+        self,
+        classes: int,
+        dim: int,
+        margin: Margin = AMSoftmax(0.35),
+        scale: Parameter = 64.0,
+        *,
+        init: Callable[[Tensor], object] = partial(nn.init.normal_, std=0.01),
+        **options: Any,
     ) -> None:
         super().__init__()
-        classes, dim = check_count("classes", classes, 1), check_count("dim", dim, 1)
+        classes, dim = check_count("classes", classes, 2), check_count("dim", dim, 1)
         check_margin(margin)
         check_scale(scale)
         unknown = sorted(set(options) - HEAD_OPTIONS)
         if unknown:
             raise TypeError(
-                f"{unknown[0]} is no option of MarginSoftmaxHead, expected {', '.join(sorted(HEAD_OPTIONS))}"
+                f"{unknown[0]} is no option of {type(self).__name__}, expected {', '.join(sorted(HEAD_OPTIONS))}"
             )
         checked = ("label_smoothing", "reduction", "gradient", "ignore_index")
         check_options(**{name: options[name] for name in checked if name in options})
-        self.weight = nn.Parameter(nn.init.normal_(torch.empty(classes, dim), std=0.01))
+        self.sub_centers = check_count("sub_centers", options.get("sub_centers", 1), 1)
+        self.weight = nn.Parameter(torch.empty(classes * self.sub_centers, dim))
+        with torch.no_grad():
+            init(self.weight)
         self.margin = RunningMargin(margin)
         self.scale = scale
         self.options = {"normalize_prototypes": True} | options
@@ -315,7 +334,9 @@ class MarginSoftmaxHead(nn.Module):
         """Loss of embeddings [N, D] with class numbers ``target``, int64 [N]."""
         if self.training:
             looks = {
-                name: self.options[name] for name in ("normalize_prototypes", "ignore_index") if name in self.options
+                name: self.options[name]
+                for name in ("normalize_prototypes", "ignore_index", "sub_centers")
+                if name in self.options
             }
             self.margin.follow(embedding, self.weight, target, **looks)
         loss: Tensor
@@ -324,3 +345,31 @@ class MarginSoftmaxHead(nn.Module):
             **self.options,
         )  # fmt: skip
         return loss
+
+    def logits(self, embedding: Tensor) -> Tensor:
+        """Scale times the cosines with all classes [N, K], without the margin, of embeddings [N, D]; in the embedding's dtype.
+
+        Plain PyTorch, with its gradient. All N x K of them are in memory: :meth:`topk` finds the largest without.
+        """
+        self._check(embedding)
+        rows = reference.normalize(self.weight) if self.options["normalize_prototypes"] else self.weight
+        cosine = reference.normalize(embedding) @ rows.to(embedding.dtype).T
+        if self.sub_centers > 1:
+            cosine = cosine.unflatten(1, (-1, self.sub_centers)).amax(2)
+        margin, norm = self.margin.current(), None
+        if margin.uses_norm:
+            norm = functional.embedding_norm(embedding)
+        scale = margin.scale_for(self.scale, cosine.shape[1], norm)
+        if isinstance(scale, Tensor):
+            scale = scale.to(cosine.dtype)[..., None]
+        logits: Tensor = scale * cosine
+        return logits
+
+    def topk(self, embedding: Tensor, k: int = 1) -> functional.TopK:
+        """The k most similar classes of embeddings [N, D] and their cosines; see :func:`sst_fast.functional.topk`."""
+        self._check(embedding)
+        normalize = bool(self.options["normalize_prototypes"])
+        return functional.topk(embedding, self.weight, k, normalize_prototypes=normalize, sub_centers=self.sub_centers)
+
+    def _check(self, embedding: Tensor) -> None:
+        check_tensor("embedding", embedding, (None, self.weight.shape[1]), EMBEDDING_DTYPES, self.weight.device)

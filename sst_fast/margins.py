@@ -362,7 +362,7 @@ class SphereFace(CombinedMargin):
         m1: the m above; 4 in the paper, 1.35 to 1.7 in later work.
         annealing: the paper's lambda, mixes in the plain cosine; 5 at the end of its training.
         norm_scale: the scale is the embedding's own norm, with its gradient, as in the paper; the loss's ``scale`` is not
-            used. With a gradient this runs in plain PyTorch, which holds all logits in memory.
+            used.
     """
 
     uses_norm: ClassVar[bool] = True

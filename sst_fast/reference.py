@@ -1,6 +1,6 @@
 """Plain PyTorch statements of every operation: what the fast versions must equal, and what runs where they are missing.
 
-Sizes: N probes, K slots, D features, B slots in the batch window, H groups of probes that see different windows.
+Sizes: N probes, K slots of S rows (sub-centres, usually one), D features, B slots in the batch window, H groups of probes that see different windows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sst_fast.arguments import Arguments, Statistics
-from sst_fast.margins import Margin, Parameter
+from sst_fast.margins import FilteredMargin, Margin, Parameter
 
 MIN_NORM = 1e-12  # a shorter embedding has no direction: cosine 0 with everything, gradient 0
 
@@ -45,7 +45,7 @@ def window_slots(start: Tensor, size: int, slots: int) -> Tensor:
 
 
 def margin_softmax(a: Arguments) -> tuple[Tensor, Statistics]:
-    """The loss, reduced as asked, and what was seen. Differentiable in ``embedding``, ``prototypes`` and ``positive``."""
+    """The loss, reduced as asked, and what was seen. Differentiable in ``embedding``, ``prototypes``, ``positive``, ``scale`` and margins."""
     rows = each(a)
     weight = row_weight(a).to(rows.loss.dtype)
     loss = torch.where(weight == 0, 0, rows.loss * weight)
@@ -65,15 +65,26 @@ def row_weight(a: Arguments) -> Tensor:
     return weight
 
 
-def target_rows(a: Arguments, target: Tensor) -> Tensor:
-    """What each probe's target cosine is taken with, float64 [N, D], for ``target`` [N] within the prototypes.
+def nearest_rows(a: Arguments, unit: Tensor, target: Tensor) -> Tensor:
+    """Row numbers [N] of the prototypes that are the targets: of a class's sub-centres the nearest, of equally near ones the first."""
+    if a.sub_centers == 1:
+        return target
+    with torch.no_grad():
+        rows = a.prototypes.view(a.slots, a.sub_centers, -1)[target].double()
+        if a.normalize_prototypes:
+            rows = normalize(rows.flatten(0, 1)).view_as(rows)
+        return target * a.sub_centers + (rows @ unit[:, :, None]).squeeze(2).max(1).indices
+
+
+def target_rows(a: Arguments, unit: Tensor, target: Tensor) -> Tensor:
+    """What the target cosine of ``unit`` probes is taken with, float64 [N, D] both, for ``target`` [N] within the slots.
 
     In float64, normalised too, and N x D only: near +-1 an angular margin's slope magnifies the rounding of the cosine.
     """
     if a.positive is not None:
         rows = a.positive.double()
     else:
-        rows = a.prototypes[target].double()
+        rows = a.prototypes[nearest_rows(a, unit, target)].double()
         if a.window is not None:
             groups, b, _ = a.window.features.shape
             place = (target - a.window.start) % len(a.prototypes)
@@ -93,7 +104,7 @@ def angle_to_target(unit: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_probes(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit embeddings, float64 [N, D]; targets [N], all within the prototypes; which probes count [N].
+    """Unit embeddings, float64 [N, D]; targets [N], all within the slots; which probes count [N].
 
     An ignored probe is a row of zeros, whatever it holds.
     """
@@ -103,13 +114,13 @@ def unit_probes(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         return normalize(a.embedding.double()), target, torch.ones_like(target, dtype=torch.bool)
     valid = a.target != a.ignore_index
     unit = normalize(a.embedding.masked_fill(~valid[:, None], 0).double())
-    return unit, a.target.where(valid, 0).clamp(0, len(a.prototypes) - 1), valid
+    return unit, a.target.where(valid, 0).clamp(0, a.slots - 1), valid
 
 
 def each(a: Arguments) -> MarginSoftmax:
     """Every probe's own loss, before weights and reduction; materialises the logits."""
     wide, device = a.wide, a.embedding.device
-    n, k = len(a.embedding), len(a.prototypes)
+    n, k = len(a.embedding), a.slots
     target = torch.full((n,), -1, device=device) if a.target is None else a.target
     exact, within, valid = unit_probes(a)
     least = 0 if a.positive is None else -1
@@ -117,11 +128,12 @@ def each(a: Arguments) -> MarginSoftmax:
         wrong = valid & ((target < least) | (target >= k))
         if bool(wrong.any()):
             bad = int(wrong.nonzero()[0])
-            raise IndexError(f"target[{bad}] is {int(target[bad])}, expected a row number of prototypes in [0, {k})")
+            expected = "a row number of prototypes" if a.sub_centers == 1 else "a class number"
+            raise IndexError(f"target[{bad}] is {int(target[bad])}, expected {expected} in [0, {k})")
         if a.window is not None and not 0 <= int(a.window.start) < k:
             raise IndexError(f"window.start is {int(a.window.start)}, expected a slot in [0, {k})")
     target = target.where(valid, least)
-    own = target_rows(a, within)
+    own = target_rows(a, exact, within)
     prototypes, window = a.prototypes.to(wide, copy=True), None  # a copy: the queue changes
     if a.window is not None:  # held as the queue is that it will be written to
         window = a.window.features.to(a.prototypes.dtype).to(wide)
@@ -145,7 +157,7 @@ def each(a: Arguments) -> MarginSoftmax:
             _plain(
                 unit[rows], exact[rows], w, target[rows], own[rows],
                 None if a.identity is None else a.identity[rows], ids, margin.map(some),
-                some(scale) if isinstance(scale, Tensor) else scale, a.mask_empty, float(a.label_smoothing),
+                some(scale) if isinstance(scale, Tensor) else scale, a.mask_empty, float(a.label_smoothing), a.sub_centers,
                 a.gradient == "straight_through",
             )
         )  # fmt: skip
@@ -158,14 +170,17 @@ def _rows(parameter: Tensor, rows: Tensor, count: int) -> Tensor:
 
 def _plain(
     unit: Tensor, exact: Tensor, w: Tensor, target: Tensor, own: Tensor, identity: Tensor | None,
-    slot_identity: Tensor | None, margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, straight_through: bool,
+    slot_identity: Tensor | None, margin: Margin, scale: Parameter, mask_empty: bool, label_smoothing: float, sub_centers: int,
+    straight_through: bool,
 ) -> MarginSoftmax:  # fmt: skip
     others = w
     if (
         slot_identity is not None and mask_empty
     ):  # an empty slot may hold NaN, which a weight of 0 does not make harmless
-        others = w.masked_fill((slot_identity < 0)[:, None], 0)
+        others = w.masked_fill((slot_identity < 0).repeat_interleave(sub_centers)[:, None], 0)
     c = unit @ others.T
+    if sub_centers > 1:
+        c = c.view(len(c), -1, sub_centers).max(2).values  # the gradient goes to the first of the largest
     a, sine = angle_to_target(exact, own)
     live = torch.ones_like(c, dtype=torch.bool)
     if slot_identity is not None:
@@ -173,7 +188,7 @@ def _plain(
             live &= identity[:, None] != slot_identity[None, :]
         if mask_empty:
             live &= (slot_identity >= 0)[None, :]
-    live &= target[:, None] != torch.arange(len(w), device=w.device)
+    live &= target[:, None] != torch.arange(c.shape[1], device=w.device)
 
     near, across = a.detach().to(c.dtype), sine.to(c.dtype)[:, None]
     constant = margin.map(Tensor.detach)  # to phi
@@ -184,7 +199,9 @@ def _plain(
     psi, phi = margin.psi(a, hard_mean, sine), constant.phi(c, near[:, None], across)
     if straight_through:
         trained = margin.psi(a.detach(), hard_mean, sine) if margin.trains else 0.0
-        psi, phi = a + (psi - a).detach() + trained - psi.detach() * margin.trains, c + (phi - c).detach()
+        psi = a + (psi - a).detach() + trained - psi.detach() * margin.trains
+        if not isinstance(margin, FilteredMargin):  # what it leaves out has no gradient
+            phi = c + (phi - c).detach()
     t = scale * psi
     z = (scale[:, None] if isinstance(scale, Tensor) else scale) * phi
     # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.

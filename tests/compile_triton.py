@@ -36,10 +36,11 @@ NUMBERS = {
 FLOATS = {
     "inverse", "cosine", "rows", "lse", "partial", "moment", "moment_out", "row_weight", "target_slope", "grad_loss",
     "loss_out", "lse_out", "hardest_out", "residual_out", "slope_out", "gradient_out",
+    "scale_slope_out",
 }  # fmt: skip
 DOUBLES = {"exact_cosine", "margin_rows", "scale_rows"}
 SCALARS = {"label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
-INTEGERS = {"slots", "counts"}
+INTEGERS = {"own_rows", "counts"}
 LONGS = {
     "start", "target", "identity", "slot_identity", "window_identity", "negatives", "slot_out", "beats_out", "live_out",
 }  # fmt: skip
@@ -55,7 +56,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
         "KIND": kind, "MASK_EMPTY": True, "STRAIGHT": False, "MOMENT": True, "SECOND": False, "SMOOTH": False, "MEAN": True,
         "LOSS": True, "TARGETS": True, "EACH": 0, "P": 6, "PRECISION": "tf32" if dtype == "tf32" else "ieee",
         "BLOCK_N": blocks.rows, "BLOCK_K": blocks.slots, "BLOCK_D": dim, "ROWS": max(1, 512 // dim),
-        "NORMALIZE": kernel == "prepare_kernel", "positive": None,
+        "NORMALIZE": kernel == "prepare_kernel", "positive": None, "SCALE_SLOPE": False, "SUB": 1, "PADDED": 1,
     }  # fmt: skip
     if kernel == "sweep_kernel":
         constants["inverse"] = None
@@ -138,6 +139,8 @@ def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
     work += [(kernel, sm, "fp16", 512, 1, {}) for kernel in SWEEPS]
     work += [("sweep_kernel", sm, "fp8e4nv", dim, 1, {}) for dim in DIMS]
     work += [("sweep_kernel", sm, "bf16", 512, kind, {}) for kind in (4, 8)]
+    work.append(("sweep_kernel", sm, "bf16", 512, 1, {"SCALE_SLOPE": True}))
+    work += [(kernel, sm, "bf16", 512, 1, {"SUB": 3, "PADDED": 4}) for kernel in (*SWEEPS, "prepare_kernel")]
     for kernel in ("prepare_kernel", "combine_kernel"):
         work += [(kernel, sm, "bf16", 512, kind, {}) for kind in (3, 6)]
         work.append(

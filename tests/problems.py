@@ -98,6 +98,15 @@ def make(
     return Problem(embedding, prototypes, target, identity=identity, slot_identity=slot_identity, window=window)
 
 
+def make_sub_centers(n: int, classes: int, sub_centers: int, d: int, *, seed: int = 0) -> Problem:
+    """n probes, each near one of the sub-centres of its class; unit rows."""
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = F.normalize(torch.randn(classes * sub_centers, d, generator=generator, dtype=torch.float64))
+    row = torch.randint(classes * sub_centers, (n,), generator=generator)
+    embedding = 2 * prototypes[row] + torch.randn(n, d, generator=generator, dtype=torch.float64) / d**0.5
+    return Problem(embedding, prototypes, row // sub_centers, sub_centers=sub_centers)
+
+
 def answer(
     problem: Problem, margin: Margin, scale: Parameter, mask_empty: bool = True, label_smoothing: float = 0.0,
     gradient: str = "exact",

@@ -559,11 +559,16 @@ IDS = torch.arange(4)
         ({"scale": math.inf}, ValueError, "scale must be a finite number > 0, got inf"),
         ({"reduction": "avg"}, ValueError, "reduction must be .*, got 'avg'"),
         ({"scale": torch.ones(3)}, ValueError, r"scale must be a number or .*tensor \[4\] or \[\] on cpu, got torch.float32 \[3\]"),
-        ({"scale": torch.ones(4, requires_grad=True)}, ValueError, "scale must not require a gradient"),
         ({"margin": AMSoftmax(torch.ones(3))}, ValueError, r"margin: a parameter must be .*\[4\] or \[\] on cpu, got \[3\]"),
         ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \[4\], got \[3\]"),
         ({"weight": torch.ones(4, requires_grad=True)}, ValueError, "weight must not require a gradient"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"sub_centers": 0}, ValueError, "sub_centers must be an integer >= 1, got 0"),
+        ({"sub_centers": 2.0}, ValueError, "sub_centers must be an integer >= 1, got 2.0"),
+        ({"sub_centers": 17}, ValueError, "sub_centers must be at most 16, got 17"),
+        ({"sub_centers": 3}, ValueError, "prototypes must have sub_centers = 3 rows for each class, got 10 rows"),
+        ({"sub_centers": 2, "slot_identity": torch.arange(10)}, ValueError, r"slot_identity must have shape \[5\], got \[10\]"),
+        ({"sub_centers": 2, "window": Window(torch.randn(1, 2, 8), IDS[:2], torch.tensor(0), IDS[:2])}, ValueError, "sub_centers must be 1 beside a window"),
         ({"gradient": "wrong"}, ValueError, "gradient must be one of 'exact', 'straight_through', got 'wrong'"),
         ({"identity": IDS}, ValueError, "identity .* needs slot_identity"),
         ({"identity": IDS[:2], "slot_identity": torch.arange(10)}, ValueError, r"identity must have shape \[4\], got \[2\]"),
@@ -801,8 +806,6 @@ PARITY = {
 def test_parity_with_the_authors_rules(backend, name):
     """Loss and both gradients, the embedding's along itself included."""
     margin, head = PARITY[name]
-    if backend != "reference" and getattr(margin, "norm_scale", False):
-        pytest.skip("plain PyTorch alone has it")
     problem = of_each_norm()
     x = problem.embedding
     if isinstance(margin, AdaFace):  # one target and one other class beyond the clamps
@@ -819,17 +822,19 @@ def test_parity_with_the_authors_rules(backend, name):
         assert (found - expected).norm() <= 1e-8 * expected.norm()
 
 
-def test_a_scale_with_a_gradient_is_refused_where_it_has_none():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_of_zero_is_that_of_a_row_without_direction(backend):
+    """Every logit is 0 then, and so are its gradients."""
     p = of_each_norm()
-    x = p.embedding.requires_grad_()
-    with pytest.raises(ValueError, match="cannot run on 'cpu': a scale that is the embedding's norm"):
-        margin_softmax(x, p.prototypes, p.target, margin=SphereFace(norm_scale=True), backend="cpu")
-    with torch.no_grad():
-        values = [
-            margin_softmax(x, p.prototypes, p.target, margin=SphereFace(norm_scale=True), backend=backend)
-            for backend in BACKENDS
-        ]
-    assert all(torch.allclose(value, values[0]) for value in values)
+    x = torch.cat([p.embedding[:3], torch.zeros(1, p.embedding.shape[1], dtype=torch.float64)]).requires_grad_()
+    loss = margin_softmax(
+        x, p.prototypes, p.target[:4], margin=SphereFace(norm_scale=True), label_smoothing=0.1, reduction="none",
+        backend=backend,
+    )  # fmt: skip
+    assert loss[3].item() == pytest.approx(math.log(len(p.prototypes)))
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    assert torch.isfinite(gradient).all()
+    assert not gradient[3].any()
 
 
 # --- nearly parallel to the target -----------------------------------------------------------------------------------

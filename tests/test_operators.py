@@ -14,11 +14,18 @@ from problems import MARGINS, make
 
 from sst_fast import AMSoftmax, ArcSoftmax, GalleryQueue, Softmax, Window
 from sst_fast.backends import choose
+from sst_fast.backends.choose import backends
 from sst_fast.backends.extension import compiled
 from sst_fast.functional import margin_softmax
 
 BACKENDS = ["reference"] + (["cpu"] if compiled is not None else [])
 COMPILED = BACKENDS[1:]
+
+
+SCALE_BACKENDS = [
+    name for name, state in backends("cpu", trains_scale=True)["margin_softmax"].implementations.items()
+    if state == "available" and name in BACKENDS
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -124,6 +131,122 @@ def test_weights_of_half_precision_are_summed_exactly(backend, dtype):
 
 
 # ---- derivatives ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", SCALE_BACKENDS)
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("margin", [Softmax(), AMSoftmax(0.35), ArcSoftmax(0.5)], ids=repr)
+def test_the_scale_has_the_gradient_of_a_temperature(margin, per_row, backend):
+    """Against all logits through cross-entropy, label smoothing, weights and an ignored probe included."""
+    p = make(9, 40, 12, masks=False)
+    target = p.target.clone()
+    target[2] = -100
+    weight = torch.linspace(0.5, 2, 9, dtype=torch.float64)
+    results = []
+    for ours in (True, False):
+        x = p.embedding.clone().requires_grad_()
+        s = (torch.linspace(8, 20, 9) if per_row else torch.tensor(12.0)).double().requires_grad_()
+        if ours:
+            loss = margin_softmax(x, p.prototypes, target, margin=margin, scale=s, weight=weight, label_smoothing=0.1,
+                                  backend=backend)  # fmt: skip
+        else:
+            cosines = F.normalize(x) @ p.prototypes.T
+            own = cosines[torch.arange(9), p.target]
+            logits = cosines.index_put((torch.arange(9), p.target), margin.psi(own)) * s.expand(9)[:, None]
+            each = F.cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
+            loss = (each * weight).sum() / weight[target != -100].sum()
+        results.append((loss, *torch.autograd.grad(loss, (x, s))))
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+def test_the_scales_gradient_with_every_margin(margin, backend):
+    """Against the reference: masks, a window, explicit positives, label smoothing, straight-through gradients, float32."""
+    window = make(7, 40, 16, start=37, identities=30, empty=0.2)
+    masked = make(7, 40, 16, identities=30, empty=0.2)
+    positive = replace(masked, positive=F.normalize(masked.embedding + 0.3))
+    for p in (window, masked, positive):
+        for options in ({}, {"label_smoothing": 0.2}, {"gradient": "straight_through"}):
+            results = []
+            for name, dtype in ((backend, torch.float64), (backend, torch.float32), ("reference", torch.float64)):
+                q = p.to(torch.float32).to(dtype)
+                s = torch.linspace(2, 60, len(q.embedding), dtype=dtype).requires_grad_()
+                loss = margin_softmax(q.embedding, q.prototypes, q.target, positive=q.positive, margin=margin, scale=s,
+                                      reduction="sum", backend=name, **q.options(), **options)  # fmt: skip
+                results.append(torch.autograd.grad(loss, s)[0].double())
+            exact, rounded, expected = results
+            assert (exact - expected).norm() <= 1e-9 * expected.norm()
+            assert (rounded - expected).norm() <= 1e-5 * max(expected.norm(), 1)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_scales_gradient_is_found_without_the_others(reduction, backend):
+    """The embeddings need none; an ignored probe, whatever it holds, gives none."""
+    p = make(6, 40, 16, masks=False).to(torch.float32)
+    p.embedding[3], p.target[3] = torch.nan, -100
+    found = []
+    for name in (backend, "reference"):
+        s = torch.full((6,), 16.0, requires_grad=True)
+        loss = margin_softmax(p.embedding, p.prototypes, p.target, scale=s, reduction=reduction, backend=name)
+        found.append(torch.autograd.grad(loss.sum(), s)[0])
+    assert found[0][3] == 0
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_the_scales_gradient_as_target_probability_nears_one(backend):
+    """1 - p of about 1e-9: it keeps its relative accuracy instead of vanishing, or drowning in rounding."""
+    w = F.normalize(torch.randn(50, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        s = torch.tensor(30.0, dtype=dtype, requires_grad=True)
+        loss = margin_softmax(w[:10].to(dtype), w.to(dtype), torch.arange(10), margin=Softmax(), scale=s, backend=name)
+        results.append(torch.autograd.grad(loss, s)[0])
+    assert results[1].abs() < 1e-7
+    assert results[0].item() == pytest.approx(results[1].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_the_contract_of_a_trained_scale(backend):
+    p = replace(make(5, 20, 8, masks=False), sub_centers=2)
+    p.target = p.target // 2
+    s = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(s, x=p.embedding):
+        return margin_softmax(x, p.prototypes, p.target, scale=s, sub_centers=2, backend=backend)
+
+    assert torch.autograd.gradcheck(loss, (s,))
+    (found,) = torch.autograd.grad(loss(s), s)
+    assert torch.allclose(torch.func.grad(loss)(s.detach()), found)
+    x = p.embedding.clone().requires_grad_()
+    for leaf in (s, x):
+        (first,) = torch.autograd.grad(loss(s, x), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            first.sum().backward()
+    q = replace(p, embedding=x, prototypes=p.prototypes.requires_grad_(), scale=s)
+    torch.library.opcheck(torch.ops.sst_fast.margin_softmax, (*q.packed(), backend))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", SCALE_BACKENDS)
+def test_a_trained_scale_compiles(backend):
+    """A logit scale as CLIP's, exp of a parameter, and sub-centres; in one graph."""
+    torch.compiler.reset()
+    p = make(8, 20, 8, masks=False).to(torch.float32)
+
+    def function(x, w, log_scale):
+        return margin_softmax(x, w, p.target // 2, scale=log_scale.exp(), sub_centers=2, backend=backend)
+
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in (p.embedding, p.prototypes, torch.tensor(2.5))]
+        loss = f(*leaves)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for eager, graph in zip(*results, strict=True):
+        assert (eager - graph).norm() <= 1e-5 * eager.norm()
 
 
 @pytest.mark.parametrize("backend", COMPILED)

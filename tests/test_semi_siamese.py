@@ -337,7 +337,7 @@ def test_state_dict_round_trip():
         (lambda: SemiSiamese(nn.Flatten(), criterion()), "backbone must have parameters"),
         (lambda: criterion(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
         (lambda: SemiSiameseLoss(GalleryQueue(8, 4), scale=-1.0), "scale must be a finite number > 0, got -1.0"),
-        (lambda: MarginSoftmaxHead(0, 4), "classes must be an integer >= 1, got 0"),
+        (lambda: MarginSoftmaxHead(1, 4), "classes must be an integer >= 2, got 1"),
         (lambda: MarginSoftmaxHead(5, 4, scale=-1.0), "scale must be a finite number > 0, got -1.0"),
         (lambda: MarginSoftmaxHead(5, 4, reduction="avg"), "reduction must be one of .*, got 'avg'"),
         (

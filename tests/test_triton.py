@@ -9,7 +9,7 @@ from pathlib import Path
 import problems
 import pytest
 import torch
-from problems import answer, make
+from problems import answer, make, make_sub_centers
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import sst_fast
@@ -38,12 +38,19 @@ def both(problem, **options):
     for name, p in (("triton", problem), ("reference", problem.to(torch.float64))):
         x, w = p.embedding.detach().requires_grad_(), p.prototypes.detach()
         w.requires_grad_(options.get("prototypes", False))
+        scale = (
+            torch.as_tensor(options.get("scale", 30.0))
+            .detach()
+            .to(torch.promote_types(p.embedding.dtype, torch.float32))
+        )
+        scale.requires_grad_(options.get("trains_scale", False))
         positive = p.positive if p.positive is None else p.positive.detach().requires_grad_()
-        rest = {name: value for name, value in options.items() if name != "prototypes"}
+        rest = {name: value for name, value in options.items() if name not in ("prototypes", "trains_scale")}
+        rest |= {"scale": scale, "sub_centers": p.sub_centers}
         loss, statistics = margin_softmax(x, w, p.target, reduction="none", backend=name, return_statistics=True,
                                           positive=positive, **p.options(), **rest)  # fmt: skip
         factors = torch.linspace(-1, 2, len(x), dtype=loss.dtype)
-        leaves = [leaf for leaf in (x, w, positive) if leaf is not None and leaf.requires_grad]
+        leaves = [leaf for leaf in (x, w, positive, scale) if leaf is not None and leaf.requires_grad]
         results.append((loss.detach(), statistics, torch.autograd.grad(loss @ factors, leaves)))
     return results
 
@@ -137,6 +144,42 @@ def test_explicit_positive(start, target, options):
     check(problem.to(torch.float32), margin=ArcSoftmax(0.3), scale=16.0, **options)
 
 
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"start": 35}], ids=repr)
+def test_trained_scale(margin, options):
+    problem = make(12 if "start" not in options else 6, 50, 24, identities=15, start=options.get("start"))
+    rest = {name: value for name, value in options.items() if name != "start"}
+    check(problem.to(torch.float32), margin=margin, scale=torch.linspace(1, 40, 12), trains_scale=True, **rest)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_prototypes": True, "label_smoothing": 0.1}], ids=repr)
+@pytest.mark.parametrize("margin", MARGINS[::4], ids=repr)
+@pytest.mark.parametrize(("classes", "sub_centers", "dim"), [(30, 3, 24), (9, 16, 40), (41, 2, 300)])
+def test_sub_centers(classes, sub_centers, dim, margin, options):
+    problem = make_sub_centers(12, classes, sub_centers, dim)
+    problem.slot_identity = torch.arange(classes) % 7 - 1
+    problem.identity = problem.slot_identity[problem.target]
+    check(problem.to(torch.float32), margin=margin, prototypes=True, scale=16.0, trains_scale=True, **options)
+
+
+def test_sub_centers_that_tie_or_are_not_finite():
+    """Equally near rows: the first is trained. A row that is not finite is not lost."""
+    # Rows of 1/2, whose products are exact whatever their order.
+    once = torch.stack([torch.eye(8).roll(k, 1)[:4].sum(0) / 2 for k in range(5)])
+    problem = replace(make_sub_centers(5, 5, 1, 8).to(torch.float32), embedding=once.roll(1, 1), target=torch.arange(5))
+    w = once.repeat_interleave(3, 0).requires_grad_()
+    margin_softmax(problem.embedding, w, problem.target, sub_centers=3, scale=4.0, backend="triton").backward()
+    assert w.grad[::3].any(1).all()
+    assert not w.grad.view(5, 3, 8)[:, 1:].any()
+    bad = w.detach().clone()
+    bad[7, 2] = torch.nan
+    assert (
+        margin_softmax(problem.embedding, bad, problem.target, sub_centers=3, reduction="none", backend="triton")
+        .isnan()
+        .all()
+    )
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_results_are_those_of_the_cpu(reduction):
     """All that csrc/arguments.h lists: the gradient of each row's own loss in float32, weight and reduction in row_weight."""
@@ -146,7 +189,7 @@ def test_results_are_those_of_the_cpu(reduction):
         problem, weight=torch.linspace(0, 3, 12).half(), reduction=reduction, margin=ArcSoftmax(0.4), scale=16.0
     )
     *most, integers, numbers = call.packed()
-    integers[-1] = 1  # need_gradient
+    integers[-2:] = [1, 1]  # need_scale_gradient, need_gradient
     found, expected = (torch.ops.sst_fast.margin_softmax(*most, integers, numbers, name) for name in ("triton", "cpu"))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -201,7 +244,7 @@ def test_launches_of_a_step(monkeypatch):
     integers[-1] = 1
     with Operations() as seen:
         backend.margin_softmax(*most, integers, numbers)
-    assert seen.names.count("empty") == 11 + 1  # the results, and one for all scratch memory
+    assert seen.names.count("empty") == 12 + 1  # the results, and one for all scratch memory
     assert set(seen.names) - {"view", "slice", "detach"} == {"empty", "sum"}
 
 

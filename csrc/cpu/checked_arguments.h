@@ -31,10 +31,11 @@ struct CheckedArguments : Arguments {
     slots.features = prototypes.const_data_ptr();
     slots.format = format_of(prototypes);
     slots.identity = numbers_of(slot_identity);
-    slots.K = prototypes.size(0);
+    slots.sub_centers = sub_centers;
+    slots.K = prototypes.size(0) / sub_centers;
     slots.D = prototypes.size(1);
     slots.mask_empty = mask_empty;
-    slots.straight_through = straight_through;
+    slots.unit_slope = straight_through && Kind(kind) != Kind::filtered;
     if (window) {
       slots.window = window->const_data_ptr();
       slots.window_size = window->size(1);
@@ -48,9 +49,13 @@ struct CheckedArguments : Arguments {
 
  private:
   void check() const {
-    const int64_t N = embedding.size(0), K = prototypes.size(0), D = prototypes.size(1);
+    const int64_t N = embedding.size(0), rows = prototypes.size(0), D = prototypes.size(1);
     TORCH_CHECK(embedding.size(1) == D && (target || positive), "margin_softmax: shapes disagree");
-    TORCH_CHECK(K > 0 && K < (int64_t(1) << 31), "margin_softmax: K must be in [1, 2^31)");
+    TORCH_CHECK(rows > 0 && rows < (int64_t(1) << 31), "margin_softmax: K must be in [1, 2^31)");
+    TORCH_CHECK(
+        sub_centers > 0 && sub_centers <= kMaxSubCenters && rows % sub_centers == 0 && (!window || sub_centers == 1),
+        "margin_softmax: sub_centers does not fit");
+    const int64_t K = rows / sub_centers;
     const auto expect = [&](const OptionalTensor& t, const char* name, at::ScalarType dtype, int64_t count) {
       TORCH_CHECK(
           !t || (t->scalar_type() == dtype && t->numel() == count && t->device().is_cpu()), "margin_softmax: ", name,
@@ -87,8 +92,8 @@ struct CheckedArguments : Arguments {
       const int64_t y = slot_of(i);
       ignored[i] = y == ignore_index;
       TORCH_CHECK_INDEX(
-          ignored[i] || (y >= (positive ? -1 : 0) && y < K), "target[", i, "] is ", y,
-          ", expected a row number of prototypes in [0, ", K, ")");
+          ignored[i] || (y >= (positive ? -1 : 0) && y < K), "target[", i, "] is ", y, ", expected a ",
+          slots.sub_centers == 1 ? "row number of prototypes" : "class number", " in [0, ", K, ")");
     }
   }
 };

@@ -31,6 +31,7 @@ struct Combination {
         hardest_cosine(values(out.hardest_cosine)),
         residual(values(out.residual)),
         target_slope(values(out.target_slope)),
+        scale_slope(values(out.scale_slope)),
         gradient(values(out.gradient)),
         hardest_slot(numbers(out.hardest_slot)),
         beats_target(numbers(out.beats_target)),
@@ -58,7 +59,7 @@ struct Combination {
         share[c * kBlock + r] = std::isnan(sum[i]) ? T(sum[i]) : counts ? T(mine) : T(0);
       }
     }
-    const Moments<T> moments{moment.data(), share.data(), chunks, scale, weight, &rows.target_row[block.begin],
+    const Moments<T> moments{moment.data(), share.data(), chunks, scale, weight, &rows.target_features[block.begin],
                              targets.format};
     sweep_for<T>(p).finish(probes, moments, p.slots.D, scratch, gradient + block.begin * p.slots.D);
   }
@@ -68,7 +69,7 @@ struct Combination {
   const Targets& targets;
   const ProbeRows<T>& rows;
   std::vector<double> shift, sum, wrong, slope;
-  T *lse, *target_cosine, *hardest_cosine, *residual, *target_slope, *gradient;
+  T *lse, *target_cosine, *hardest_cosine, *residual, *target_slope, *scale_slope, *gradient;
   int64_t *hardest_slot, *beats_target, *negatives;
 
   static T* values(const at::Tensor& t) { return t.mutable_data_ptr<T>(); }
@@ -77,7 +78,7 @@ struct Combination {
   void add_up_row(int64_t i, int64_t r, const Partial<T>* parts, int64_t chunks) {
     constexpr double infinity = std::numeric_limits<double>::infinity();
     constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-    double highest = -infinity, total = 0, logits = 0, hard_sum = 0;
+    double highest = -infinity, total = 0, phi = 0, weighed_phi = 0, hard_sum = 0;
     bool poisoned = std::isnan(rows.cosine[i]);
     T top = parts[0].hardest[r];
     int64_t slot = parts[0].hardest_slot[r], above = 0, hard = 0, live = 0;
@@ -89,15 +90,19 @@ struct Combination {
       live += parts[c].live[r];
       hard += parts[c].hard[r];
       hard_sum += parts[c].hard_sum[r];
-      logits += parts[c].logits[r];
+      phi += parts[c].phi[r];
     }
     for (int64_t c = 0; c < chunks; c++)
-      if (parts[c].sum[r] > 0) total += std::exp(parts[c].shift[r] - highest) * parts[c].sum[r];
+      if (parts[c].sum[r] > 0) {
+        const double share = std::exp(parts[c].shift[r] - highest);
+        total += share * parts[c].sum[r];
+        weighed_phi += share * parts[c].weighed_phi[r];
+      }
     // others = log sum exp of the other slots; excess = others - t. Never sums the target with them, so nothing
     // cancels as its probability nears 1: loss = log(1 + e^excess), 1 - p = e^excess / (1 + e^excess).
     auto psi =
         target_margin<double>(p.margin_of(i), rows.cosine[i], rows.sine[i], hard ? hard_sum / double(hard) : 0.0);
-    if (p.slots.straight_through) psi.slope = 1;
+    if (p.straight_through) psi.slope = 1;
     const double scale = p.scale_of(i), t = scale * psi.value;
     const double others = poisoned ? nan : total > 0 ? highest + std::log(total) : -infinity;
     const double excess = others - t;
@@ -108,16 +113,21 @@ struct Combination {
     sum[i] = poisoned ? nan : total;
     wrong[i] = excess > 0 ? 1 / (1 + small) : small / (1 + small);
     uniform[i] = T(smoothed);
-    loss[i] = T(plain - (smoothed > 0 ? smoothed * (logits - double(live) * t) : 0));
+    loss[i] = T(plain - (smoothed > 0 ? smoothed * (scale * phi - double(live) * t) : 0));
     lse[i] = T(plain + t);
     target_cosine[i] = T(rows.cosine[i]);
     hardest_cosine[i] = top;
     hardest_slot[i] = slot;
     beats_target[i] = above;
     negatives[i] = live;
-    residual[i] = T(-(wrong[i] - p.label_smoothing + smoothed));
-    slope[i] = scale * psi.slope * -(wrong[i] - p.label_smoothing + smoothed);
+    const double in_target = -(wrong[i] - p.label_smoothing + smoothed);
+    residual[i] = T(in_target);
+    slope[i] = scale * psi.slope * in_target;
     target_slope[i] = T(slope[i]);
+    if (p.need_scale_gradient)
+      scale_slope[i] =
+          T((total > 0 ? wrong[i] / total * weighed_phi : 0) - (smoothed > 0 ? smoothed * phi : 0) +
+            in_target * psi.value);
   }
 };
 

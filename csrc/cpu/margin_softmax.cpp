@@ -55,12 +55,13 @@ Results allocate_results(const CheckedArguments& p) {
     *t = value();
   for (auto* t : {&out.hardest_slot, &out.beats_target, &out.negatives}) *t = number();
   out.gradient = at::detail::empty_cpu({p.need_gradient ? N : 0, p.slots.D}, wide);
+  out.scale_slope = at::detail::empty_cpu({p.need_scale_gradient ? N : 0}, wide);
   return out;
 }
 
 template <typename T>
 Results forward(const CheckedArguments& p) {
-  const int64_t N = p.embedding.size(0), D = p.slots.D, K = p.slots.K;
+  const int64_t N = p.embedding.size(0), D = p.slots.D;
   Results out = allocate_results<T>(p);
   if (N == 0) {
     if (p.reduce() != Reduction::none) *out.loss.mutable_data_ptr<T>() = 0;
@@ -74,7 +75,7 @@ Results forward(const CheckedArguments& p) {
   Combination<T> combination(p, targets, probes.rows, out);
 
   const int64_t moment_bytes = p.need_gradient ? (sweep.moment_bytes(blocks.most(), D) + 63) / 64 * 64 : 0;
-  const Chunks chunks(blocks.count, K, moment_bytes);
+  const Chunks chunks(blocks.count, p.slots, moment_bytes);
   // Label smoothing needs the whole sum before it can weigh a slot: one more sweep. Otherwise moments come with the
   // sum.
   const bool twice = p.need_gradient && p.label_smoothing > 0;
@@ -85,7 +86,8 @@ Results forward(const CheckedArguments& p) {
 
   // Work too small to be worth waking a thread is left to one.
   constexpr int64_t worth_a_thread = 1 << 19;  // multiplications
-  const int64_t grain = 1 + worth_a_thread / std::max<int64_t>(1, 2 * blocks.most() * std::min(K, chunks.slots) * D);
+  const int64_t grain =
+      1 + worth_a_thread / std::max<int64_t>(1, 2 * blocks.most() * std::min(p.slots.rows(), chunks.each) * D);
   const auto finish = [&](int64_t block, bool last, bool again, char* scratch) {
     const Partial<T>* parts = &partials[block * chunks.count];
     if (!again) combination.add_up(blocks.rows(block), parts, chunks.count);
@@ -108,7 +110,8 @@ Results forward(const CheckedArguments& p) {
         Partial<T> moments_only;  // the second sweep leaves the first one's sums alone
         Partial<T>& part = again ? moments_only : partials[task];
         part.moment = moments ? reinterpret_cast<T*>(moment) : nullptr;
-        part.wants_logits = p.label_smoothing > 0;
+        part.wants_phi = p.label_smoothing > 0;
+        part.wants_weighed_phi = p.need_scale_gradient;
         sweep.run(
             p.margin.kind, mine, slots.of_group(blocks.group(block), p), chunk.begin, chunk.end, scratch.get(), part);
         partials[task].moment = part.moment;
@@ -132,7 +135,7 @@ template <typename T>
 at::Tensor gradient_of_prototypes(
     const CheckedArguments& p, const at::Tensor& grad_rows, const at::Tensor& lse, const at::Tensor& negatives,
     const at::Tensor& target_slope) {
-  const int64_t N = p.embedding.size(0), D = p.slots.D, K = p.slots.K;
+  const int64_t N = p.embedding.size(0), D = p.slots.D, K = p.slots.rows();
   at::Tensor gradient = at::empty({K, D}, p.prototypes.options());
   if (N == 0) return gradient.zero_();
   const auto& sweep = sweep_for<T>(p);
@@ -165,8 +168,8 @@ at::Tensor gradient_of_prototypes(
     block.factor = &factor[begin];
     block.target_weight = &target_weight[begin];
   }
-  // Chunks of slots own their rows of the gradient.
-  constexpr int64_t chunk = 192;
+  // Chunks of rows own theirs of the gradient.
+  const int64_t unit = row_unit(p.slots.sub_centers, 192), chunk = 192 / unit * unit;
   const Format format = format_of(gradient);
   void* out = gradient.mutable_data_ptr();
   at::parallel_for(0, (K + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
@@ -177,7 +180,7 @@ at::Tensor gradient_of_prototypes(
           scratch.get(), format, out);
   });
   for (const int64_t i : parallel) {
-    const int64_t y = p.slot_of(i);
+    const int64_t y = probes.rows.target_row[i];
     const at::Tensor x = p.embedding.select(0, i).to(at::kDouble) * probes.rows.inverse_norm[i];
     const at::Tensor w = p.prototypes.select(0, y).to(at::kDouble) * probes.rows.target_inverse_norm[i];
     const double weight = double(slope[i]) * double(g[i]) * probes.rows.target_inverse_norm[i];

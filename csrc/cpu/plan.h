@@ -1,4 +1,4 @@
-// How a sweep is cut into tasks: blocks of probes of one group x chunks of slots. Their number depends on shapes alone,
+// How a sweep is cut into tasks: blocks of probes of one group x chunks of rows. Their number depends on shapes alone,
 // never on the number of threads, so neither do the bits of the result.
 #pragma once
 
@@ -32,23 +32,23 @@ struct Blocks {
 };
 
 struct Chunks {
-  int64_t count, slots;
+  int64_t count, each;  // rows of a chunk
 
   // moment_bytes: of one task, 0 where there are none. All of them together are held to 8 MiB.
-  Chunks(int64_t blocks, int64_t K, int64_t moment_bytes) : K(K) {
+  Chunks(int64_t blocks, const Queue& slots, int64_t moment_bytes) : rows(slots.rows()) {
     constexpr int64_t tasks = 32, fewest = 192;
     count = (tasks + blocks - 1) / blocks;
     if (moment_bytes) count = std::min(count, (8 << 20) / (blocks * moment_bytes));
-    count = std::max<int64_t>(1, std::min(count, K / fewest));
-    slots = (K + count - 1) / count;
-    slots = (slots + 11) / 12 * 12;  // the micro-kernel's rows, or a multiple of them
-    count = (K + slots - 1) / slots;
+    count = std::max<int64_t>(1, std::min(count, rows / fewest));
+    const int64_t unit = row_unit(slots.sub_centers, fewest);
+    each = ((rows + count - 1) / count + unit - 1) / unit * unit;
+    count = (rows + each - 1) / each;
   }
 
-  Range range(int64_t chunk) const { return {chunk * slots, std::min(K, (chunk + 1) * slots)}; }
+  Range range(int64_t chunk) const { return {chunk * each, std::min(rows, (chunk + 1) * each)}; }
 
  private:
-  int64_t K;
+  int64_t rows;
 };
 
 }  // namespace sst_fast::cpu

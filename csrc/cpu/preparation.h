@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <type_traits>
@@ -44,13 +45,16 @@ struct Targets {
 
   bool in_window(int64_t slot) const { return p.window && inside(slot) < p.slots.window_size; }
 
-  // The row [D] that probe i's target cosine is taken with.
-  const void* row(int64_t i) const {
+  // How many rows probe i's target has.
+  int64_t count() const { return p.positive ? 1 : p.slots.sub_centers; }
+
+  // One of the rows [D] that probe i's target cosine may be taken with.
+  const void* row(int64_t i, int64_t which) const {
     const int64_t slot = p.slot_of(i);
     if (p.positive) return at(p.positive->const_data_ptr(), i, p.positive->element_size());
     if (in_window(slot))
       return at(p.slots.window, i / group_rows * p.slots.window_size + inside(slot), p.prototypes.element_size());
-    return at(p.slots.features, slot, p.prototypes.element_size());
+    return at(p.slots.features, slot * p.slots.sub_centers + which, p.prototypes.element_size());
   }
 
  private:
@@ -68,8 +72,8 @@ template <typename T>
 struct ProbeRows {
   std::vector<double> inverse_norm, unit, cosine, sine, target_inverse_norm;
   std::vector<T> scale, cosine_t, phi;
-  std::vector<int64_t> target;          // slot; -1 where there is none
-  std::vector<const void*> target_row;  // null: the probe is ignored, a row of zeros whatever it holds
+  std::vector<int64_t> target, target_row;   // as in Probes
+  std::vector<const void*> target_features;  // null: the probe is ignored, a row of zeros whatever it holds
 
   explicit ProbeRows(int64_t N)
       : inverse_norm(N),
@@ -81,7 +85,8 @@ struct ProbeRows {
         cosine_t(N),
         phi(N * kPhiRow),
         target(N, -1),
-        target_row(N) {}
+        target_row(N, -1),
+        target_features(N) {}
 
   // Rows [begin, end); scratch [2 D].
   void measure(const CheckedArguments& p, const Targets& targets, int64_t begin, int64_t end, double* scratch) {
@@ -92,10 +97,19 @@ struct ProbeRows {
       scale[i] = T(p.scale_of(i));
       if (p.ignored[i]) continue;
       target[i] = p.slot_of(i);
-      target_row[i] = targets.row(i);
-      const Measured found = sweeps().rows.measure(
-          features + i * D * p.embedding.element_size(), format, target_row[i], targets.format, D, p.normalize,
-          scratch);
+      const auto measure = [&](int64_t which) {
+        return sweeps().rows.measure(
+            features + i * D * p.embedding.element_size(), format, targets.row(i, which), targets.format, D,
+            p.normalize, scratch);
+      };
+      int64_t nearest = 0;
+      Measured found = measure(0);
+      for (int64_t which = 1; which < targets.count(); which++) {
+        const Measured other = measure(which);
+        if (other.cosine > found.cosine || std::isnan(other.cosine)) found = other, nearest = which;
+      }
+      target_row[i] = target[i] < 0 ? -1 : target[i] * p.slots.sub_centers + nearest;
+      target_features[i] = targets.row(i, nearest);
       inverse_norm[i] = found.inverse_norm;
       unit[i] = found.unit;
       target_inverse_norm[i] = found.target_inverse_norm;
@@ -119,6 +133,7 @@ struct ProbeRows {
     probes.target_cosine = &cosine_t[begin];
     probes.phi = &phi[begin * kPhiRow];
     probes.target = &target[begin];
+    probes.target_row = &target_row[begin];
     probes.identity = p.identity ? numbers_of(p.identity) + begin : nullptr;
     probes.rows = rows.end - begin;
     return probes;
@@ -162,7 +177,7 @@ struct SlotRows {
   explicit SlotRows(const CheckedArguments& p) {
     slots = {p.slots, nullptr, nullptr};
     if (!p.normalize) return;
-    norms = inverse_norms(p.slots.features, p.slots.K, p);
+    norms = inverse_norms(p.slots.features, p.slots.rows(), p);
     slots.inverse_norm = norms.data();
     if (!p.window) return;
     window_norms = inverse_norms(p.slots.window, p.window->size(0) * p.slots.window_size, p);

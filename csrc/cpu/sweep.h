@@ -1,7 +1,8 @@
 // Between the code that every processor runs and the sweeps, compiled once per instruction set (simd/): what a task
 // reads and writes.
 //
-// Sizes: N probes, K slots, D features, B slots in the batch window.
+// Sizes: N probes, K slots of S rows (sub-centres, usually one) each, D features, B slots in the batch window. A sweep
+// goes over rows, in tiles and chunks that hold slots whole.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +14,17 @@ namespace sst_fast::cpu {
 enum class Format { f64, f32, bf16, f16, f8 };  // f8: e4m3fn
 
 constexpr int kBlock = 64;    // probes a task holds at most
-constexpr int kMaxTile = 96;  // slots of a tile at most
+constexpr int kMaxTile = 96;  // rows of a tile at most
+constexpr int kMaxSubCenters = 16;
 
-// Slots per tile: the tile should stay in the second-level cache with the block's probes and moments.
-SST_HD int64_t tile_slots(int64_t D) { return D <= 512 ? kMaxTile : D <= 1024 ? kMaxTile / 2 : kMaxTile / 4; }
+// Rows per tile: the tile should stay in the second-level cache with the block's probes and moments.
+SST_HD int64_t tile_rows(int64_t D) { return D <= 512 ? kMaxTile : D <= 1024 ? kMaxTile / 2 : kMaxTile / 4; }
+
+// What rows of a tile or chunk come in: whole slots and, unless that is more than `most`, the rows of the micro-kernel.
+SST_HD int64_t row_unit(int64_t sub_centers, int64_t most) {
+  constexpr int64_t micro = 12;  // or a divisor of it
+  return micro % sub_centers == 0 ? micro : micro * sub_centers <= most ? micro * sub_centers : sub_centers;
+}
 
 template <typename T>
 struct Probes {          // [rows] each, of one block
@@ -27,9 +35,10 @@ struct Probes {          // [rows] each, of one block
   const double* unit;
   const T* scale;
   const T* target_cosine;
-  const T* phi;             // [rows, kPhiRow], from phi_row()
-  const int64_t* target;    // slot
-  const int64_t* identity;  // null: no identity mask
+  const T* phi;               // [rows, kPhiRow], from phi_row()
+  const int64_t* target;      // slot; -1 where there is none
+  const int64_t* target_row;  // that row of it which is nearest
+  const int64_t* identity;    // null: no identity mask
   int64_t rows;
   const void* packed;  // the features as pack() has left them
   // Null: the weight of slot j is exp(z_j - shift), with a shift that follows the largest logit. Otherwise it is
@@ -41,21 +50,23 @@ struct Probes {          // [rows] each, of one block
 };
 
 struct Queue {
-  const void* features;  // [K, D]
+  const void* features;  // [K S, D]
   Format format;
   const int64_t* identity;  // [K], -1 = empty; null: none is masked
   const void* window;       // [B, D], same format, stands for slots start .. start + B - 1 (mod K); null: none
   const int64_t* window_identity;
   int64_t window_start, window_size;
-  int64_t K, D;
+  int64_t K, D, sub_centers;
   bool mask_empty;
-  bool straight_through;  // phi' = 1
+  bool unit_slope;        // phi' = 1
   bool window_is_masked;  // the window's slots count for nothing: for the gradient of the rows that it replaces
+
+  int64_t rows() const { return K * sub_centers; }
 };
 
 template <typename T>
 struct Slots : Queue {
-  const T *inverse_norm, *window_inverse_norm;  // [K], [B]: rows are divided by their norms; null: taken as they are
+  const T *inverse_norm, *window_inverse_norm;  // [K S], [B]: rows are divided by their norms; null: taken as they are
 };
 
 // Sums over one chunk for each probe: with z = scale * phi(c) of the slots that are neither target nor masked,
@@ -63,13 +74,14 @@ struct Slots : Queue {
 template <typename T>
 struct Partial {
   double shift[kBlock], sum[kBlock];
-  double logits[kBlock];    // sum of z_j
-  double hard_sum[kBlock];  // sum of c_j over the hard slots
+  double phi[kBlock];          // sum of phi(c_j), if wanted
+  double weighed_phi[kBlock];  // sum of weight_j phi(c_j), if wanted
+  double hard_sum[kBlock];     // sum of c_j over the hard slots
   int64_t hard[kBlock], live[kBlock];
   T hardest[kBlock];  // largest cosine c_j
   int64_t hardest_slot[kBlock], beats[kBlock];
   T* moment;  // moment_bytes(), in panels of probes, for finish() to read; null: not wanted
-  bool wants_logits;
+  bool wants_phi, wants_weighed_phi;
 };
 
 // A probe beside its target, in double.
@@ -117,15 +129,14 @@ struct Sweep {
   int64_t (*scratch_bytes)(int64_t D, bool for_prototypes);
   int64_t (*moment_bytes)(int64_t rows, int64_t D);
   int64_t (*finish_bytes)(int64_t D);
-  // One block of probes over slots [first, last).
-  void (*run)(
-      Kind, const Probes<T>&, const Slots<T>&, int64_t first_slot, int64_t last_slot, void* scratch, Partial<T>&);
+  // One block of probes over rows [first, last).
+  void (*run)(Kind, const Probes<T>&, const Slots<T>&, int64_t first_row, int64_t last_row, void* scratch, Partial<T>&);
   // The gradient [rows, D] of a block's probes.
   void (*finish)(const Probes<T>&, const Moments<T>&, int64_t D, void* scratch, T* gradient);
-  // All blocks over slots [first, last): writes their rows of the prototypes' gradient [K, D].
+  // All blocks over rows [first, last): writes those of the prototypes' gradient [K S, D].
   void (*run_prototypes)(
-      Kind, const Probes<T>* blocks, int64_t count, const Slots<T>&, int64_t first_slot, int64_t last_slot,
-      void* scratch, Format, void* gradient);
+      Kind, const Probes<T>* blocks, int64_t count, const Slots<T>&, int64_t first_row, int64_t last_row, void* scratch,
+      Format, void* gradient);
 };
 
 struct Sweeps {

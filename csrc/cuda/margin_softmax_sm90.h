@@ -64,7 +64,8 @@ void margin_softmax(Device& device, const Problem& p, const SweepPlan& plan, con
   a.cosine = w.target_cosine, a.scale = w.scale, a.phi_rows = w.phi_rows, a.sums = w.sums, a.moment = w.moment;
   a.N = p.N, a.K = p.K, a.B = p.B, a.rows_in_group = p.N / p.groups, a.blocks_in_group = plan.blocks_in_group;
   a.tiles = (p.K + kSlots - 1) / kSlots + (p.B + kSlots - 1) / kSlots, a.tiles_in_split = plan.tiles_in_split;
-  a.mask_empty = p.mask_empty, a.straight = p.straight, a.npc = p.margin.kind == Kind::npc;
+  a.mask_empty = p.mask_empty, a.straight = p.straight && p.margin.kind != Kind::filtered;
+  a.npc = p.margin.kind == Kind::npc;
   const SweepKernel sweep = [&] {
     const auto of = [&](auto queue) { return sweep_kernel_of<decltype(queue)>(p.D, p.margin.kind, p.need_gradient); };
     switch (p.queue_type) {

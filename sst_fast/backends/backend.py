@@ -21,6 +21,8 @@ class Problem(NamedTuple):
         normalize: whether prototypes are normalised inside.
         smooths: whether there is label smoothing.
         product_dtype: what the user allows products to be rounded to; None: nothing less than the queue's dtype.
+        trains_scale: whether the scale gets a gradient.
+        sub_centers: whether a class has several rows.
     """
 
     operation: str
@@ -34,6 +36,8 @@ class Problem(NamedTuple):
     normalize: bool = False
     smooths: bool = False
     product_dtype: torch.dtype | None = None
+    trains_scale: bool = False
+    sub_centers: bool = False
 
 
 class Backend:

@@ -42,8 +42,8 @@ class Hopper(Backend):
             return f"for D in {dims}, not {problem.dim}"
         if problem.trains_prototypes or problem.normalize:
             return "for frozen unit prototypes alone"
-        if problem.smooths:
-            return "no label smoothing"
+        if problem.smooths or problem.trains_scale or problem.sub_centers:
+            return "no label smoothing, no gradient for the scale, no sub-centres"
         if problem.dtype == torch.float64 or problem.positive:
             return "no float64, no explicit positives"
         return None

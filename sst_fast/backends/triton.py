@@ -21,6 +21,7 @@ from torch import Tensor
 from sst_fast.arguments import REDUCTIONS, Packed
 from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.extension import compiled, why_not_compiled
+from sst_fast.margins import FilteredMargin
 from sst_fast.reference import MIN_NORM, normalize
 
 
@@ -223,7 +224,12 @@ class Call(Packed):
         """N, K, D, B, and how many probes see the same window."""
         n, dim = self.embedding.shape
         groups, b = (1, 0) if self.window is None else self.window.shape[:2]
-        return n, len(self.prototypes), dim, b, max(n // groups, 1)
+        return n, len(self.prototypes) // self.sub_centers, dim, b, max(n // groups, 1)
+
+    @property
+    def padded(self) -> int:
+        """Lanes that the rows of one slot take in a tile."""
+        return _next_power_of_two(self.sub_centers)
 
     @property
     def device(self) -> torch.device:
@@ -246,6 +252,11 @@ class Call(Packed):
         return 0 if self.margin_rows is None else len(self.margin_rows)
 
     @property
+    def unit_slope(self) -> bool:
+        """Whether phi' = 1 whatever phi."""
+        return self.straight_through and self.kind != FilteredMargin.kind
+
+    @property
     def product_dtype(self) -> torch.dtype:
         """What products are made of; every float8_e4m3fn is a float16."""
         return torch.float16 if self.prototypes.dtype == torch.float8_e4m3fn else self.prototypes.dtype
@@ -264,11 +275,11 @@ class Call(Packed):
         return found
 
     def scratch(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-        """What :meth:`prepare` fills: unit rows, rows, slots, exact cosines and sines, inverse norms."""
+        """What :meth:`prepare` fills: unit rows, rows, targets' rows, exact cosines and sines, inverse norms."""
         from sst_fast.kernels.margin_softmax import ROW_FIELDS
 
         n, k, _, b, rows_in_group = self.sizes
-        norms = k + n // rows_in_group * b if self.normalize else 0
+        norms = k * self.sub_centers + n // rows_in_group * b if self.normalize else 0
         return [
             (self.product_dtype, (n, self.block_d)), (torch.float32, (ROW_FIELDS, n)), (torch.int32, (n,)),
             (torch.float64, (2 * n + 1,)), (torch.float32, (norms,)),
@@ -281,22 +292,22 @@ class Call(Packed):
         n, k, dim, b, rows_in_group = self.sizes
         blocks = -(-n // self.rows) + 1
         if self.normalize:
-            blocks += -(-k // self.rows) + -(-(n // rows_in_group * b) // self.rows)
-        unit, rows, slots, exact, inverse = scratch
+            blocks += -(-(k * self.sub_centers) // self.rows) + -(-(n // rows_in_group * b) // self.rows)
+        unit, rows, own_rows, exact, inverse = scratch
         launch(
             prepare_kernel, (blocks,), self.device, self.embedding, self.prototypes, self.window, self.positive,
-            self.window_start, self.target, self.weight, self.margin_rows, self.scale_rows, unit, rows, slots, exact,
+            self.window_start, self.target, self.weight, self.margin_rows, self.scale_rows, unit, rows, own_rows, exact,
             inverse if self.normalize else None, cosine, row_weight, n, k, dim, b, rows_in_group, self.ignore_index,
-            *self.numbers, self.scale, KIND=self.kind, P=self.varying, NORMALIZE=self.normalize, ROWS=self.rows,
-            BLOCK_D=self.block_d,
+            *self.numbers, self.scale, KIND=self.kind, P=self.varying, NORMALIZE=self.normalize,
+            SUB=self.sub_centers, ROWS=self.rows, BLOCK_D=self.block_d,
         )  # fmt: skip
 
-    def own_targets(self, slots: Tensor) -> Tensor:
+    def own_targets(self, own_rows: Tensor) -> Tensor:
         """bool [N]: whose target is a row of the prototypes, and none that the window replaces."""
-        inside = slots >= 0
+        inside = own_rows >= 0
         if self.window is not None:
             assert self.window_start is not None
-            inside = inside & ((slots - self.window_start) % len(self.prototypes) >= self.window.shape[1])
+            inside = inside & ((own_rows - self.window_start) % len(self.prototypes) >= self.window.shape[1])
         return inside
 
     @property
@@ -322,29 +333,32 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
     )
     slot, beats, live = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(3))
     gradient = torch.empty((n if p.need_gradient else 0, dim), dtype=torch.float32, device=device)
+    scale_slope = torch.empty(n if p.need_scale_gradient else 0, dtype=torch.float32, device=device)
+    seen = lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope, scale_slope
     none = p.reduction == REDUCTIONS.index("none")
     if n == 0:
-        return loss if none else loss.sum(), lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope
+        return loss if none else loss.sum(), *seen
     groups, processors = n // rows_in_group, machine(device).processors
     cut = p.blocks("sweep")
     blocks_in_group = -(-rows_in_group // cut.rows)
-    tiles = -(-k // cut.slots)
+    tiles = -(-k // (cut.slots // p.padded))
     splits = max(1, min(tiles, 2 * processors // (groups * blocks_in_group)))
     tiles_in_split = -(-tiles // splits)
     splits = -(-tiles // tiles_in_split)
     parts = splits + (p.window is not None)
     *scratch, partial, counts, moment = carve(device, *p.scratch(), *_partials(p, parts))
     p.prepare(scratch, cosine, weight)
-    unit, rows, slots, exact, inverse = scratch
+    unit, rows, own_rows, exact, inverse = scratch
     second = p.need_gradient and p.label_smoothing > 0
 
     def run_sweep(again: bool) -> None:
         launch(
             sweep_kernel, (groups * blocks_in_group, parts), device, unit, p.prototypes, p.window,
-            inverse if p.normalize else None, p.window_start, slots, p.identity, p.slot_identity, p.window_identity, rows,
+            inverse if p.normalize else None, p.window_start, own_rows, p.identity, p.slot_identity, p.window_identity, rows,
             cosine, lse, partial, counts, moment, n, k, dim, b, rows_in_group, blocks_in_group, tiles_in_split, splits,
-            KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.straight_through,
+            KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.unit_slope,
             MOMENT=again or (p.need_gradient and not second), SECOND=again, SMOOTH=p.label_smoothing > 0,
+            SCALE_SLOPE=p.need_scale_gradient and not again, SUB=p.sub_centers, PADDED=p.padded,
             PRECISION=p.precision, BLOCK_N=cut.rows, BLOCK_K=cut.slots, BLOCK_D=p.block_d, num_warps=cut.warps,
             num_stages=cut.stages,
         )  # fmt: skip
@@ -352,8 +366,8 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
     def combine(with_loss: bool, with_moment: bool) -> None:
         launch(
             combine_kernel, (-(-n // p.rows),), device, p.embedding, p.prototypes, p.window, p.positive, p.window_start,
-            p.margin_rows, rows, slots, exact, partial, counts, moment, loss, lse, hardest, slot, beats, residual, weight,
-            gradient, live, slope, n, k, dim, b, rows_in_group, parts, p.label_smoothing, *p.numbers, KIND=p.kind,
+            p.margin_rows, rows, own_rows, exact, partial, counts, moment, loss, lse, hardest, slot, beats, residual, weight,
+            gradient, live, slope, scale_slope if p.need_scale_gradient else None, n, k, dim, b, rows_in_group, parts, p.label_smoothing, *p.numbers, KIND=p.kind,
             P=p.varying, NORMALIZE=p.normalize, STRAIGHT=p.straight_through, LOSS=with_loss, MOMENT=with_moment,
             SMOOTH=p.label_smoothing > 0, MEAN=p.reduction == REDUCTIONS.index("mean"), ROWS=p.rows, BLOCK_D=p.block_d,
         )  # fmt: skip
@@ -363,7 +377,7 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
     if second:
         run_sweep(again=True)
         combine(False, True)
-    return loss if none else loss.sum(), lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope
+    return loss if none else loss.sum(), *seen
 
 
 def _partials(p: Call, parts: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
@@ -390,29 +404,30 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
     if n == 0:
         return gradient.zero_()
     *scratch, cosine, weight = carve(p.device, *p.scratch(), (torch.float32, (n,)), (torch.float32, (n,)))
-    unit, rows, slots, exact, inverse = scratch
+    unit, rows, own_rows, exact, inverse = scratch
     p.prepare(scratch, cosine, weight)
     parallel = None
     if p.normalize and p.positive is None:
         # Where a probe is nearly parallel to its target an angular margin's slope is large and what the normalisation leaves of
         # it is small: it would drown in the rounding of the kernel's sums, and is added after them.
-        near = (exact[1 + n :] < 1 / 16) & p.own_targets(slots)
+        near = (exact[1 + n :] < 1 / 16) & p.own_targets(own_rows)
         parallel = torch.where(near, target_slope * grad_loss.float() * row_weight, 0.0)
         target_slope = torch.where(near, 0.0, target_slope)
     cut = p.blocks("prototypes")
     launch(
-        prototypes_kernel, (-(-k // cut.rows),), p.device, unit, p.prototypes, inverse if p.normalize else None,
-        p.window_start, slots, p.identity, p.slot_identity, rows, lse, negatives, grad_loss.contiguous(), row_weight,
+        prototypes_kernel, (-(-k // (cut.rows // p.padded)),), p.device, unit, p.prototypes, inverse if p.normalize else None,
+        p.window_start, own_rows, p.identity, p.slot_identity, rows, lse, negatives, grad_loss.contiguous(), row_weight,
         target_slope, gradient, n, k, dim, b, p.label_smoothing, KIND=p.kind, MASK_EMPTY=p.mask_empty,
-        STRAIGHT=p.straight_through, TARGETS=p.positive is None, EACH=grad_loss.dim(), PRECISION=p.precision,
-        BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=p.block_d, num_warps=cut.warps, num_stages=cut.stages,
+        STRAIGHT=p.unit_slope, TARGETS=p.positive is None, EACH=grad_loss.dim(), SUB=p.sub_centers,
+        PADDED=p.padded, PRECISION=p.precision, BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=p.block_d,
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if parallel is not None:
-        own_slot = slots.clamp_min(0).long()
-        own = p.prototypes[own_slot].double()
+        own_row = own_rows.clamp_min(0).long()
+        own = p.prototypes[own_row].double()
         norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min(MIN_NORM)
         own = own / norm
         hat = normalize(p.embedding.double())
         across = (hat - (hat * own).sum(1, keepdim=True) * own) * parallel[:, None] / norm
-        gradient.index_add_(0, own_slot, torch.where(parallel[:, None] == 0, 0.0, across).to(gradient.dtype))
+        gradient.index_add_(0, own_row, torch.where(parallel[:, None] == 0, 0.0, across).to(gradient.dtype))
     return gradient

@@ -72,23 +72,56 @@ SST_INLINE void load_rows(const Lanes<T>& lane, int64_t i, typename Vector<T>::t
 template <typename T>
 struct RunningSums {
   T shift[Lanes<T>::kCount];
-  double total[Lanes<T>::kCount], logits[Lanes<T>::kCount], hard_sum[Lanes<T>::kCount];
+  double total[Lanes<T>::kCount], phi[Lanes<T>::kCount], weighed_phi[Lanes<T>::kCount], hard_sum[Lanes<T>::kCount];
   int64_t hard[Lanes<T>::kCount];
 
   void clear(int64_t count) {
     for (int64_t i = 0; i < count; i++) {
       shift[i] = T(-kInfinityF);
-      total[i] = logits[i] = hard_sum[i] = 0;
+      total[i] = phi[i] = weighed_phi[i] = hard_sum[i] = 0;
       hard[i] = 0;
     }
   }
 };
 
+// Of a slot's rows the nearest keeps its cosine, the first of equally near ones; the others' become -infinity. Cosines
+// are those of unit rows afterwards.
+template <typename E, int NV>
+static void keep_nearest(
+    const Slots<SumOf<E>>& slots, const SlotTile<E>& tile, const Lanes<SumOf<E>>& lane, int64_t i0, SumOf<E>* cosines,
+    int64_t row) {
+  typedef SumOf<E> T;
+  typedef typename Vector<T>::type V;
+  typedef typename Vector<T>::mask I;
+  typedef typename Vector<T>::integer Int;
+  constexpr int L = lanes<T>;
+  const int64_t S = slots.sub_centers;
+  for (int n = 0; n < NV; n++) {
+    const V inverse = Element<E>::kEach > 1 ? load(lane.inverse + i0 + n * L) : splat(T(1));
+    for (int64_t j0 = 0; j0 < tile.count; j0 += S) {
+      T* at = cosines + j0 * row + n * L;
+      const auto unit = [&](int64_t s) {
+        const V c = load(at + s * row) * inverse;
+        return slots.inverse_norm ? c * tile.factor[j0 + s] : c;
+      };
+      V largest = unit(0);
+      I nearest{};
+      for (int64_t s = 1; s < S; s++) {
+        const V c = unit(s);
+        const I nearer = (c > largest) | (c != c);  // what is not a number stays one
+        largest = nearer ? c : largest;
+        nearest = nearer ? I{} + Int(s) : nearest;
+      }
+      for (int64_t s = 0; s < S; s++) store(at + s * row, nearest == Int(s) ? largest : splat(T(-kInfinityF)));
+    }
+  }
+}
+
 // Finishes the cosines of a tile and a panel: masked ones become -infinity. `counts`: lanes and sums take note of what
 // is there, and `highest` [NV] becomes at least the largest logit of the tile.
 template <typename E, int NV, typename Phi, bool counts>
 static void mask_cosines(
-    const Slots<SumOf<E>>& slots, const SlotTile<E>& tile, Lanes<SumOf<E>>& lane, int64_t i0, bool wants_logits,
+    const Slots<SumOf<E>>& slots, const SlotTile<E>& tile, Lanes<SumOf<E>>& lane, int64_t i0, bool wants_phi,
     SumOf<E>* cosines, int64_t row, RunningSums<SumOf<E>>* sums, typename Vector<SumOf<E>>::type* highest) {
   typedef SumOf<E> T;
   typedef typename Vector<T>::type V;
@@ -98,15 +131,17 @@ static void mask_cosines(
   constexpr bool plain = Phi::kIdentity, mining = Phi::kHard;
   const V masked = splat(T(-kInfinityF));
   const I same = lane.identities && slots.identity ? ~I{} : I{};
-  const bool scaled = slots.inverse_norm != nullptr;
+  const bool several = slots.sub_centers > 1, scaled = slots.inverse_norm && !several;
+  if (several) keep_nearest<E, NV>(slots, tile, lane, i0, cosines, row);
   for (int n = 0; n < NV; n++) {
     const int64_t i = i0 + n * L;
-    const V inverse = load(lane.inverse + i), a = load(lane.target_cosine + i), scale = load(lane.scale + i);
+    const V inverse = several ? splat(T(1)) : load(lane.inverse + i), a = load(lane.target_cosine + i),
+            scale = load(lane.scale + i);
     const I target = load_mask<T>(lane.target + i);
     const I low = load_mask<T>(lane.id_low + i), high = load_mask<T>(lane.id_high + i);
     V rows[kPhiRow];
     load_rows<T, Phi>(lane, i, rows);
-    V top = load(lane.hardest + i), largest = masked, logit_sum{}, hard_sum{};
+    V top = load(lane.hardest + i), largest = masked, phi_sum{}, hard_sum{};
     I slot = load_mask<T>(lane.hardest_slot + i), beats = load_mask<T>(lane.beats + i);
     I live = load_mask<T>(lane.live + i), hard{};
     for (int64_t j = 0; j < tile.count; j++) {
@@ -118,7 +153,7 @@ static void mask_cosines(
       V c = load(at);
       if constexpr (Element<E>::kEach > 1) c *= inverse;
       if (scaled) c *= tile.factor[j];
-      const Int number = Int(tile.first + j);
+      const Int number = Int(tile.slot[j]);
       const I twin = (low == Int(tile.id_low[j])) & (high == Int(tile.id_high[j])) & same;
       const I out = (target == number) | twin;
       c = out ? masked : c;
@@ -129,11 +164,10 @@ static void mask_cosines(
       slot = higher ? (I{} + number) : slot;
       beats -= c > a;
       live += 1 + out;
-      if (!plain || wants_logits) {
-        V z = scale * phi_of<T, Phi>(rows, c).value;
-        z = c == masked ? masked : z;
+      if (!plain || wants_phi) {
+        const V phi = phi_of<T, Phi>(rows, c).value, z = c == masked ? masked : scale * phi;
         largest = z > largest ? z : largest;
-        if (wants_logits) logit_sum += z == masked ? V{} : z;
+        if (wants_phi) phi_sum += c == masked ? V{} : phi;
       }
       if constexpr (mining) {
         const I beyond = c > rows[0];
@@ -149,7 +183,7 @@ static void mask_cosines(
     highest[n] = plain ? scale * top : largest;  // the hardest slot so far: shifts only grow
     for (int l = 0; l < L; l++) {
       if constexpr (mining) sums->hard_sum[i + l] += double(hard_sum[l]), sums->hard[i + l] += hard[l];
-      if (wants_logits) sums->logits[i + l] += double(logit_sum[l]);
+      if (wants_phi) sums->phi[i + l] += double(phi_sum[l]);
     }
   }
 }

@@ -1,4 +1,4 @@
-// The gradient of the prototypes: all probes over a chunk of slots, once the log-sum-exps are known.
+// The gradient of the prototypes: all probes over a chunk of rows, once the log-sum-exps are known.
 #pragma once
 
 #include "sweep.h"
@@ -50,11 +50,11 @@ static void run_prototypes(
   typedef SumOf<E> T;
   constexpr int NV = kPanel, W = NV * lanes<T>, each = Element<E>::kEach;
   static_assert(kBlock % W == 0);
-  const int64_t D = slots.D, wide = padded(D, W), step = even_tile(last - first, D);
+  const int64_t D = slots.D, wide = padded(D, W), step = even_tile(last - first, D, slots.sub_centers);
   char* at = static_cast<char*>(scratch);
   T *weights = take<T>(at, kMaxTile * kBlock), *parts = take<T>(at, 2 * kMaxTile * W);
-  E* copy = take<E>(at, tile_slots(D) * D / each);
-  T* sums = take<T>(at, tile_slots(D) * wide);
+  E* copy = take<E>(at, tile_rows(D) * D / each);
+  T* sums = take<T>(at, tile_rows(D) * wide);
   Lanes<T> lane;
   SlotTile<E> tile;
   for (int64_t j0 = first; j0 < last; j0 += step) {
@@ -71,11 +71,11 @@ static void run_prototypes(
         with_phi(kind, [&](auto phi) {
           using Phi = decltype(phi);
           mask_cosines<E, NV, Phi, false>(slots, tile, lane, i0, false, weights + i0, kBlock, nullptr, nullptr);
-          weigh<E, NV, Phi, true>(slots, tile, lane, i0, false, weights + i0, kBlock, nullptr);
+          weigh<E, NV, Phi, true>(slots, tile, lane, i0, false, false, weights + i0, kBlock, nullptr);
         });
       }
       for (int64_t i = 0; i < probes.rows; i++) {
-        const int64_t j = probes.target[i] - j0;
+        const int64_t j = probes.target_row[i] - j0;
         if (j >= 0 && j < tile.count)
           weights[j * kBlock + i] = each == 1 ? probes.target_weight[i] : probes.target_weight[i] * lane.inverse[i];
       }

@@ -5,18 +5,19 @@
 
 namespace sst_fast::cpu::SST_NAMESPACE {
 
-// A tile of slots.
+// A tile of rows of slots.
 template <typename E>
 struct SlotTile {
   const E* w;  // [count, D]
   Prefetch next;
-  int64_t first, count;
+  int64_t first, count;       // rows
+  int32_t slot[kMaxTile];     // whose row it is
   SumOf<E> factor[kMaxTile];  // 1 / norm where rows are to be normalised: cosines are scaled, not rows
   int32_t id_low[kMaxTile], id_high[kMaxTile];  // halves of the identity
   bool empty[kMaxTile];                         // masked for every probe
 };
 
-// `count` slots from `first` on: the queue itself, or a copy where the batch window or another format is in the way.
+// `count` rows from `first` on: the queue itself, or a copy where the batch window or another format is in the way.
 // `last`: where the chunk ends that is being swept.
 template <typename E>
 static void load_tile(
@@ -33,9 +34,10 @@ static void load_tile(
   const int64_t bytes = D * bytes_of(slots.format), then = first + count;
   tile.next = {base + then * bytes, base + (last - then < count ? last : then + count) * bytes};
   for (int64_t j = 0; j < count; j++) {
-    const int64_t inside = offset + j < K ? offset + j : offset + j - K;
+    const int64_t slot = (first + j) / slots.sub_centers, inside = offset + j < K ? offset + j : offset + j - K;
     const bool replaced = slots.window && inside < slots.window_size, own = replaced && !slots.window_is_masked;
-    const int64_t id = !slots.identity ? 0 : own ? slots.window_identity[inside] : slots.identity[first + j];
+    const int64_t id = !slots.identity ? 0 : own ? slots.window_identity[inside] : slots.identity[slot];
+    tile.slot[j] = int32_t(slot);
     tile.empty[j] = (id < 0 && slots.mask_empty) || (replaced && slots.window_is_masked);
     tile.id_low[j] = int32_t(id & 0xffffffff);
     tile.id_high[j] = int32_t(id >> 32);

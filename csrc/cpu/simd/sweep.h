@@ -5,17 +5,17 @@
 
 namespace sst_fast::cpu::SST_NAMESPACE {
 
-// The slots of a chunk in tiles of about the same size, so that none is too small to be worth its pass over the
-// moments.
-static int64_t even_tile(int64_t count, int64_t D) {
-  const int64_t most = tile_slots(D), tiles = (count + most - 1) / most;
-  return padded((count + tiles - 1) / tiles, 12);  // 12: the micro-kernel's rows, or a multiple of them
+// The rows of a chunk in tiles of about the same size, so that none is too small to be worth its pass over the moments.
+static int64_t even_tile(int64_t count, int64_t D, int64_t sub_centers) {
+  const int64_t unit = row_unit(sub_centers, tile_rows(D)), most = tile_rows(D) / unit * unit;
+  const int64_t tiles = (count + most - 1) / most;
+  return padded((count + tiles - 1) / tiles, unit);
 }
 
 template <typename E>
 static int64_t scratch_bytes(int64_t D, bool for_prototypes) {
   typedef SumOf<E> T;
-  const int64_t tile = tile_slots(D), width = kPanel * lanes<T>;
+  const int64_t tile = tile_rows(D), width = kPanel * lanes<T>;
   const int64_t cosines = kMaxTile * (for_prototypes ? kBlock : width), parts = 2 * kMaxTile * width;
   const int64_t sums = for_prototypes ? tile * padded(D, width) : 0;
   const int64_t copies = tile * D * int64_t(sizeof(E));  // in pairs two of them, of half the bytes
@@ -35,12 +35,12 @@ static void sweep(
   typedef SumOf<E> T;
   constexpr int each = Element<E>::kEach;
   constexpr int W = NV * lanes<T>;  // probes in a panel
-  const int64_t D = slots.D, step = even_tile(last - first, D);
+  const int64_t D = slots.D, step = even_tile(last - first, D, slots.sub_centers);
 
   char* at = static_cast<char*>(scratch);
   T *cosines = take<T>(at, kMaxTile * W), *parts = take<T>(at, 2 * kMaxTile * W);
-  E* copy = take<E>(at, tile_slots(D) * D / each);
-  E* pairs = take<E>(at, each == 1 ? 0 : tile_slots(D) * D / each);
+  E* copy = take<E>(at, tile_rows(D) * D / each);
+  E* pairs = take<E>(at, each == 1 ? 0 : tile_rows(D) * D / each);
 
   Lanes<T> lane;
   load_lanes(probes, padded(probes.rows, W), lane);
@@ -57,12 +57,12 @@ static void sweep(
       tile_cosines<E, NV>(tile, static_cast<const E*>(probes.packed) + i0 * D / each, D, cosines, W, parts);
       if (probes.lse) {
         mask_cosines<E, NV, Phi, false>(slots, tile, lane, i0, false, cosines, W, nullptr, nullptr);
-        weigh<E, NV, Phi, true>(slots, tile, lane, i0, true, cosines, W, nullptr);
+        weigh<E, NV, Phi, true>(slots, tile, lane, i0, true, false, cosines, W, nullptr);
       } else {
         typename Vector<T>::type highest[NV];
-        mask_cosines<E, NV, Phi, true>(slots, tile, lane, i0, out.wants_logits, cosines, W, &sums, highest);
+        mask_cosines<E, NV, Phi, true>(slots, tile, lane, i0, out.wants_phi, cosines, W, &sums, highest);
         raise<T, NV>(highest, i0, D, sums, j0 == first ? nullptr : moment);
-        weigh<E, NV, Phi, false>(slots, tile, lane, i0, true, cosines, W, &sums);
+        weigh<E, NV, Phi, false>(slots, tile, lane, i0, true, out.wants_weighed_phi, cosines, W, &sums);
       }
       if (moment)
         multiply<E, NV>(
@@ -73,10 +73,11 @@ static void sweep(
   for (int64_t i = 0; i < probes.rows; i++) {
     out.shift[i] = sums.shift[i];
     out.sum[i] = sums.total[i];
-    out.logits[i] = sums.logits[i];
+    out.phi[i] = sums.phi[i];
+    out.weighed_phi[i] = sums.weighed_phi[i];
     out.hard_sum[i] = sums.hard_sum[i];
     out.hard[i] = sums.hard[i];
-    out.live[i] = lane.live[i];
+    out.live[i] = lane.live[i] / slots.sub_centers;  // what masks a row masks its whole slot
     out.hardest[i] = lane.hardest[i];
     out.hardest_slot[i] = lane.hardest_slot[i];
     out.beats[i] = lane.beats[i];

@@ -5,12 +5,12 @@
 
 namespace sst_fast::cpu::SST_NAMESPACE {
 
-// Weights in place of the cosines, as the next product wants them: exp(z - shift), summed up; or, `again`,
-// exp(z - lse) - uniform, times the lane's factor. Times the slope of phi.
+// Weights in place of the cosines, as the next product wants them: exp(z - shift), summed up, `wants_phi` times phi
+// too; or, `again`, exp(z - lse) - uniform, times the lane's factor. Times the slope of phi.
 template <typename E, int NV, typename Phi, bool again>
 static void weigh(
     const Slots<SumOf<E>>& slots, const SlotTile<E>& tile, const Lanes<SumOf<E>>& lane, int64_t i0, bool for_moment,
-    SumOf<E>* cosines, int64_t row, RunningSums<SumOf<E>>* sums) {
+    bool wants_phi, SumOf<E>* cosines, int64_t row, RunningSums<SumOf<E>>* sums) {
   typedef SumOf<E> T;
   typedef typename Vector<T>::type V;
   constexpr int L = lanes<T>;
@@ -19,7 +19,7 @@ static void weigh(
     const int64_t i = i0 + n * L;
     const V scale = load(lane.scale + i), factor = load(lane.factor + i), uniform = load(lane.uniform + i);
     const V shift = again ? load(lane.lse + i) : load(sums->shift + i);
-    V rows[kPhiRow], sum{};
+    V rows[kPhiRow], sum{}, phi_sum{};
     load_rows<T, Phi>(lane, i, rows);
     for (int64_t j = 0; j < tile.count; j++) {
       T* at = cosines + j * row + n * L;
@@ -27,11 +27,12 @@ static void weigh(
       const auto phi = phi_of<T, Phi>(rows, c);
       V p = exponential(scale * phi.value - shift);
       if constexpr (again) p = (p - uniform) * factor;
+      if (!again && wants_phi) phi_sum += c == splat(T(-kInfinityF)) ? V{} : p * phi.value;
       if constexpr (!again && Phi::kIdentity) {
         p = c == splat(T(-kInfinityF)) ? V{} : p;
         sum += p;
       } else {
-        const V weighed = slots.straight_through || Phi::kIdentity ? p : p * phi.slope;
+        const V weighed = slots.unit_slope || Phi::kIdentity ? p : p * phi.slope;
         if constexpr (!again) sum += c == splat(T(-kInfinityF)) ? V{} : p;
         p = c == splat(T(-kInfinityF)) ? V{} : weighed;
       }
@@ -39,7 +40,7 @@ static void weigh(
       store(at, p);
     }
     if constexpr (!again)
-      for (int l = 0; l < L; l++) sums->total[i + l] += double(sum[l]);
+      for (int l = 0; l < L; l++) sums->total[i + l] += double(sum[l]), sums->weighed_phi[i + l] += double(phi_sum[l]);
   }
 }
 
@@ -63,7 +64,10 @@ static void raise(const typename Vector<T>::type* highest, int64_t i0, int64_t D
   }
   if (!raised) return;
   for (int n = 0; n < NV; n++)
-    for (int l = 0; l < L; l++) sums.total[i0 + n * L + l] *= double(factor[n][l]);
+    for (int l = 0; l < L; l++) {
+      sums.total[i0 + n * L + l] *= double(factor[n][l]);
+      sums.weighed_phi[i0 + n * L + l] *= double(factor[n][l]);
+    }
   for (int64_t d = 0; moment && d < D; d++)
     for (int n = 0; n < NV; n++) {
       T* p = moment + d * W + n * L;

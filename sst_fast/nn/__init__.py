@@ -1,0 +1,44 @@
+"""Losses as modules, by the names that the field knows them by: what replaces a head or a loss of another project.
+
+One name, two places: ``sst_fast.ArcFace``-like names of the package itself are *margins*, formulas without weights
+(:mod:`sst_fast.margins`); ``sst_fast.nn`` has *modules*, with the class weights or the queue that they need, which give a loss:
+``sst_fast.CurricularFace(0.5)`` is the formula, ``sst_fast.nn.CurricularFace(classes, dim, 0.5)`` the head that uses it.
+
+Everything here is a thin layer over the one operator, :func:`sst_fast.functional.margin_softmax`, and needs torch alone.
+"""
+
+from sst_fast.nn.convert import convert
+from sst_fast.nn.heads import (
+    AdaCos,
+    AdaFace,
+    ArcFace,
+    ArcNegFace,
+    CircleLoss,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    MagFace,
+    MVSoftmax,
+    NormalizedSoftmax,
+    NPCFace,
+    SphereFace,
+    SubCenterArcFace,
+)
+
+__all__ = [
+    "AdaCos",
+    "AdaFace",
+    "ArcFace",
+    "ArcNegFace",
+    "CircleLoss",
+    "CombinedMargin",
+    "CosFace",
+    "CurricularFace",
+    "MVSoftmax",
+    "MagFace",
+    "NPCFace",
+    "NormalizedSoftmax",
+    "SphereFace",
+    "SubCenterArcFace",
+    "convert",
+]

@@ -1,0 +1,99 @@
+"""Weights of other projects' heads, by the names that ours give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from sst_fast.arguments import check_word
+
+Source = Literal["insightface", "pytorch-metric-learning", "facex-zoo", "adaface"]
+
+
+class Entry(NamedTuple):
+    """What becomes of one of their tensors: ``name`` is ours ('' where we need none)."""
+
+    name: str
+    dims: int
+    transposed: bool = False
+
+
+CLASSES_FIRST, CLASSES_LAST = Entry("weight", 2), Entry("weight", 2, transposed=True)
+KNOWN: dict[Source, dict[str, Entry]] = {
+    # partial_fc_v2.py
+    "insightface": {"weight": CLASSES_FIRST},
+    # losses/large_margin_softmax_loss.py, normalized_softmax_loss.py
+    "pytorch-metric-learning": {"W": CLASSES_LAST},
+    # head/*.py: "kernel" of CurricularFace and NPCFace, "W" of AdaCos, "weight" of the others
+    "facex-zoo": {"weight": CLASSES_LAST, "kernel": CLASSES_LAST, "W": CLASSES_FIRST, "t": Entry("margin.t", 1)},
+    # head.py; its t never changes
+    "adaface": {
+        "kernel": CLASSES_LAST, "batch_mean": Entry("margin.mean", 1), "batch_std": Entry("margin.std", 1), "t": Entry("", 1),
+    },
+}  # fmt: skip
+
+
+def convert(state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]], source: Source) -> dict[str, Tensor]:
+    """The state of another project's head, for ``load_state_dict`` of ours.
+
+    Args:
+        state_dict: of the head alone, or of a model whose head is called ``head`` (the network's tensors are then left out);
+            a leading ``module.`` does not matter. From insightface also a list: of every rank's part, in the order of ranks.
+        source: 'insightface' (arcface_torch's partial FC), 'pytorch-metric-learning', 'facex-zoo' or 'adaface'.
+
+    Returns:
+        ``weight`` [classes, dim] and what the head follows the training with. Tensors are theirs, not copies.
+        FaceX-Zoo does not save AdaCos' scale: it starts anew, as there.
+
+    Raises:
+        ValueError: an entry that is no tensor, has the wrong number of dimensions or no counterpart, or no weights.
+    """
+    check_word("source", source, get_args(Source))
+    if isinstance(state_dict, Mapping):
+        return _convert(state_dict, source)
+    if source != "insightface" or not len(state_dict):
+        raise ValueError(
+            f"state_dict must be a mapping, or a list of at least one from insightface, got {len(state_dict)} from {source}"
+        )
+    parts = [_convert(part, source)["weight"] for part in state_dict]
+    return {"weight": torch.cat(parts)}
+
+
+def _convert(state: Mapping[str, Any], source: Source) -> dict[str, Tensor]:
+    known = KNOWN[source]
+    theirs = {name.removeprefix("module."): value for name, value in state.items()}
+    for name, value in theirs.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"state_dict must map names to tensors, got {type(value).__name__} as {name!r}: of a checkpoint, pass the "
+                "entry that holds the head's state"
+            )
+    if any(name.startswith("head.") for name in theirs):
+        theirs = {name.removeprefix("head."): value for name, value in theirs.items() if name.startswith("head.")}
+    if source == "facex-zoo" and "queue" in theirs:
+        raise ValueError(
+            "state_dict: FaceX-Zoo saves SST_Prototype's queue without its identities and position, so it cannot be "
+            "continued; start with an empty queue"
+        )
+    found = {}
+    for name, value in theirs.items():
+        if name not in known:
+            raise ValueError(f"state_dict: {name!r} of {source} has no counterpart, expected {', '.join(known)}")
+        entry = known[name]
+        if value.dim() != entry.dims:
+            raise ValueError(f"state_dict: {name!r} must have {entry.dims} dimensions, got {list(value.shape)}")
+        if entry.transposed:
+            value = value.T
+        if entry.name:
+            found[entry.name] = value if entry.dims == 2 else value.reshape(())
+    if "weight" not in found:
+        weights = [name for name, entry in known.items() if entry.name == "weight"]
+        raise ValueError(
+            f"state_dict: no weights, expected {' or '.join(weights)}, got {', '.join(theirs) or 'nothing'}"
+        )
+    if source == "facex-zoo" and "W" in theirs:
+        found["margin.scale"] = torch.zeros(())
+    return found

@@ -1,0 +1,189 @@
+"""Heads: learned class weights under one margin each, ``loss = head(embedding, label)``.
+
+Each is a :class:`sst_fast.MarginSoftmaxHead` that makes its margin from numbers. Of all of them:
+
+- ``classes`` K >= 2 and ``dim`` D are the sizes of ``weight`` [K, D], which starts as ``init`` makes it;
+- the margin's numbers have the names, defaults, ranges and sources of the margin that the class names;
+- ``options`` go on to :class:`sst_fast.MarginSoftmaxHead`: ``init``, ``reduction``, ``label_smoothing``, ``ignore_index``,
+  ``gradient='straight_through'`` (for heads that apply the margin under ``no_grad``), ``backend``, ...;
+- ``head(embedding, label)`` takes embeddings [N, D] as the network gives them (they are normalised inside; margins that look at
+  norms need them so) and class numbers int64 [N], and gives the mean loss;
+- ``head.logits(embedding)`` and ``head.topk(embedding, k)`` are for accuracy, ``head.statistics`` for progress;
+- what follows the training (CurricularFace's t, AdaFace's statistics, AdaCos' scale) is in buffers ``margin.*``.
+
+Raises, as the margin and the head do: TypeError or ValueError that names the argument; IndexError for a label outside [0, K).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sst_fast import margins
+from sst_fast.arguments import is_number
+from sst_fast.loss import MarginSoftmaxHead
+from sst_fast.margins import ArcBeyond, CombinedBeyond, Parameter
+
+
+class ArcFace(MarginSoftmaxHead):
+    """Additive angular margin; :class:`sst_fast.ArcSoftmax`. ``margin`` in radians."""
+
+    def __init__(
+        self, classes: int, dim: int, margin: Parameter = 0.5, scale: Parameter = 64.0, *, easy: bool = False,
+        beyond: ArcBeyond = "linear", **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(classes, dim, margins.ArcSoftmax(margin, easy, beyond), scale, **options)
+
+
+class SubCenterArcFace(ArcFace):
+    """ArcFace with several weight vectors a class, the nearest of which counts (Deng et al., ECCV 2020), the maximum in the kernel.
+
+    ``weight`` is [classes sub_centers, dim], class c in rows c S to c S + S - 1. ``sub_centers`` S: 1 to 16.
+    """
+
+    def __init__(
+        self, classes: int, dim: int, margin: Parameter = 0.5, scale: Parameter = 64.0, *, sub_centers: int = 3,
+        easy: bool = False, beyond: ArcBeyond = "linear", **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            classes, dim, margin, scale, easy=easy, beyond=beyond, sub_centers=sub_centers, **options
+        )  # fmt: skip
+
+
+class CosFace(MarginSoftmaxHead):
+    """Additive cosine margin, also known as AM-softmax; :class:`sst_fast.AMSoftmax`."""
+
+    def __init__(
+        self, classes: int, dim: int, margin: Parameter = 0.35, scale: Parameter = 64.0, **options: Any
+    ) -> None:
+        super().__init__(classes, dim, margins.AMSoftmax(margin), scale, **options)
+
+
+class NormalizedSoftmax(MarginSoftmaxHead):
+    """Softmax of cosines without a margin, NormFace; :class:`sst_fast.Softmax`. ``temperature`` is 1 / scale."""
+
+    def __init__(self, classes: int, dim: int, temperature: float = 0.05, **options: Any) -> None:
+        if not is_number(temperature) or not temperature > 0:
+            raise ValueError(f"temperature must be a number > 0, got {temperature!r}")
+        super().__init__(classes, dim, margins.Softmax(), 1 / temperature, **options)
+
+
+class SphereFace(MarginSoftmaxHead):
+    """Multiplicative angular margin, A-softmax; :class:`sst_fast.SphereFace`, whose m1 ``margin`` is.
+
+    With ``norm_scale`` the embedding's norm takes the place of ``scale``.
+    """
+
+    def __init__(
+        self, classes: int, dim: int, margin: Parameter = 4.0, scale: Parameter = 64.0, *, annealing: Parameter = 5.0,
+        norm_scale: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        formula = margins.SphereFace(margin, annealing=annealing, norm_scale=norm_scale)
+        super().__init__(classes, dim, formula, scale, **options)
+
+
+class CombinedMargin(MarginSoftmaxHead):
+    """cos(m1 theta + m2) - m3; :class:`sst_fast.CombinedMargin`.
+
+    With ``threshold``, a cosine, other classes above it are taken for wrong labels and left out: insightface's inter-class filtering,
+    :class:`sst_fast.FilteredMargin`, which has no ``annealing``.
+    """
+
+    def __init__(
+        self, classes: int, dim: int, m1: Parameter = 1.0, m2: Parameter = 0.3, m3: Parameter = 0.2,
+        scale: Parameter = 64.0, *, annealing: Parameter = 0.0, beyond: CombinedBeyond = "fall",
+        threshold: Parameter | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        formula: margins.Margin
+        if threshold is None:
+            formula = margins.CombinedMargin(m1, m2, m3, annealing, beyond)
+        elif is_number(annealing) and annealing == 0:
+            formula = margins.FilteredMargin(m1, m2, m3, beyond, threshold)
+        else:
+            raise ValueError(f"annealing must be 0 with threshold, got {annealing!r}")
+        super().__init__(classes, dim, formula, scale, **options)
+
+
+class CurricularFace(MarginSoftmaxHead):
+    """Adaptive curriculum of hard negatives; :class:`sst_fast.CurricularFace`. Its t is the buffer ``margin.t``."""
+
+    def __init__(
+        self,
+        classes: int,
+        dim: int,
+        margin: Parameter = 0.5,
+        scale: Parameter = 64.0,
+        *,
+        t: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(classes, dim, margins.CurricularFace(margin, t), scale, **options)
+
+
+class MVSoftmax(MarginSoftmaxHead):
+    """Mis-classified vectors; :class:`sst_fast.MVSoftmax`. ``margin`` is a cosine, or radians with ``arc``."""
+
+    def __init__(
+        self, classes: int, dim: int, margin: Parameter = 0.35, t: Parameter = 1.12, scale: Parameter = 32.0, *,
+        arc: bool = False, positive_only: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(classes, dim, margins.MVSoftmax(margin, t, arc, positive_only), scale, **options)
+
+
+class NPCFace(MarginSoftmaxHead):
+    """Negative-positive cooperation; :class:`sst_fast.NPCFace`."""
+
+    def __init__(
+        self, classes: int, dim: int, m0: Parameter = 0.4, m1: Parameter = 0.2, t: Parameter = 1.1, alpha: Parameter = 0.2,
+        scale: Parameter = 64.0, *, hard_margin: Parameter = 0.5, positive_only: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        formula = margins.NPCFace(m0, m1, t, alpha, hard_margin, positive_only)
+        super().__init__(classes, dim, formula, scale, **options)
+
+
+class ArcNegFace(MarginSoftmaxHead):
+    """Noise-tolerant negatives; :class:`sst_fast.ArcNegFace`."""
+
+    def __init__(
+        self, classes: int, dim: int, margin: Parameter = 0.5, scale: Parameter = 64.0, *, alpha: Parameter = 1.2,
+        sigma: Parameter = 2.0, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(classes, dim, margins.ArcNegFace(margin, alpha, sigma), scale, **options)
+
+
+class CircleLoss(MarginSoftmaxHead):
+    """Circle loss with class-level labels; :class:`sst_fast.CircleLoss`. ``scale`` is the paper's gamma."""
+
+    def __init__(self, classes: int, dim: int, m: Parameter = 0.25, scale: Parameter = 256.0, **options: Any) -> None:
+        super().__init__(classes, dim, margins.CircleLoss(m), scale, **options)
+
+
+class AdaCos(MarginSoftmaxHead):
+    """A scale that adapts; :class:`sst_fast.AdaCos`. It is the buffer ``margin.scale``, 0 before the first batch."""
+
+    def __init__(self, classes: int, dim: int, **options: Any) -> None:
+        super().__init__(classes, dim, margins.AdaCos(), **options)
+
+
+class MagFace(MarginSoftmaxHead):
+    """A margin that grows with the embedding's norm, and a penalty on it; :class:`sst_fast.MagFace`, whose weight ``penalty_weight`` is."""
+
+    def __init__(
+        self, classes: int, dim: int, scale: Parameter = 64.0, *, lower_norm: float = 10.0, upper_norm: float = 110.0,
+        lower_margin: float = 0.45, upper_margin: float = 0.8, penalty_weight: float = 20.0, easy: bool = True,
+        beyond: ArcBeyond = "linear", **options: Any,
+    ) -> None:  # fmt: skip
+        formula = margins.MagFace(lower_norm, upper_norm, lower_margin, upper_margin, penalty_weight, easy, beyond)
+        super().__init__(classes, dim, formula, scale, **options)
+
+
+class AdaFace(MarginSoftmaxHead):
+    """A margin that adapts to image quality; :class:`sst_fast.AdaFace`.
+
+    ``mean`` and ``std`` of the norms, the first values of the buffers ``margin.mean`` and ``margin.std``.
+    """
+
+    def __init__(
+        self, classes: int, dim: int, m: float = 0.4, h: float = 0.333, scale: Parameter = 64.0, *, t_alpha: float = 0.01,
+        mean: float = 20.0, std: float = 100.0, clamps: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(classes, dim, margins.AdaFace(m, h, mean, std, t_alpha, clamps), scale, **options)
