@@ -201,7 +201,7 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
         embedding = a.embedding
         if a.target is not None:
             embedding = embedding.masked_fill((a.target == a.ignore_index)[:, None], 0)
-        norm = embedding_norm(embedding)
+        norm = embedding_norm(embedding.to(a.wide))
         penalty = a.margin.penalty(norm)
     a.scale = a.margin.scale_for(a.scale, a.slots, norm)
     if norm is not None:
