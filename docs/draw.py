@@ -17,7 +17,7 @@ import sst_fast
 from sst_fast.margins import MARGINS, Margin
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of how to draw)
+import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent / "figures"
 BLUE, ORANGE, GREEN, GRAY, WHITE = "#d6e6f7", "#fbe3c8", "#d8efd8", "#ececec", "#ffffff"
@@ -36,20 +36,26 @@ class Drawing:
             f'<rect width="{width}" height="{height}" rx="8" fill="#fff"/>',
         ]
 
-    def words(self, x: float, y: float, text: str, anchor: str = "middle", size: int = 14, weight: str = "normal") -> None:
+    def words(
+        self, x: float, y: float, text: str, anchor: str = "middle", size: int = 14, weight: str = "normal"
+    ) -> None:
         for number, line in enumerate(text.split("\n")):
             self.parts.append(
                 f'<text x="{x}" y="{y + 18 * number}" text-anchor="{anchor}" font-size="{size}" '
                 f'font-weight="{weight}">{escape(line)}</text>'
             )
 
-    def box(self, x: float, y: float, w: float, h: float, text: str = "", fill: str = WHITE, dashed: bool = False) -> None:
+    def box(
+        self, x: float, y: float, w: float, h: float, text: str = "", fill: str = WHITE, dashed: bool = False
+    ) -> None:
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="4" fill="{fill}" stroke="#555"{dash}/>')
         lines = text.count("\n")
         self.words(x + w / 2, y + h / 2 + 5 - 9 * lines, text)
 
-    def arrow(self, *points: tuple[float, float], text: str = "", at: tuple[float, float] | None = None, dashed: bool = False) -> None:
+    def arrow(
+        self, *points: tuple[float, float], text: str = "", at: tuple[float, float] | None = None, dashed: bool = False
+    ) -> None:
         path = " L".join(f"{x} {y}" for x, y in points)
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(
@@ -103,7 +109,13 @@ def window() -> None:
     d.box(200, 195, 180, 34, "for probes of image b: a", GREEN)
     d.arrow((380, 167), (392, 167), (392, 102))
     d.arrow((380, 212), (425, 212), (425, 102))
-    d.words(460, 160, "For the loss, the window shows these slots\nas they will be, once for each direction.\nNothing is copied: the kernel reads\nthe window instead of the old slots.", "start", 13)
+    d.words(
+        460,
+        160,
+        "For the loss, the window shows these slots\nas they will be, once for each direction.\nNothing is copied: the kernel reads\nthe window instead of the old slots.",
+        "start",
+        13,
+    )
     d.save("window.svg")
 
 
@@ -123,7 +135,13 @@ def sweep() -> None:
     d.arrow((80, 235), (110, 235))
     d.box(570, 190, 170, 90, "running maximum,\nsum of e^z,\nmoments of e^z w", BLUE)
     d.arrow((530, 235), (570, 235))
-    d.words(385, 70, "For each tile of slots: cosines, masks, margin, e^z,\nand at once the weighed sum of the slots,\nwhich is the gradient. The N x K numbers live\nin caches or registers only.", "start", 13)
+    d.words(
+        385,
+        70,
+        "For each tile of slots: cosines, masks, margin, e^z,\nand at once the weighed sum of the slots,\nwhich is the gradient. The N x K numbers live\nin caches or registers only.",
+        "start",
+        13,
+    )
     d.save("sweep.svg")
 
 
@@ -138,7 +156,9 @@ def shards() -> None:
         for b in range(3):
             d.arrow((140, 53 + 70 * a), (300, 53 + 70 * b))
             d.arrow((450, 53 + 70 * a), (560, 53 + 70 * b))
-    d.words(380, 240, "Every probe visits every shard. Sums of e^z add up, so the result is that of one queue.", size=13)
+    d.words(
+        380, 240, "Every probe visits every shard. Sums of e^z add up, so the result is that of one queue.", size=13
+    )
     d.save("shards.svg")
 
 
@@ -180,7 +200,13 @@ def cpu_kernel() -> None:
     d.box(570, 180, 170, 60, "3  moments\nO[feature][probe]", WHITE)
     d.arrow((350, 210), (380, 210))
     d.arrow((540, 210), (570, 210))
-    d.words(20, 262, "Vectors run over probes, so each probe keeps to its own lane; 1 and 3 are the same micro-kernel.", "start", 12)
+    d.words(
+        20,
+        262,
+        "Vectors run over probes, so each probe keeps to its own lane; 1 and 3 are the same micro-kernel.",
+        "start",
+        12,
+    )
     d.save("kernel_cpu.svg")
 
 
@@ -190,7 +216,12 @@ def triton_kernel() -> None:
     for split in range(4):
         d.box(240 + 66 * split, 50, 60, 46, f"split {split}", ORANGE)
     d.box(504, 50, 66, 46, "window", GREEN)
-    d.words(400, 120, "sweep: a block of probes times one split of the slots;\nmoments [rows, D] in registers; no atomics", size=13)
+    d.words(
+        400,
+        120,
+        "sweep: a block of probes times one split of the slots;\nmoments [rows, D] in registers; no atomics",
+        size=13,
+    )
     d.box(620, 50, 120, 100, "combine\nsplits in order:\nloss, gradient", BLUE)
     d.arrow((180, 73), (240, 73))
     d.arrow((570, 73), (620, 73))
@@ -210,7 +241,12 @@ def hopper_kernel() -> None:
     d.arrow((460, 85), (540, 170))
     d.arrow((540, 100), (460, 180))
     d.arrow((540, 200), (460, 200))
-    d.words(380, 262, "While one turns cosines into weights, the other's products run. Two blocks share every tile.", size=13)
+    d.words(
+        380,
+        262,
+        "While one turns cosines into weights, the other's products run. Two blocks share every tile.",
+        size=13,
+    )
     d.save("kernel_hopper.svg")
 
 

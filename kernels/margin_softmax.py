@@ -12,8 +12,8 @@ What kernels hand on lies in few arrays of several rows, because a launch costs 
 
 import triton
 import triton.language as tl
-
 from sst_fast.kernels.margins import needs_hard_mean, phi, phi_is_identity, phi_row, target_margin
+
 from sst_fast.reference import MIN_NORM as MIN_NORM_OF_ALL
 
 # Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.

@@ -67,10 +67,12 @@ def begin_shift(x: Tensor, group: Group = None) -> Callable[[], Tensor]:
     if group is not None:
         to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
     # As bytes: not every backend knows every dtype.
-    works = dist.batch_isend_irecv([
-        dist.P2POp(dist.isend, mine.view(torch.uint8), to, group),
-        dist.P2POp(dist.irecv, arriving.view(torch.uint8), source, group),
-    ])
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, mine.view(torch.uint8), to, group),
+            dist.P2POp(dist.irecv, arriving.view(torch.uint8), source, group),
+        ]
+    )
 
     def end() -> Tensor:
         for work in works:

@@ -14,11 +14,11 @@ from itertools import product
 from pathlib import Path
 
 import triton
+from sst_fast.kernels import margin_softmax as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sst_fast.backends.triton import Blocks, blocks_for
-from sst_fast.kernels import margin_softmax as kernels
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 TENSOR = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UTCQMMA|UTCOMMA|HMMA", 120: "HMMA"}
