@@ -286,7 +286,7 @@ def bent(mock):
         (2, "target cosine", lambda t: t + 1e-4), (3, "hardest cosine", lambda t: t * 0.999),
         (4, "hardest slot", lambda t: (t + 1) % 300), (5, "beats target", lambda t: t + 9),
     ],
-    ids=repr,
+    ids=["loss", "nan", "lse", "target", "hardest", "slot", "beats"],
 )  # fmt: skip
 def test_a_wrong_number_is_seen(bent, number, output, change):
     bent(number, change)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from problems import MARGINS, window_slots
+from problems import MARGINS
 
 from sst_fast import GalleryQueue, Window
 from sst_fast.backends.choose import backends
@@ -33,6 +33,7 @@ from sst_fast.margins import (
     MVSoftmax,
     NPCFace,
 )
+from sst_fast.reference import window_slots
 
 LOSS = [name for name, state in backends("cpu")["margin_softmax"].implementations.items() if state == "available"]
 QUEUE = [name for name, state in backends("cpu")["enqueue"].implementations.items() if state == "available"]
