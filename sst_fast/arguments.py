@@ -108,11 +108,6 @@ class Arguments:
         return self.prototypes.shape[0] // self.sub_centers
 
     @property
-    def trains_scale(self) -> bool:
-        """Whether the scale is a tensor that requires a gradient."""
-        return isinstance(self.scale, Tensor) and self.scale.requires_grad
-
-    @property
     def wide(self) -> torch.dtype:
         """In which losses are computed and returned: float32, or float64 if an input is."""
         return wide_dtype(self.embedding, self.prototypes)
@@ -126,11 +121,12 @@ class Arguments:
         check_tensor("prototypes", prototypes, (None, d), QUEUE_DTYPES, device)
         if prototypes.requires_grad and prototypes.dtype == torch.float8_e4m3fn:
             raise TypeError("prototypes in float8_e4m3fn are frozen, got requires_grad=True")
-        if prototypes.shape[0] == 0:
+        k = prototypes.shape[0]
+        if k == 0:
             raise ValueError("prototypes must have at least one row, got [0, D]")
         if self.sub_centers != 1:
             self._check_sub_centers()
-        k = self.slots
+            k = self.slots
         if self.positive is not None:
             check_tensor("positive", self.positive, (n, d), EMBEDDING_DTYPES, device)
         if target is not None:

@@ -226,13 +226,14 @@ def _compute(a: Arguments, backend: str | None) -> tuple[Tensor, Statistics]:
     """By the backend that is chosen, or asked for."""
     records = torch.is_grad_enabled()
     trains = records and a.prototypes.requires_grad
+    trains_scale = records and isinstance(a.scale, Tensor) and a.scale.requires_grad
     probes = slots = 0
     if not torch.compiler.is_compiling():  # where sizes may be symbols
         probes, slots = size_class(a.embedding.shape[0]), size_class(a.prototypes.shape[0])
     problem = Problem(
         "margin_softmax", a.embedding.device, a.embedding.dtype, a.prototypes.dtype, a.embedding.shape[1],
         a.window is not None, a.positive is not None, trains, a.normalize_prototypes, a.label_smoothing > 0, a.product_dtype,
-        records and a.trains_scale, a.sub_centers > 1, probes, slots,
+        trains_scale, a.sub_centers > 1, probes, slots,
     )  # fmt: skip
     return attempt(problem, backend, partial(_run, a, trains=trains and backend is None))
 

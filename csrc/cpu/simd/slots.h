@@ -39,8 +39,9 @@ static void load_tile(
   const auto own = [&](int64_t j) { return replaced(j) && !slots.window_is_masked; };
   bool any_blank = false;
   const auto blank = [&](int64_t j) { return tile.empty[j] && (own(j) || !keep_empty); };
-  for (int64_t j = 0; j < count; j++) {
-    const int64_t slot = (first + j) / slots.sub_centers;
+  int64_t slot = first / slots.sub_centers - 1;
+  for (int64_t j = 0, sub = 0; j < count; j++, sub = sub + 1 < slots.sub_centers ? sub + 1 : 0) {
+    if (sub == 0) slot++;  // tiles begin with a slot's first row
     const int64_t id = !slots.identity ? 0 : own(j) ? slots.window_identity[inside(j)] : slots.identity[slot];
     tile.slot[j] = int32_t(slot);
     tile.empty[j] = (id < 0 && slots.mask_empty) || (replaced(j) && slots.window_is_masked);
