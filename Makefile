@@ -1,5 +1,6 @@
 # make demo   set up, then train and compare both methods on the embedded faces
 # make test   set up, then run the whole test suite
+# make fuzz   set up, then set every backend and instruction set beside the reference, 2,000 random problems each
 #
 # TORCH=torch==2.13.0   another PyTorch      PYTHON=python3.12   another Python      VENV=.venv   another place      JOBS=2   processes that run tests
 PYTHON ?= python3
@@ -9,13 +10,19 @@ TORCH ?= torch
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sst-fast demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(JOBS)
+
+fuzz: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
+	for set in generic avx2 avx512; do \
+	  SST_FAST_CPU=$$set $(BIN)/python -m pytest tests/test_fuzz.py -k "loss and cpu" --hypothesis-profile=fuzz || exit 1; \
+	done
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Callable, Sequence
 from datetime import date
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import torch
 import sst_fast
 from bench import timing
 from sst_fast.backends.extension import compiled
+from sst_fast.backends.tuned import processor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,14 +55,6 @@ def about(device: torch.device) -> dict[str, object]:
         "sst-fast": sst_fast.__version__,
         "date": str(date.today()),
     }
-
-
-def processor() -> str:
-    """Its name, if the system tells."""
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
-    name = re.search(r"model name\s*:\s*(.+)", text)
-    return name[1] if name else platform.machine()
 
 
 @pytest.fixture

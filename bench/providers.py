@@ -20,6 +20,7 @@ from bench.problems import MARGINS, SCALE, Inputs, Problem
 from sst_fast.backends.backend import Problem as SelectionProblem
 from sst_fast.backends.choose import BACKENDS
 from sst_fast.functional import margin_softmax
+from sst_fast.timing import bare_products
 
 Run = Callable[[], list[Tensor]]
 
@@ -388,17 +389,4 @@ PROVIDERS: list[Provider] = [
 
 def bare(problem: Problem, inputs: Inputs) -> Callable[[], object]:
     """The limit: the library's own products of that size and dtype, as many as the task needs, outputs allocated once."""
-    unit = F.normalize(inputs.x.detach()).to(problem.torch_dtype)
-    w = inputs.w_low.detach()
-    cosines = unit @ w.T
-    x_out, w_out = torch.empty_like(unit), torch.empty_like(w)
-
-    def run() -> None:
-        torch.mm(unit, w.T, out=cosines)
-        if problem.task != "forward":
-            torch.mm(cosines, w, out=x_out)
-        if problem.task == "prototypes":
-            torch.mm(unit, w.T, out=cosines)
-            torch.mm(cosines.T, unit, out=w_out)
-
-    return run
+    return bare_products(F.normalize(inputs.x.detach()), inputs.w_low.detach(), problem.products)

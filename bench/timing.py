@@ -8,65 +8,14 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-Call = Callable[[], object]
+from sst_fast.timing import Call, copies, race
 
-
-def race(
-    contenders: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, least: int = 5, most: int = 200
-) -> dict[str, list[float]]:
-    """Seconds of every call; contenders take turns, each round in another order, for about so long or ``most`` rounds.
-
-    Each contender is a list of calls on different copies of the inputs, used in rotation, so that on a GPU nothing is found in
-    the cache. On CUDA the time is that between two events in the stream, elsewhere the clock's. The first two rounds warm up.
-    """
-    names = list(contenders)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    cuda = device.type == "cuda"
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        begin, number = time.perf_counter(), 0
-        while number < least + 2 or (number < most + 2 and time.perf_counter() - begin < seconds):
-            turn = number % len(names)
-            measured = []
-            for name in names[turn:] + names[:turn]:
-                call = contenders[name][number % len(contenders[name])]
-                if cuda:
-                    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                    events[0].record()
-                    call()
-                    events[1].record()
-                    measured.append((name, events))
-                else:
-                    start = time.perf_counter()
-                    call()
-                    times[name].append(time.perf_counter() - start)
-            if cuda:
-                torch.cuda.synchronize()
-                for name, (first, last) in measured:
-                    times[name].append(first.elapsed_time(last) / 1e3)
-            number += 1
-            if number == 2:
-                begin = time.perf_counter()
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: values[2:] for name, values in times.items()}
-
-
-def copies(tensors: Sequence[torch.Tensor]) -> int:
-    """So many copies of the inputs exceed twice the GPU's second-level cache; 1 on the CPU."""
-    if tensors[0].device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(tensors[0].device).L2_cache_size
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    return max(1, -(-2 * cache // size))
+__all__ = ["REPLAY", "Call", "bandwidth", "copies", "extra_memory", "peak_memory", "race"]
 
 
 def bandwidth(device: torch.device) -> float:

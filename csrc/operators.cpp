@@ -73,19 +73,24 @@ at::Tensor margin_softmax_backward(
   return (gradient * (grad_loss * row_weight).unsqueeze(1)).to(embedding.scalar_type());
 }
 
+// Rows divided by their norms, and the norms [.., 1], both in double. Squares of finite numbers never overflow; a row
+// shorter than kMinNorm becomes zero, one that is not finite NaN as a whole.
+std::pair<at::Tensor, at::Tensor> unit_rows(const at::Tensor& rows) {
+  const at::Tensor wide = rows.to(at::kDouble);
+  const at::Tensor largest = wide.abs().amax(-1, true).clamp_min(std::numeric_limits<double>::min());
+  const at::Tensor scaled = wide / largest, length = scaled.norm(2, -1, true), norm = length * largest;
+  return {at::where(norm < kMinNorm, at::zeros_like(wide), scaled / length), norm};
+}
+
 // The target cosine is the only place where an explicit positive counts. `normalize`: it was normalised inside.
 at::Tensor positive_gradient(
     const at::Tensor& grad_loss, const at::Tensor& row_weight, const at::Tensor& target_slope,
     const at::Tensor& embedding, const at::Tensor& positive, bool normalize) {
-  const auto unit = [&](const at::Tensor& rows) {
-    const at::Tensor wide = rows.to(target_slope.scalar_type());
-    const at::Tensor norm = wide.norm(2, 1, true);
-    return std::pair(at::where(norm < kMinNorm, at::zeros_like(wide), wide / norm), norm);
-  };
-  at::Tensor gradient = (grad_loss * row_weight * target_slope).unsqueeze(1) * unit(embedding).first;
+  const at::Tensor slope = grad_loss * row_weight * target_slope;
+  at::Tensor gradient = slope.unsqueeze(1) * unit_rows(embedding).first;
   gradient.masked_fill_((row_weight == 0).unsqueeze(1), 0);  // an ignored row may hold anything
   if (normalize) {
-    const auto [hat, norm] = unit(positive);
+    const auto [hat, norm] = unit_rows(positive);
     gradient =
         at::where(norm < kMinNorm, at::zeros_like(gradient), (gradient - (gradient * hat).sum(1, true) * hat) / norm);
   }
@@ -324,10 +329,7 @@ WindowTensors window_shapes(
 WindowTensors window_plain(
     at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
   const int64_t H = groups.size();
-  const at::Tensor wide = at::stack(groups).to(at::kDouble), norm = wide.norm(2, -1, true);
-  // A row that is not finite becomes NaN as a whole.
-  const at::Tensor whole = norm.masked_fill(norm.isinf(), std::numeric_limits<double>::quiet_NaN());
-  const at::Tensor unit = at::where(whole < kMinNorm, at::zeros_like(wide), wide / whole);
+  const auto [unit, norm] = unit_rows(at::stack(groups));
   const at::Tensor start = state.select(0, kPosition).clone();
   const at::Tensor slots = (start + at::arange(identities.size(0), state.options())).remainder(size);
   const at::Tensor finite = norm.squeeze(-1).isfinite().all(0);

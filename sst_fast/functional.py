@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -24,8 +25,8 @@ from sst_fast.arguments import (
     check_tensor,
     wide_dtype,
 )
-from sst_fast.backends.backend import Problem
-from sst_fast.backends.choose import choose
+from sst_fast.backends.backend import Problem, size_class
+from sst_fast.backends.choose import BACKENDS, attempt
 from sst_fast.backends.extension import compiled
 from sst_fast.margins import AMSoftmax, Margin, Parameter, Softmax
 
@@ -38,7 +39,10 @@ __all__ = [
 BLOCK = 1024, 4096
 # Trained prototypes whose norms have been looked at.
 _looked_at: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Kinds of problems whose prototype gradient a card has been seen to compute.
+_backward_runs: set[tuple[object, ...]] = set()
 _operator = None if compiled is None else torch.ops.sst_fast.margin_softmax.default
+_gradient_operator = None if compiled is None else torch.ops.sst_fast.prototype_gradient.default
 
 
 @overload
@@ -150,7 +154,7 @@ def margin_softmax(
     _look_at_prototypes(a)
     penalty = _adapt_margin(a)
     _autocast(a)
-    loss, statistics = _run(a, _select(a, backend))
+    loss, statistics = _compute(a, backend)
     if penalty is not None:
         loss = loss + penalty
     return (loss, statistics) if return_statistics else loss
@@ -201,7 +205,7 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
         embedding = a.embedding
         if a.target is not None:
             embedding = embedding.masked_fill((a.target == a.ignore_index)[:, None], 0)
-        norm = embedding_norm(embedding)
+        norm = embedding_norm(embedding.to(a.wide))
         penalty = a.margin.penalty(norm)
     a.scale = a.margin.scale_for(a.scale, a.slots, norm)
     if norm is not None:
@@ -218,26 +222,49 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
     return penalty
 
 
-def _select(a: Arguments, backend: str | None) -> str:
+def _compute(a: Arguments, backend: str | None) -> tuple[Tensor, Statistics]:
+    """By the backend that is chosen, or asked for."""
     records = torch.is_grad_enabled()
+    trains = records and a.prototypes.requires_grad
+    probes = slots = 0
+    if not torch.compiler.is_compiling():  # where sizes may be symbols
+        probes, slots = size_class(a.embedding.shape[0]), size_class(a.prototypes.shape[0])
     problem = Problem(
         "margin_softmax", a.embedding.device, a.embedding.dtype, a.prototypes.dtype, a.embedding.shape[1],
-        a.window is not None, a.positive is not None, records and a.prototypes.requires_grad, a.normalize_prototypes,
-        a.label_smoothing > 0, a.product_dtype, records and a.trains_scale, a.sub_centers > 1,
+        a.window is not None, a.positive is not None, trains, a.normalize_prototypes, a.label_smoothing > 0, a.product_dtype,
+        records and a.trains_scale, a.sub_centers > 1, probes, slots,
     )  # fmt: skip
-    return choose(problem, backend)
+    return attempt(problem, backend, partial(_run, a, trains=trains and backend is None))
 
 
-def _run(a: Arguments, backend: str) -> tuple[Tensor, Statistics]:
+def _run(a: Arguments, backend: str, trains: bool = False) -> tuple[Tensor, Statistics]:
+    """``trains``: prototypes get a gradient in backward, by kernels that another backend can replace only now."""
     if backend == "reference":
         with torch.autocast(a.embedding.device.type, enabled=False):
             return reference.margin_softmax(a)
     assert _operator is not None
+    assert _gradient_operator is not None
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         _refuse_forward_mode(a)
-    loss, lse, target_cosine, hardest_cosine, hardest_slot, beats_target, residual, row_weight, *_ = _operator(
-        *a.packed(), backend
+    packed = a.packed()
+    loss, lse, target_cosine, hardest_cosine, hardest_slot, beats_target, residual, row_weight, *rest = _operator(
+        *packed, backend
     )
+    if trains and BACKENDS[backend].launches and not torch.compiler.is_compiling():
+        kind = (
+            backend,
+            a.prototypes.dtype,
+            a.prototypes.shape[1],
+            a.margin.kind,
+            a.normalize_prototypes,
+            a.label_smoothing > 0,
+        )
+        if kind not in _backward_runs:
+            with torch.no_grad():
+                _, negatives, target_slope, *_ = rest
+                found = [row_weight, lse, negatives, target_slope]
+                _gradient_operator(torch.zeros_like(loss), found, *packed, backend)
+            _backward_runs.add(kind)
     if a.margin.trains and torch.is_grad_enabled():
         loss = loss + _margin_gradient(a, residual, row_weight)
     return loss, Statistics(lse, target_cosine, hardest_cosine, hardest_slot, beats_target)

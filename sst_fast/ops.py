@@ -12,11 +12,7 @@ from torch import Tensor
 
 from sst_fast import reference
 from sst_fast.backends.backend import Problem
-from sst_fast.backends.choose import choose
-
-
-def _plain(operation: str, tensor: Tensor, queue_dtype: torch.dtype, backend: str | None) -> bool:
-    return choose(Problem(operation, tensor.device, tensor.dtype, queue_dtype), backend) == "reference"
+from sst_fast.backends.choose import attempt
 
 
 def enqueue(
@@ -27,22 +23,34 @@ def enqueue(
 
     ``group``, 0-d: which of ``features`` [H, B, D] is written.
     """
-    plain = _plain("enqueue", features, queue.dtype, backend)
-    run = reference.enqueue if plain else torch.ops.sst_fast.enqueue
-    run(features, identities, queue, queue_identities, state, unit, group)
+
+    def run(by: str) -> None:
+        write = reference.enqueue if by == "reference" else torch.ops.sst_fast.enqueue
+        write(features, identities, queue, queue_identities, state, unit, group)
+
+    attempt(Problem("enqueue", features.device, features.dtype, queue.dtype), backend, run)
 
 
 def dequeue(count: int, queue_identities: Tensor, state: Tensor, backend: str | None) -> Tensor:
     """Empties the ``count`` oldest slots in place; their identities [count], -1 where there were fewer."""
-    plain = _plain("dequeue", state, torch.float32, backend)
-    gone: Tensor = (reference.dequeue if plain else torch.ops.sst_fast.dequeue)(count, queue_identities, state)
-    return gone
+
+    def run(by: str) -> Tensor:
+        gone: Tensor = (reference.dequeue if by == "reference" else torch.ops.sst_fast.dequeue)(
+            count, queue_identities, state
+        )
+        return gone
+
+    return attempt(Problem("dequeue", state.device, state.dtype), backend, run)
 
 
 def window(
     groups: Sequence[Tensor], identities: Tensor, state: Tensor, size: int, dtype: torch.dtype, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The slots that a batch is about to take; csrc/ops.h says what the five tensors are."""
-    run = reference.window if _plain("window", groups[0], dtype, backend) else torch.ops.sst_fast.window
-    unit, start, targets, owners, held = run(groups, identities, state, size, dtype)
-    return unit, start, targets, owners, held
+
+    def run(by: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        find = reference.window if by == "reference" else torch.ops.sst_fast.window
+        unit, start, targets, owners, held = find(groups, identities, state, size, dtype)
+        return unit, start, targets, owners, held
+
+    return attempt(Problem("window", groups[0].device, groups[0].dtype, dtype), backend, run)

@@ -210,7 +210,7 @@ def _plain(
     shift = masked.detach().amax(1).masked_fill(alone, 0)
     total = (masked - shift[:, None]).exp().sum(1)
     negatives = (shift + torch.where(alone, torch.ones_like(total), total).log()).masked_fill(alone, -torch.inf)
-    loss = torch.logaddexp(torch.zeros_like(t), torch.where(alone, negatives, negatives - t))
+    loss = torch.logaddexp(0 * t, torch.where(alone, negatives, negatives - t))  # NaN too where the probe is
     lse = (loss + t).detach().to(c.dtype)
     if label_smoothing:
         # -(1 - e) log p_y - e / M sum log p_j over the M classes in play, the target among them.

@@ -4,9 +4,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile("fuzz", max_examples=2000, deadline=None, derandomize=False, print_blob=True)  # make fuzz
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ class Problem(NamedTuple):
         product_dtype: what the user allows products to be rounded to; None: nothing less than the queue's dtype.
         trains_scale: whether the scale gets a gradient.
         sub_centers: whether a class has several rows.
+        probes, slots: N and K by :func:`size_class`; 0: not known, as under torch.compile, where sizes may be symbols.
     """
 
     operation: str
@@ -38,10 +39,24 @@ class Problem(NamedTuple):
     product_dtype: torch.dtype | None = None
     trains_scale: bool = False
     sub_centers: bool = False
+    probes: int = 0
+    slots: int = 0
+
+
+def size_class(size: int) -> int:
+    """``size`` rounded up to a power of two: sizes of one class are decided alike."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 class Backend:
-    """One way to compute the operations."""
+    """One way to compute the operations.
+
+    Attributes:
+        launches: whether it compiles or launches kernels for a card, which the card may refuse; then the next backend serves,
+            unless this one was asked for by name.
+    """
+
+    launches = False
 
     def why_not(self, problem: Problem) -> str | None:
         """None where it can compute the problem here, otherwise the reason in words."""

@@ -1,19 +1,26 @@
 """Which backend computes what: what exists here, what is chosen, and why.
 
 A backend says of a problem whether it can compute it here (:class:`sst_fast.backends.backend.Backend`). It is asked once for each kind
-of problem, and the answer is remembered. Force one per call (``backend="reference"``) or by
+of problem, and the answer is remembered. What ``sst-fast tune`` has stored for the problem (:mod:`sst_fast.backends.tuned`) comes
+before the order of preference. Force one per call (``backend="reference"``) or by
 the environment variable ``SST_FAST_BACKEND``, which is read when the first decision is made: a name for every operation
 (``reference``) or a list (``margin_softmax=reference,enqueue=cpu``).
+
+Kernels that a card refuses are nobody's wish: unless they were forced, the next backend serves (:func:`attempt`).
 """
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
+from sst_fast.backends import tuned
 from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.cpu import Cpu
 from sst_fast.backends.cuda import Cuda
@@ -27,6 +34,9 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
 }  # fmt: skip
 ENVIRONMENT = "SST_FAST_BACKEND"
 NO_DEVICE = "PyTorch finds no CUDA device"
+# Not the kernels' fault: wrong arguments, what a backend does not do on purpose, and memory, of which the others need more.
+NOT_REFUSED = (ValueError, TypeError, IndexError, NotImplementedError, torch.OutOfMemoryError)
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -79,16 +89,72 @@ def choose(problem: Problem, requested: str | None = None) -> str:
 
 
 _decisions: dict[tuple[Problem, str | None], str] = {}
+_refused: dict[tuple[str, Problem], str] = {}  # (backend, problem of any size) -> why
+_told: set[str] = set()
+
+
+def attempt(problem: Problem, requested: str | None, run: Callable[[str], _Result]) -> _Result:
+    """``run(name)`` by the backend that :func:`choose` names; where a card refuses its kernels, by the next, after one warning.
+
+    A backend that was asked for by name raises what it met. So does a compiled graph, which holds its decision.
+    """
+    if torch.compiler.is_compiling():
+        return run(choose(problem, requested))
+    while True:
+        name = choose(problem, requested)
+        try:
+            return run(name)
+        except Exception as error:
+            if not _hands_on(name, problem, requested, error):
+                raise
+
+
+def _hands_on(name: str, problem: Problem, requested: str | None, error: Exception) -> bool:
+    """Whether another backend can serve instead; if so, this one is not chosen for such problems again."""
+    forced = requested is not None or problem.operation in _environment()
+    if forced or not BACKENDS[name].launches or isinstance(error, NOT_REFUSED) or not _answers(problem.device):
+        return False
+    kind = problem._replace(probes=0, slots=0)
+    words = " ".join(str(error).split())
+    reason = f"{type(error).__name__}: {words[:300]}"
+    _refused[name, kind] = f"failed here: {reason}"
+    for key in [key for key in _decisions if key[0]._replace(probes=0, slots=0) == kind]:
+        del _decisions[key]
+    try:
+        instead = _decide(problem, None).chosen
+    except ValueError:  # nobody else can
+        return False
+    card = torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else tuned.processor()
+    message = f"sst_fast: {problem.operation} by {name!r} does not run on {card} ({reason}); {instead!r} serves instead"
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return True
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether the device still works: after an illegal access nothing does, and the first error is the one to see."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def forget() -> None:
-    """Decides anew from here on, and reads the environment again."""
+    """Decides anew from here on, and reads environment and stored choices again."""
     _decisions.clear()
+    _refused.clear()
+    _told.clear()
     _environment.cache_clear()
+    tuned.forget()
 
 
 def _decide(problem: Problem, requested: str | None) -> Choice:
     missing = problem.device.type == "cuda" and not torch.cuda.is_available()  # then no backend can look at the device
+    kind = problem._replace(probes=0, slots=0)
     states = {
         name: (NO_DEVICE if missing and name != "reference" else backend.why_not(problem)) or "available"
         for name, backend in BACKENDS.items()
@@ -97,7 +163,13 @@ def _decide(problem: Problem, requested: str | None) -> Choice:
     if asked is None:
         asked, source = _environment().get(problem.operation), ENVIRONMENT
     if asked is None:
+        states = {
+            name: _refused.get((name, kind), state) if state == "available" else state for name, state in states.items()
+        }
         able = [name for name, state in states.items() if state == "available"]
+        stored = None if missing else tuned.choices(str(problem.device)).get(tuned.key(problem))
+        if stored in able:
+            return Choice(problem, states, stored, "the fastest that sst-fast tune has measured here")
         chosen = next((name for name in able if BACKENDS[name].volunteers(problem)), None)
         if chosen is None:
             raise ValueError(f"product_dtype: no backend can round products here: {states}")

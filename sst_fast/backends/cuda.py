@@ -9,6 +9,8 @@ from sst_fast.backends.extension import compiled, why_not_compiled
 class Cuda(Backend):
     """The queue's operations on CUDA tensors."""
 
+    launches = True
+
     def why_not(self, problem: Problem) -> str | None:
         """None where it can, otherwise the reason."""
         if problem.device.type != "cuda":

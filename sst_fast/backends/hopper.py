@@ -14,6 +14,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 class Hopper(Backend):
     """On request: its kernels have not yet run on a GPU."""
 
+    launches = True
+
     def why_not(self, problem: Problem) -> str | None:
         """None where it can, otherwise the reason."""
         if problem.operation != "margin_softmax":

@@ -28,6 +28,8 @@ from sst_fast.reference import MIN_NORM, normalize
 class Triton(Backend):
     """The loss on CUDA tensors; in the interpreter, when asked for, on CPU tensors."""
 
+    launches = True
+
     def why_not(self, problem: Problem) -> str | None:
         """None where it can, otherwise the reason."""
         if problem.operation != "margin_softmax":

@@ -1,4 +1,4 @@
-"""The command ``sst-fast``: train, eval, embed, export, demo, info. Settings come from a YAML or TOML file plus overrides.
+"""The command ``sst-fast``: train, eval, embed, export, demo, info, check. Settings come from a YAML or TOML file plus overrides.
 
 A command is a function in COMMANDS: its parameters and their description in its docstring are its options, but for
 ``train`` and ``demo``, whose options are the fields of a dataclass.
@@ -159,6 +159,27 @@ def info(
         print(choice)
 
 
+def check(device: str = "auto", json: str = "") -> int:
+    """Compare every backend that exists here with the reference, and its time with bare matrix products.
+
+    Args:
+        device: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
+        json: a file for the rows
+    """
+    from sst_fast import check
+    from sst_fast.train.config import device_named
+    from sst_fast.train.report import versions
+
+    where = device_named(device)
+    for name, value in versions().items():
+        print(f"{name:<10} {value}")
+    print()
+    rows, missing = check.check(where, sys.stdout)
+    if json:
+        check.write(Path(json), rows, missing, versions())
+    return int(check.wrong(rows))
+
+
 def data(chosen: Any) -> None:
     """What is in a data set; its shallow subsets; other formats."""
     from sst_fast.data import commands
@@ -166,8 +187,10 @@ def data(chosen: Any) -> None:
     commands.run(chosen)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+# What a command returns, if anything, is its exit status.
+COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train, "eval": evaluate, "embed": embed, "export": export, "data": data, "demo": demo, "info": info,
+    "check": check,
 }  # fmt: skip
 
 
@@ -204,14 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told = re.sub(r'Parser key "([^"]+)":', r"\1:", str(error))  # the parser's words for an option and a type
             told = re.sub(r"<class '([\w.]+)'>", r"\1", told).removesuffix(".")
             return fail(f"{told} ('{who} --help' explains the options)", 2)
-        COMMANDS[settings.command](**values)
+        return COMMANDS[settings.command](**values) or 0
     except Stopped as stopped:
         return fail(stopped, 128 + stopped.signal)
     except KeyboardInterrupt:
         return fail("interrupted", 128 + signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:
         return fail(error, 1)
-    return 0
 
 
 def _parser(mode: str) -> tuple[Any, dict[str, type]]:

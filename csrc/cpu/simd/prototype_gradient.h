@@ -58,7 +58,7 @@ static void run_prototypes(
   Lanes<T> lane;
   SlotTile<E> tile;
   for (int64_t j0 = first; j0 < last; j0 += step) {
-    load_tile(slots, j0, last - j0 < step ? last - j0 : step, last, copy, tile);
+    load_tile(slots, j0, last - j0 < step ? last - j0 : step, last, true, copy, tile);
     for (int64_t block = 0; block < blocks_count; block++) {
       const Probes<T>& probes = blocks[block];
       load_lanes(probes, padded(probes.rows, W), lane);

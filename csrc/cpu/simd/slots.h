@@ -18,36 +18,46 @@ struct SlotTile {
 };
 
 // `count` rows from `first` on: the queue itself, or a copy where the batch window or another format is in the way.
-// `last`: where the chunk ends that is being swept.
+// `last`: where the chunk ends that is being swept. An empty slot may hold anything, and a weight of 0 does not make a
+// NaN harmless: such rows are loaded as zeros, unless `keep_empty`, where they get a gradient of their own (a target's
+// slot may be empty).
 template <typename E>
 static void load_tile(
-    const Slots<SumOf<E>>& slots, int64_t first, int64_t count, int64_t last, E* copy, SlotTile<E>& tile) {
+    const Slots<SumOf<E>>& slots, int64_t first, int64_t count, int64_t last, bool keep_empty, E* copy,
+    SlotTile<E>& tile) {
   const int64_t D = slots.D, K = slots.K, row = D / Element<E>::kEach;
   tile.first = first;
   tile.count = count;
   // Where a slot lies in the window: its distance from the window's start, modulo K.
   const int64_t offset = first - slots.window_start < 0 ? first - slots.window_start + K : first - slots.window_start;
   const bool windowed = slots.window && !slots.window_is_masked && (offset < slots.window_size || offset + count > K);
-  const bool native = !windowed && slots.format == Element<E>::kFormat;
-  tile.w = native ? static_cast<const E*>(slots.features) + first * row : copy;
   const char* base = static_cast<const char*>(slots.features);
   const int64_t bytes = D * bytes_of(slots.format), then = first + count;
   tile.next = {base + then * bytes, base + (last - then < count ? last : then + count) * bytes};
+  const auto inside = [&](int64_t j) { return offset + j < K ? offset + j : offset + j - K; };
+  const auto replaced = [&](int64_t j) { return slots.window && inside(j) < slots.window_size; };
+  const auto own = [&](int64_t j) { return replaced(j) && !slots.window_is_masked; };
+  bool any_blank = false;
+  const auto blank = [&](int64_t j) { return tile.empty[j] && (own(j) || !keep_empty); };
   for (int64_t j = 0; j < count; j++) {
-    const int64_t slot = (first + j) / slots.sub_centers, inside = offset + j < K ? offset + j : offset + j - K;
-    const bool replaced = slots.window && inside < slots.window_size, own = replaced && !slots.window_is_masked;
-    const int64_t id = !slots.identity ? 0 : own ? slots.window_identity[inside] : slots.identity[slot];
+    const int64_t slot = (first + j) / slots.sub_centers;
+    const int64_t id = !slots.identity ? 0 : own(j) ? slots.window_identity[inside(j)] : slots.identity[slot];
     tile.slot[j] = int32_t(slot);
-    tile.empty[j] = (id < 0 && slots.mask_empty) || (replaced && slots.window_is_masked);
+    tile.empty[j] = (id < 0 && slots.mask_empty) || (replaced(j) && slots.window_is_masked);
+    any_blank |= blank(j);
     tile.id_low[j] = int32_t(id & 0xffffffff);
     tile.id_high[j] = int32_t(id >> 32);
-    if (slots.inverse_norm) tile.factor[j] = own ? slots.window_inverse_norm[inside] : slots.inverse_norm[first + j];
-    if (native) continue;
+    if (slots.inverse_norm)
+      tile.factor[j] = blank(j) ? 0 : own(j) ? slots.window_inverse_norm[inside(j)] : slots.inverse_norm[first + j];
+  }
+  const bool native = !windowed && !any_blank && slots.format == Element<E>::kFormat;
+  tile.w = native ? static_cast<const E*>(slots.features) + first * row : copy;
+  for (int64_t j = 0; j < count && !native; j++) {
     E* to = copy + j * row;
-    if (own && tile.empty[j])  // may hold anything, and a weight of 0 does not make a NaN harmless
+    if (blank(j))
       for (int64_t k = 0; k < row; k++) to[k] = E{};
     else
-      read_elements(own ? slots.window : slots.features, slots.format, (own ? inside : first + j) * D, D, to);
+      read_elements(own(j) ? slots.window : slots.features, slots.format, (own(j) ? inside(j) : first + j) * D, D, to);
   }
 }
 

@@ -50,7 +50,7 @@ static void sweep(
 
   SlotTile<E> tile;
   for (int64_t j0 = first; j0 < last; j0 += step) {
-    load_tile(slots, j0, last - j0 < step ? last - j0 : step, last, copy, tile);
+    load_tile(slots, j0, last - j0 < step ? last - j0 : step, last, false, copy, tile);
     const E* left = out.moment ? along_slots(tile, D, pairs) : nullptr;
     for (int64_t i0 = 0; i0 < probes.rows; i0 += W) {
       T* moment = out.moment ? out.moment + i0 * D : nullptr;

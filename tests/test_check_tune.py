@@ -1,0 +1,392 @@
+"""sst-fast check and tune, and what serves where a card refuses kernels: by mock backends and on the CPU."""
+
+import json
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+import sst_fast
+from sst_fast import check, functional, ops
+from sst_fast.backends import choose as decisions
+from sst_fast.backends.backend import Backend
+from sst_fast.backends.extension import compiled
+from sst_fast.functional import margin_softmax
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def decide_anew(monkeypatch, tmp_path):
+    """No choice stored, no backend forced, nothing remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SST_FAST_BACKEND", raising=False)
+    decisions.forget()
+    functional._backward_runs.clear()
+    yield
+    decisions.forget()
+
+
+class Mock(Backend):
+    """A backend for the CPU, in front of all others, whose kernels do as they are told."""
+
+    launches = True
+
+    def __init__(self, volunteer=True, operations=("margin_softmax",)):
+        self.volunteer, self.operations = volunteer, operations
+
+    def why_not(self, problem):
+        return None if problem.operation in self.operations else "not written"
+
+    def volunteers(self, problem):
+        return self.volunteer
+
+
+def plain(*received):
+    """The compiled loss under another name."""
+    return torch.ops.sst_fast.margin_softmax(*received, "cpu")
+
+
+@pytest.fixture
+def mock(monkeypatch):
+    """``mock(loss, prototypes)`` puts a backend named 'mock' first whose operators these functions are."""
+
+    def put(loss=plain, prototypes=None, **options):
+        backend = Mock(**options)
+        monkeypatch.setattr(decisions, "BACKENDS", {"mock": backend} | decisions.BACKENDS)
+        for module in (functional, check):
+            monkeypatch.setattr(module, "BACKENDS", decisions.BACKENDS)
+
+        def run(*received):
+            *most, name = received
+            return loss(*most) if name == "mock" else torch.ops.sst_fast.margin_softmax(*received)
+
+        monkeypatch.setattr(functional, "_operator", run)
+        if prototypes is not None:
+            monkeypatch.setattr(functional, "_gradient_operator", prototypes)
+        return backend
+
+    return put
+
+
+def refuse(error, *received):
+    raise error
+
+
+def some(trains=False):
+    x, w = torch.randn(4, 8, requires_grad=True), torch.nn.functional.normalize(torch.randn(9, 8))
+    return x, w.requires_grad_(trains), torch.arange(4)
+
+
+class OutOfResources(Exception):  # Triton's own inherits from Exception too
+    def __init__(self):
+        super().__init__(
+            "out of resource: shared memory, Required: 131072, Hardware limit: 101376.\nReducing block sizes may help."
+        )
+
+
+needs_extension = pytest.mark.skipif(compiled is None, reason="the extension is not built")
+
+
+# --- falling back ------------------------------------------------------------------------------------------------------
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "error",
+    [OutOfResources(), RuntimeError("Triton Error [CUDA]: invalid device function"), OSError("no cache folder")],
+    ids=repr,
+)
+def test_a_refused_kernel_hands_on_with_one_warning(mock, error):
+    mock(partial(refuse, error))
+    x, w, y = some()
+    with pytest.warns(RuntimeWarning, match="margin_softmax by 'mock' does not run on ") as told:
+        found = margin_softmax(x, w, y)
+    assert len(told) == 1
+    text = str(told[0].message)
+    assert decisions.tuned.processor() in text  # the card
+    assert " ".join(str(error).split()) in text
+    assert "'cpu' serves instead" in text
+    assert torch.equal(found, margin_softmax(x, w, y, backend="cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        margin_softmax(x, w, y)
+        margin_softmax(torch.cat([x, x, x]), w, y.repeat(3))  # another size is the same problem
+        with torch.no_grad():
+            margin_softmax(x, w, y)
+        margin_softmax(x[:, :5], w[:, :5], y)  # another problem, refused for the same reason
+    found.backward()
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a"),
+        TypeError("b"),
+        IndexError("target[0] is 9"),
+        NotImplementedError("c"),
+        torch.OutOfMemoryError("d"),
+    ],
+    ids=repr,
+)
+def test_what_the_kernels_are_not_to_blame_for_is_raised(mock, error):
+    mock(partial(refuse, error))
+    for _ in range(2):  # and nothing was remembered
+        with pytest.raises(type(error)):
+            margin_softmax(*some())
+
+
+@needs_extension
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_forced_backend_raises(mock, monkeypatch, by):
+    mock(partial(refuse, RuntimeError("no kernel image")))
+    options = {"backend": "mock"} if by == "argument" else {}
+    if by == "environment":
+        monkeypatch.setenv("SST_FAST_BACKEND", "margin_softmax=mock")
+        decisions.forget()
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        margin_softmax(*some(), **options)
+
+
+@needs_extension
+def test_it_can_be_forced_after_it_was_left_out(mock):
+    mock(partial(refuse, RuntimeError("no kernel image")))
+    with pytest.warns(RuntimeWarning):
+        margin_softmax(*some())
+    assert "failed here: RuntimeError: no kernel image" in str(sst_fast.backends("cpu", dim=8)["margin_softmax"])
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        margin_softmax(*some(), backend="mock")
+
+
+@needs_extension
+def test_the_error_is_raised_where_nobody_else_can(mock):
+    mock(partial(refuse, RuntimeError("no kernel image")))
+    x, w, y = some()
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        margin_softmax(x, w.to(torch.float8_e4m3fn), y, product_dtype=torch.float8_e4m3fn)
+
+
+@needs_extension
+def test_the_compiled_cpu_backend_never_hands_on(monkeypatch):
+    monkeypatch.setattr(functional, "_operator", partial(refuse, RuntimeError("a broken build")))
+    with pytest.raises(RuntimeError, match="a broken build"):
+        margin_softmax(*some())
+
+
+@needs_extension
+def test_a_refused_backward_kernel_is_found_in_forward(mock):
+    tried = []
+
+    def gradient(grad_loss, found, *rest):
+        tried.append([grad_loss.shape, *(t.dtype for t in found)])
+        raise OutOfResources
+
+    mock(prototypes=gradient)
+    x, w, y = some(trains=True)
+    with pytest.warns(RuntimeWarning, match="'cpu' serves instead"):
+        loss = margin_softmax(x, w, y)
+    loss.backward()
+    mine = w.grad.clone()
+    w.grad = None
+    margin_softmax(x, w, y, backend="cpu").backward()
+    assert torch.equal(mine, w.grad)
+    # row_weight, lse, negatives, target_slope, as csrc/operators.cpp hands them on
+    assert tried == [[torch.Size([]), torch.float32, torch.float32, torch.int64, torch.float32]]
+
+
+@needs_extension
+def test_a_backward_kernel_that_runs_is_tried_once(mock):
+    tried = []
+    mock(prototypes=lambda *received: tried.append(1))
+    for _ in range(3):
+        margin_softmax(*some(trains=True))
+    margin_softmax(*some())
+    assert tried == [1]
+
+
+@needs_extension
+def test_the_queue_hands_on_too(mock, monkeypatch):
+    mock(operations=("enqueue", "window"))
+    whole = ops.torch.ops.sst_fast
+
+    class Refusing:
+        dequeue = whole.dequeue
+
+        def __getattr__(self, name):
+            return partial(refuse, RuntimeError(f"{name}: no kernel image is available"))
+
+    queue, right = sst_fast.GalleryQueue(9, 8), sst_fast.GalleryQueue(9, 8, backend="reference")
+    batch, ids = torch.randn(4, 8), torch.arange(4)
+    monkeypatch.setattr(decisions.BACKENDS["cpu"], "why_not", lambda problem: "not built")
+    monkeypatch.setattr(torch.ops, "sst_fast", Refusing())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        queue.enqueue(batch, ids)
+        queue.window(batch, ids)
+        queue.enqueue(batch, ids)
+    assert [str(w.message).partition(" by 'mock' does not run")[0] for w in told] == [
+        "sst_fast: enqueue",
+        "sst_fast: window",
+    ]
+    assert all("'reference' serves instead" in str(w.message) for w in told)
+    for _ in range(2):
+        right.enqueue(batch, ids)
+    assert torch.equal(queue.features, right.features)
+    assert torch.equal(queue.state, right.state)
+
+
+# --- sst-fast check ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Few cases and no timing."""
+    monkeypatch.setattr(check, "CASES", check.CASES[1:3] + check.CASES[7:8] + check.CASES[9:11])
+    monkeypatch.setattr(check, "TIMED", {"cpu": ()})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_backends_here_are_right(backend):
+    if backend == "cpu" and compiled is None:
+        pytest.skip("the extension is not built")
+    rows = list(check.examine(backend, CPU))
+    assert {row.verdict for row in rows} <= {"right", "slow", "not here"}, [
+        r for r in rows if r.verdict in ("wrong", "failed")
+    ]
+    assert len({row.problem for row in rows}) == len(rows) > 15
+    timed = [row for row in rows if row.problem.startswith("time of")]
+    assert timed
+    assert all(row.milliseconds > 0 and row.bare > 0 for row in timed)
+    assert all(row.difference <= row.bound for row in rows if row.difference is not None)
+
+
+@pytest.fixture
+def bent(mock):
+    """``bent(number, change)``: a backend whose result of that number is changed."""
+
+    def put(number, change):
+        def loss(*received):
+            results = list(plain(*received))
+            results[number] = change(results[number])
+            return tuple(results)
+
+        mock(loss, volunteer=False)
+
+    return put
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("number", "output", "change"),
+    [
+        (0, "loss", lambda t: t + 0.01), (0, "loss", lambda t: t * torch.nan), (1, "lse", lambda t: t + 0.01),
+        (2, "target cosine", lambda t: t + 1e-4), (3, "hardest cosine", lambda t: t * 0.999),
+        (4, "hardest slot", lambda t: (t + 1) % 300), (5, "beats target", lambda t: t + 9),
+    ],
+    ids=["loss", "nan", "lse", "target", "hardest", "slot", "beats"],
+)  # fmt: skip
+def test_a_wrong_number_is_seen(bent, number, output, change):
+    bent(number, change)
+    example = check.make(33, 300, 64, start=290, identities=500).to(torch.float32)
+    row = check.compare(example, "mock", CPU)
+    assert (row.verdict, row.output) == ("wrong", output)
+    assert check.wrong([row])
+    assert check.compare(example, "cpu", CPU).verdict == "right"
+
+
+@needs_extension
+def test_a_wrong_gradient_is_seen(monkeypatch):
+    real = check.outputs
+
+    def outputs(example, backend, trains=False):
+        found = real(example, backend, trains)
+        return found if backend == "reference" else found | {"gradient": found["gradient"] * 1.001}
+
+    monkeypatch.setattr(check, "outputs", outputs)
+    row = check.compare(check.make(20, 90, 32).to(torch.float32), "cpu", CPU)
+    assert (row.verdict, row.output) == ("wrong", "gradient")
+
+
+@needs_extension
+def test_a_backend_that_raises_fails_and_the_rest_goes_on(mock, short):
+    mock(partial(refuse, OutOfResources()), volunteer=False)
+    check_why_not, rows = check.why_not, []
+    try:
+        check.why_not = lambda name, problem: decisions.BACKENDS[name].why_not(problem)  # as on a GPU
+        rows = list(check.examine("mock", CPU))
+    finally:
+        check.why_not = check_why_not
+    assert [row.verdict for row in rows] == ["failed"] * len(check.CASES)
+    assert rows[0].note.startswith("OutOfResources: out of resource: shared memory")
+
+
+def test_after_the_budget_nothing_is_begun(short):
+    rows = list(check.examine("reference", CPU, budget=-1.0))
+    assert {row.verdict for row in rows} == {"not reached"}
+    assert not check.wrong(rows)
+
+
+CRASHES = """
+import json, os, sys, time
+print("something else")
+print(json.dumps({"backend": "reference", "problem": "first", "verdict": "right"}), flush=True)
+print("CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True)
+%s
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("os.abort()", "was ended by signal 6"),
+        ("sys.exit(3)", "ended with status 3"),
+        ("time.sleep(60)", "was stopped after"),
+    ],
+)
+def test_a_crash_is_a_row_and_keeps_what_was_found(monkeypatch, end, said):
+    import sys
+
+    monkeypatch.setattr(check, "command", lambda backend, device: [sys.executable, "-c", CRASHES % end])
+    rows = list(check.isolated("reference", CPU, patience=60.0 if "sleep" not in end else 2.0))
+    assert [row.verdict for row in rows] == ["right", "failed"]
+    assert said in rows[1].note
+    assert rows[1].problem == "after 'first'"
+    assert "illegal memory access" in rows[1].note
+    assert check.wrong(rows)
+
+
+def in_process(backend, device, patience=0.0):
+    """As :func:`check.isolated`, through the same lines of JSON."""
+    for row in check.examine(backend, device):
+        yield check.Row(**json.loads(json.dumps(check.as_json([row])[0])))
+
+
+def test_command_line(short, monkeypatch, tmp_path, capsys):
+    from sst_fast.train.cli import main
+
+    monkeypatch.setattr(check, "isolated", in_process)
+    file = tmp_path / "check.json"
+    assert main(["check", "--device", "cpu", "--json", str(file)]) == 0
+    told = capsys.readouterr().out
+    assert "reference: 8 right" in told
+    assert "hopper: not here: " in told
+    content = json.loads(file.read_text())
+    assert {row["verdict"] for row in content["rows"]} == {"right"}
+    assert "PyTorch" in content["about"]
+    real = check.compare
+    monkeypatch.setattr(check, "compare", lambda *a: replace(real(*a), verdict="wrong"))
+    assert main(["check", "--device", "cpu"]) == 1
+    assert "wrong: window, float32, arc: " in capsys.readouterr().out
+    assert main(["check", "--device", "tpu"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "sst-fast check: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'tpu'"
+    )
+
+
+def test_one_backend_by_its_own_process_prints_lines(short, capsys):
+    check.main(["reference", "cpu"])
+    rows = [check.Row(**json.loads(line)) for line in capsys.readouterr().out.splitlines()]
+    assert [row.verdict for row in rows] == ["right"] * 8

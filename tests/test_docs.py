@@ -1,0 +1,57 @@
+"""Every Python block of README and docs runs; every picture and page that they name is there; every margin has its section."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import sst_fast
+from sst_fast.margins import MARGINS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+
+
+def names() -> dict[str, object]:
+    """What a reader has already: a network, a loader of two images an identity, features and labels."""
+    torch.manual_seed(0)
+    identities = torch.arange(12).view(3, 4)
+    return {
+        "torch": torch,
+        "sst_fast": sst_fast,
+        "backbone": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 512)),
+        "loader": [(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), identity) for identity in identities],
+        "embedding": torch.randn(4, 16, requires_grad=True),
+        "prototypes": torch.nn.functional.normalize(torch.randn(32, 16)),
+        "target": torch.arange(4),
+    }
+
+
+def blocks(page: Path) -> list[str]:
+    found = []
+    for indent, code in FENCE.findall(page.read_text(encoding="utf-8")):
+        found.append("\n".join(line.removeprefix(indent) for line in code.split("\n")))
+    return found
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.stem)
+def test_code_runs(page):
+    namespace = names()
+    for number, code in enumerate(blocks(page)):
+        exec(compile(code, f"{page.name}, block {number + 1}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{page.name} names {target}, which is not there"
+
+
+def test_every_margin_has_a_section_and_a_figure():
+    text = (ROOT / "docs" / "margins.md").read_text(encoding="utf-8")
+    for name, margin in MARGINS.items():
+        assert f"## {margin.__name__}\n" in text
+        assert f"figures/margin_{name}.svg" in text
