@@ -96,6 +96,12 @@ def metric_learning(monkeypatch, folder):
 
 
 def insightface(monkeypatch, folder):
+    """First weights are drawn by each rank for itself: here from the same numbers."""
+    drawn = torch.randn(CLASSES, D)
+    monkeypatch.setattr(
+        torch.Tensor, "normal_", lambda self, mean=0.0, std=1.0, generator=None: self.copy_(std * drawn)
+    )
+
     def partial_fc(margin, embedding_size, num_classes, sample_rate, fp16):
         return peers.PartialFC(num_classes, embedding_size, *margin)
 
@@ -166,15 +172,58 @@ def adaface(monkeypatch, folder):
     return plain(monkeypatch, folder) | {"network": Network(12, D), "cross_entropy_loss": F.cross_entropy}
 
 
+def moco(monkeypatch, folder):
+    """The random vectors that are in the queue at first are the same, [128, 64] there and [64, 128] here."""
+    encoder, draw = nn.Linear(12, 128), torch.randn
+
+    def randn(*shape, **_):
+        drawn = draw(64, 128)
+        return drawn if shape == (64, 128) else drawn.T
+
+    views = [(image, image + 0.5 * image.flip(0)) for image, _ in loader()]
+    monkeypatch.setattr(torch, "randn", randn)
+    return {
+        "nn": nn, "base_encoder": lambda num_classes: copy.deepcopy(encoder), "train_loader": views,
+        "criterion": nn.CrossEntropyLoss(), "concat_all_gather": lambda keys: keys,
+    }  # fmt: skip
+
+
+def open_clip(monkeypatch, folder):
+    def clip_loss(image_features, text_features, logit_scale, output_dict):
+        logits = logit_scale * image_features @ text_features.T
+        number = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, number) + F.cross_entropy(logits.T, number)) / 2
+        return {"contrastive_loss": loss}
+
+    try:
+        import open_clip as _  # noqa: F401
+    except ImportError:
+        module(monkeypatch, "open_clip", ClipLoss=lambda: clip_loss)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.text = nn.Linear(12, D), nn.Linear(12, D)
+            self.logit_scale = nn.Parameter(torch.tensor(2.66))
+
+        def forward(self, images, texts):
+            features = F.normalize(self.image(images)), F.normalize(self.text(texts))
+            return {"image_features": features[0], "text_features": features[1], "logit_scale": self.logit_scale.exp()}
+
+    model = Model()
+    data = [(image, image.flip(1)) for image, _ in loader()]
+    return {"model": model, "dataloader": data, "optimizer": optim.SGD(model.parameters(), 0.1)}
+
+
 DIFFERENCES = {
     "plain": plain, "metric-learning": metric_learning, "insightface": insightface, "facex-zoo": facex_zoo,
-    "semi-siamese": semi_siamese, "adaface": adaface,
+    "semi-siamese": semi_siamese, "adaface": adaface, "moco": moco, "open_clip": open_clip,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_both_sides_train_alike(name, monkeypatch, tmp_path):
-    """From the same seed, so from the same weights but for their rounding."""
+    """From the same seed, so from the same weights but for their rounding; peers that are not installed are restated."""
     for owner in (torch.Tensor, nn.Module):
         monkeypatch.setattr(owner, "cuda", lambda self, *_: self)
     kind, body = BLOCKS[name]

@@ -317,8 +317,9 @@ def test_converted_weights_give_the_peers_logits(name):
     assert torch.allclose(cosine_of(pair.ours, x), F.normalize(x) @ by_column, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", [name for name in PAIRS if not name.startswith("insightface")])
 def test_the_same_seed_gives_the_peers_first_weights(name):
+    """But for partial FC, each rank of which draws its own."""
     pair = PAIRS[name]()
     assert torch.allclose(pair.ours.weight, convert(pair.theirs.state_dict(), pair.source)["weight"], rtol=1e-5)
 

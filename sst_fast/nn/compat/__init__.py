@@ -1,8 +1,8 @@
 """Other projects' heads by their own names and constructor arguments, made of ours: one module for each project.
 
-They behave as there, in what a loss or a gradient is and in how weights start (the same seed gives the same weights, to
-rounding), but for this: a head gives the loss, not logits for a cross-entropy to follow, and takes embeddings as the network gives
-them. Keyword options of :class:`sst_fast.MarginSoftmaxHead` may be added to any of them.
+They behave as there, in what a loss or a gradient is and in how weights start (the same seed gives the same weights, to rounding;
+partial FC's have the same distribution), but for this: a head gives the loss, not logits for a cross-entropy to follow, and takes
+embeddings as the network gives them. Keyword options of our own class may be added to any of them.
 """
 
 from __future__ import annotations

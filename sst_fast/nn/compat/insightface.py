@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sst_fast.arguments import GradientRule
-from sst_fast.loss import MarginSoftmaxHead
 from sst_fast.margins import AMSoftmax, FilteredMargin, Margin
 from sst_fast.margins import CombinedMargin as Combined
+from sst_fast.nn.partial_fc import PartialFC
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def CosFace(s: float = 64.0, m: float = 0.40) -> MarginLoss:
 def PartialFC_V2(
     margin_loss: MarginLoss, embedding_size: int, num_classes: int, sample_rate: float = 1.0, fp16: bool = False,
     **options: Any,
-) -> MarginSoftmaxHead:  # fmt: skip
-    """Partial FC of one process with all classes; ``fp16`` is autocast's to say.
+) -> PartialFC:  # fmt: skip
+    """partial_fc_v2.py: classes shared out over ranks, a sample of them in each step.
 
-    Raises:
-        ValueError: a ``sample_rate`` other than 1.
+    As there, an optimizer of PyTorch sees zeros in the rows that were not drawn, and moves them by momentum and weight decay;
+    ``sparse=True`` with :class:`sst_fast.nn.RowSGD` leaves them as they are. First weights are normal as there, from other random numbers.
+    ``fp16`` is not looked at: it is autocast's to say.
     """
-    if sample_rate != 1:
-        raise ValueError(f"sample_rate must be 1, got {sample_rate!r}")
-    return MarginSoftmaxHead(
-        num_classes, embedding_size, margin_loss.margin, margin_loss.scale, gradient=margin_loss.gradient, **options
+    options = {"sparse": False, "gradient": margin_loss.gradient} | options
+    return PartialFC(
+        num_classes, embedding_size, margin_loss.margin, margin_loss.scale, sample_rate=sample_rate, **options
     )
