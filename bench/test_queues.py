@@ -46,7 +46,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
         "NTXent": [(2048, 0, 128)],
         "PairCircle": [(1024, 0, 512)],
         "CrossBatchMemory SupCon": [(128, 16384, 128), (128, 65536, 128)],
-        "CrossBatchMemory NTXent": [(64, 4096, 128)],
+        "CrossBatchMemory NTXent": [(32, 2048, 128), (128, 16384, 128)],
         "CLIP": [(1024, 0, 512), (4096, 0, 512)],
         "SigLIP": [(1024, 0, 512), (4096, 0, 512)],
     }
@@ -167,7 +167,7 @@ def several_positives(loss: str, n: int, k: int, d: int, device: torch.device) -
     if (
         name
         and not providers.missing("pytorch_metric_learning")
-        and (name != "NTXentLoss" or n * n * max(k, n) < 2**28)
+        and (name != "NTXentLoss" or (n * max(k, n)) ** 2 < PEOPLE * 2**26)
     ):
         from pytorch_metric_learning import losses
 
