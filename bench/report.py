@@ -182,6 +182,7 @@ SUITES: dict[str, tuple[str, str, str, Callable[[list[Row]], str] | None]] = {
     "loss": ("Loss", BARE, OURS, None),
     "heads": ("Heads with learned class weights", BARE, OURS, None),
     "queue": ("Queue and gallery update", "copy of the bytes", OURS, None),
+    "queues": ("Losses over queues, pairs and both sides of a batch", BARE, OURS, None),
     "step": ("Training step", "networks", "whole step", added),
     "host": ("Host", "eager", OURS, host),
     "evaluation": ("Comparing all pairs of images", "bare products, M x M", OURS, None),

@@ -23,7 +23,8 @@ from sst_fast.margins import Softmax
 from sst_fast.nn.ranks import OverRanks
 from sst_fast.reference import normalize
 
-LOGITS_AT_ONCE = 2**20  # so many of SigLIP's are in memory
+LOGITS_AT_ONCE = 2**18  # so many of SigLIP's are in memory
+SOFTPLUS_IS_LINEAR = 80.0  # beyond, to float64's last bit; PyTorch's own 20 is off by 2e-9
 
 
 class _Symmetric(OverRanks):
@@ -205,24 +206,25 @@ class _SigmoidPairs(torch.autograd.Function):
     def forward(
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, world: int, group: distributed.Group
     ) -> Tensor:
-        total, for_scale, for_bias = (torch.zeros_like(scale, dtype=torch.float64) for _ in range(3))
+        total, for_bias = (torch.zeros_like(scale, dtype=torch.float64) for _ in range(2))
         wanted = any(ctx.needs_input_grad)
         for_image, for_text = (torch.zeros_like(t, dtype=scale.dtype) if wanted else None for t in (image, text))
         for step, texts in enumerate(_round(text, world, group)):
-            for part, c, z in _blocks(image, texts, scale, bias, step == 0):
-                total -= F.logsigmoid(-z).sum(dtype=torch.float64)
+            for part, z in _blocks(image, texts, scale, bias, own=step == 0):
+                total += F.softplus(z, threshold=SOFTPLUS_IS_LINEAR).sum()
                 if for_image is None or for_text is None:
                     continue
-                slope = _slope(z, part, step == 0)
-                for_scale += (slope * c).sum(dtype=torch.float64)
-                for_bias += slope.sum(dtype=torch.float64)
-                slope = (scale * slope).to(image.dtype)
+                slope = _slope(z, part, own=step == 0)
+                for_bias += slope.sum()
+                slope = slope.to(image.dtype)
                 for_image[part] += slope @ texts
                 if world == 1:
                     for_text += slope.T @ image[part]
-        if wanted:
+        if for_image is not None and for_text is not None:
+            # Each cosine is a product with its image, so the scale's sum over pairs is one over images.
+            for_scale = (for_image * image).sum()
             ctx.save_for_backward(
-                image, text, scale, bias, for_image, for_text, for_scale.to(scale.dtype), for_bias.to(scale.dtype)
+                image, text, scale, bias, for_image * scale, for_text * scale, for_scale, for_bias.to(scale.dtype)
             )
         ctx.world, ctx.group = world, group
         return total.to(scale.dtype)
@@ -232,15 +234,14 @@ class _SigmoidPairs(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: without this the second derivative would lack this function's part
             raise NotImplementedError("SigLIPLoss has no second derivative: its gradient is found in forward")
         image, text, scale, bias, for_image, for_text, for_scale, for_bias = ctx.saved_tensors
-        if ctx.world == 1:
-            for_text = grad * for_text
-        else:  # every rank's part of it meets the text on its way, times that rank's incoming gradient
+        if ctx.world > 1:  # every rank's part of it, times that rank's incoming gradient, meets the text on its way
             for_text = torch.zeros_like(for_text)
             for step, texts in enumerate(_round(text, ctx.world, ctx.group)):
-                for part, _, z in _blocks(image, texts, scale, bias, step == 0):
-                    slope = (grad * scale * _slope(z, part, step == 0)).to(image.dtype)
-                    for_text += slope.T @ image[part]
+                for part, z in _blocks(image, texts, scale, bias, own=step == 0):
+                    for_text += (grad * scale * _slope(z, part, own=step == 0)).to(image.dtype).T @ image[part]
                 for_text = distributed.begin_shift(for_text, ctx.group)()
+        else:
+            for_text = grad * for_text
         return (
             (grad * for_image).to(image.dtype),
             for_text.to(text.dtype),
@@ -260,23 +261,20 @@ def _round(text: Tensor, world: int, group: distributed.Group) -> Iterator[Tenso
             text = arriving()
 
 
-def _blocks(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, own: bool
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Blocks of images: cosines c with all the texts, and logits z whose softplus is the loss: -(s c + b) for pairs."""
+def _blocks(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, own: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of images with their logits z against all the texts, whose softplus is the loss: s c + b, less it for pairs."""
     step = max(1, LOGITS_AT_ONCE // len(text))
     for begin in range(0, len(image), step):
         part = slice(begin, begin + step)
-        c = (image[part] @ text.T).to(scale.dtype)
-        z = scale * c + bias
+        z = (image[part] @ text.T).to(scale.dtype).mul_(scale).add_(bias)
         if own:
             z.diagonal(begin).neg_()
-        yield part, c, z
+        yield part, z
 
 
 def _slope(z: Tensor, part: slice, own: bool) -> Tensor:
-    """Derivative of softplus(z) in s c + b."""
-    slope = z.sigmoid()
+    """Derivative of softplus(z) in s c + b; takes the place of z."""
+    slope = z.sigmoid_()
     if own:
         slope.diagonal(part.start).neg_()
     return slope
