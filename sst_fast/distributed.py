@@ -120,6 +120,37 @@ def assert_same_settings(line: str, device: torch.device, group: Group = None) -
             )
 
 
+def assert_agreed(
+    settings: dict[str, object], error: Exception | None, device: torch.device, group: Group = None
+) -> None:
+    """What every rank must have alike, and what is wrong on one of them: raised on all, so that nobody waits for a rank that left.
+
+    Waits for all ranks, and for the device. ``error`` is this rank's own, or None.
+
+    Raises:
+        ``error`` where there is one; on ranks without, the first other rank's, its type kept and the rank named.
+        ValueError: a setting differs between ranks; names it and the values.
+    """
+    digest = hashlib.sha256(repr((settings, error)).encode()).digest()[:8]
+    digests = gather(torch.frombuffer(bytearray(digest), dtype=torch.int64).to(device), group).tolist()
+    if error is not None and len(digests) == 1:
+        raise error
+    if error is None and len(set(digests)) == 1:
+        return
+    everyone: list[Any] = [None] * len(digests)
+    dist.all_gather_object(everyone, (settings, error), group=group)
+    if error is not None:
+        raise error
+    for rank, (_, found) in enumerate(everyone):
+        if found is not None:
+            raise type(found)(f"rank {rank}: {found}")
+    for name in settings:
+        values = [theirs.get(name) for theirs, _ in everyone]
+        if any(value != values[0] for value in values):
+            said = ", ".join(f"{value} on rank {r}" for r, value in enumerate(values))
+            raise ValueError(f"{name} must be the same on every rank, got {said}")
+
+
 def _speaks_on_the_host(group: Group) -> bool:
     return "cpu" in str(dist.get_backend_config(group))
 
@@ -131,7 +162,8 @@ def from_first(x: Tensor, group: Group = None) -> Tensor:
     return x
 
 
-def _sum(x: Tensor, group: Group) -> Tensor:
+def sum_of(x: Tensor, group: Group = None) -> Tensor:
+    """Sum over ranks, without gradient."""
     if ranks(group)[1] == 1:
         return x
     total = x.contiguous().clone()
@@ -141,7 +173,7 @@ def _sum(x: Tensor, group: Group) -> Tensor:
 
 def mean(x: Tensor, group: Group = None) -> Tensor:
     """Mean over ranks, without gradient."""
-    return _sum(x.detach(), group) / ranks(group)[1]
+    return sum_of(x.detach(), group) / ranks(group)[1]
 
 
 class _Gather(torch.autograd.Function):
@@ -155,7 +187,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rank, world = ranks(ctx.group)
-        return _sum(grad, ctx.group).chunk(world)[rank], None
+        return sum_of(grad, ctx.group).chunk(world)[rank], None
 
 
 class _Combine(torch.autograd.Function):
@@ -163,7 +195,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, mine: Tensor, group: Group) -> Tensor:
         parts = gather(mine[None], group)
         # u = log(e^loss - 1), the negatives' log-sum-exp less the target logit.
-        excess = torch.where(parts > 0, parts + (-torch.expm1(-parts)).log(), -torch.inf)
+        excess = torch.where(parts <= 0, -torch.inf, parts + (-torch.expm1(-parts)).log())  # a NaN stays one
         loss = torch.logaddexp(torch.zeros_like(mine), torch.logsumexp(excess, 0))
         ctx.save_for_backward((mine - loss).exp())
         ctx.group = group
@@ -172,7 +204,24 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (share,) = ctx.saved_tensors
-        return _sum(grad, ctx.group) * share, None
+        return sum_of(grad, ctx.group) * share, None
+
+
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return mean(grad, ctx.group), None
+
+
+def replicated(x: Tensor, group: Group = None) -> Tensor:
+    """``x``, a parameter that is the same on every rank, with the mean over ranks as its gradient."""
+    same: Tensor = _Replicated.apply(x, group)
+    return same
 
 
 def gather_with_gradient(x: Tensor, group: Group = None) -> Tensor:

@@ -14,7 +14,6 @@ from sst_fast import distributed, functional, reference
 from sst_fast.arguments import (
     EMBEDDING_DTYPES,
     GradientRule,
-    Reduction,
     Window,
     check_count,
     check_margin,
@@ -101,6 +100,34 @@ class RunningMargin(nn.Module):
             running.copy_(average(new) if average else new)
 
 
+def splits_over_shards(margin: Margin) -> bool:
+    """Whether losses over shards of the slots can be combined: not where the margin or its scale needs a sum over all of them."""
+    return not (margin.uses_hard_mean or isinstance(margin, AdaCos))
+
+
+def over_shards(
+    embedding: Tensor, prototypes: Tensor, target: Tensor, *, margin: Margin, group: distributed.Group, **options: Any
+) -> tuple[Tensor, functional.Statistics]:
+    """Losses [N] over all ranks' prototypes, and this shard's statistics; see :func:`sst_fast.distributed.combine_shards`.
+
+    Arguments as of :func:`sst_fast.functional.margin_softmax`; every rank brings the same embeddings and the same targets, by
+    their rows or as ``positive``.
+    """
+    penalty = None
+    if (
+        margin.uses_norm
+    ):  # what a margin adds to the loss is no part of the softmax, so it enters once, after the combination
+        ignored = target == options.get("ignore_index", -100)
+        norm = functional.embedding_norm(embedding.masked_fill(ignored[:, None], 0))
+        margin, penalty = margin.for_batch(norm), margin.penalty(norm)
+        penalty = None if penalty is None else penalty.masked_fill(ignored, 0)
+    mine, statistics = functional.margin_softmax(
+        embedding, prototypes, target, margin=margin, reduction="none", return_statistics=True, **options
+    )
+    losses = distributed.combine_shards(mine, group)
+    return losses if penalty is None else losses + penalty.to(losses.dtype), statistics
+
+
 class SemiSiameseLoss(nn.Module):
     """Both directions of Semi-Siamese Training against one queue, in one launch, then the enqueue.
 
@@ -160,7 +187,7 @@ class SemiSiameseLoss(nn.Module):
         check_scale(scale)
         check_options(label_smoothing, gradient=gradient)
         check_word("keep", keep, get_args(Keep))
-        if shard and (not mask_empty or label_smoothing or margin.uses_hard_mean or isinstance(margin, AdaCos)):
+        if shard and (not mask_empty or label_smoothing or not splits_over_shards(margin)):
             raise ValueError(
                 "shard needs mask_empty=True, label_smoothing=0 and a margin that needs no sum over the whole queue, got "
                 f"mask_empty={mask_empty}, label_smoothing={label_smoothing}, margin={margin!r}"
@@ -221,7 +248,7 @@ class SemiSiameseLoss(nn.Module):
             spare, features, held = self.queue.spare, self.queue.features, self.queue.identities
             if spare:
                 features, held = features[:-spare], held[:-spare]
-            loss = self._loss(torch.cat([probe_a, probe_b]), targets, owners, window, features, held, "mean")
+            loss = self._loss(torch.cat([probe_a, probe_b]), targets, owners, window, features, held)
         if self.training:
             self._enqueue(window, groups, kept, own if self.shard else slice(None))
         return loss
@@ -246,8 +273,9 @@ class SemiSiameseLoss(nn.Module):
 
     def _loss(
         self, embedding: Tensor, target: Tensor, identity: Tensor, window: Window, features: Tensor,
-        slot_identity: Tensor, reduction: Reduction,
+        slot_identity: Tensor,
     ) -> Tensor:  # fmt: skip
+        """The mean; with ``shard`` each probe's, over all shards."""
         options: dict[str, Any] = {
             "window": window,
             "identity": identity if self.mask_identity else None,
@@ -258,11 +286,13 @@ class SemiSiameseLoss(nn.Module):
         if self.training:
             average = partial(distributed.mean, group=self.group) if self.gather and not self.shard else None
             self.margin.follow(embedding, features, target, average=average, **options)
-        loss: Tensor
-        loss, self.statistics = functional.margin_softmax(
-            embedding, features, target, margin=self.margin.current(), scale=self.scale, reduction=reduction,
-            label_smoothing=self.label_smoothing, gradient=self.gradient, return_statistics=True, **options,
-        )  # fmt: skip
+        options |= {"margin": self.margin.current(), "scale": self.scale, "gradient": self.gradient}
+        if self.shard:
+            loss, self.statistics = over_shards(embedding, features, target, group=self.group, **options)
+        else:
+            loss, self.statistics = functional.margin_softmax(
+                embedding, features, target, label_smoothing=self.label_smoothing, return_statistics=True, **options
+            )
         return loss
 
     def _over_shards(
@@ -272,10 +302,8 @@ class SemiSiameseLoss(nn.Module):
         window, held = self.queue.shard_window(gallery, identity, own)
         everyone = distributed.gather_with_gradient(probes, self.group).transpose(0, 1).flatten(0, 1)
         # Rows are the probes a of all ranks, then the probes b.
-        mine = self._loss(
-            everyone, window.slots.repeat(2), identity.repeat(2), window, self.queue.features, held, "none"
-        )
-        return distributed.combine_shards(mine, self.group).view(2, -1)[:, own].mean(), window
+        losses = self._loss(everyone, window.slots.repeat(2), identity.repeat(2), window, self.queue.features, held)
+        return losses.view(2, -1)[:, own].mean(), window
 
 
 class MarginSoftmaxHead(nn.Module):

@@ -24,6 +24,8 @@ from sst_fast.nn.heads import (
     SphereFace,
     SubCenterArcFace,
 )
+from sst_fast.nn.optimizers import RowAdamW, RowSGD
+from sst_fast.nn.partial_fc import PartialFC, merge_state_dicts, split_state_dict
 
 __all__ = [
     "AdaCos",
@@ -38,7 +40,12 @@ __all__ = [
     "MagFace",
     "NPCFace",
     "NormalizedSoftmax",
+    "PartialFC",
+    "RowAdamW",
+    "RowSGD",
     "SphereFace",
     "SubCenterArcFace",
     "convert",
+    "merge_state_dicts",
+    "split_state_dict",
 ]
