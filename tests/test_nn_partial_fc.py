@@ -415,6 +415,10 @@ def test_bad_input_is_named_without_a_group():
             head(x, y)
 
 
+def test_names_are_those_of_insightface():
+    assert list(PartialFC(10, 4).state_dict()) == ["weight"]
+
+
 def test_what_is_not_finite_stays_so():
     x = torch.randn(3, 4)
     x[1] = torch.nan

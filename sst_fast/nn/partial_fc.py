@@ -102,7 +102,7 @@ class PartialFC(nn.Module):
         sizes = shard_sizes(self.classes, self.world)
         self.first = sum(sizes[: self.rank])
         # Ranks with the same seed would otherwise begin with the same rows.
-        own = torch.Generator().manual_seed((int(torch.randint(2**62, ())) + self.rank) % 2**62)
+        own = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")) + self.rank)
         rows = torch.empty(sizes[self.rank], self.dim, device="cpu").normal_(std=0.01, generator=own)
         self.weight = nn.Parameter(rows.to(torch.get_default_device()))
         self.margin = RunningMargin(margin)
