@@ -259,7 +259,8 @@ def worker(rank, world, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     for check in CHECKS:
-        check(rank, world)
+        if world == 2 or getattr(check, "keywords", {}).get("margin") not in MARGINS[1:-1]:  # those take no path of their own
+            check(rank, world)
     dist.barrier()
     dist.destroy_process_group()
 
