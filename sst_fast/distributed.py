@@ -97,29 +97,6 @@ def assert_same_batch(batch: Tensor, group: Group = None) -> None:
         )
 
 
-def assert_same_settings(line: str, device: torch.device, group: Group = None) -> None:
-    """Every rank must have the same settings, in one line of text; waits for ``device``, so ask once.
-
-    Raises:
-        ValueError: on every rank, with the lines of two ranks that differ.
-    """
-    if ranks(group)[1] == 1:
-        return
-    text = line.encode()
-    length = gather(torch.tensor([len(text)], device=device), group)
-    room = torch.zeros(int(length.max()), dtype=torch.uint8)
-    room[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    lines = [
-        bytes(row[:size].tolist()).decode()
-        for row, size in zip(gather(room.to(device)[None], group).cpu(), length.tolist(), strict=True)
-    ]
-    for rank, other in enumerate(lines):
-        if other != lines[0]:
-            raise ValueError(
-                f"every rank must have the same settings, got {lines[0]} on rank 0 and {other} on rank {rank}"
-            )
-
-
 def assert_agreed(
     settings: dict[str, object], error: Exception | None, device: torch.device, group: Group = None
 ) -> None:

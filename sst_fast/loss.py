@@ -114,9 +114,7 @@ def over_shards(
     their rows or as ``positive``.
     """
     penalty = None
-    if (
-        margin.uses_norm
-    ):  # what a margin adds to the loss is no part of the softmax, so it enters once, after the combination
+    if margin.uses_norm:  # what it adds to the loss is no part of the softmax, so it enters once, after the combination
         ignored = target == options.get("ignore_index", -100)
         norm = functional.embedding_norm(embedding.masked_fill(ignored[:, None], 0))
         margin, penalty = margin.for_batch(norm), margin.penalty(norm)

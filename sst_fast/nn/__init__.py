@@ -1,8 +1,8 @@
 """Losses as modules, by the names that the field knows them by: what replaces a head or a loss of another project.
 
-One name, two places: ``sst_fast.ArcFace``-like names of the package itself are *margins*, formulas without weights
-(:mod:`sst_fast.margins`); ``sst_fast.nn`` has *modules*, with the class weights or the queue that they need, which give a loss:
-``sst_fast.CurricularFace(0.5)`` is the formula, ``sst_fast.nn.CurricularFace(classes, dim, 0.5)`` the head that uses it.
+One name, two places: the package itself has *margins*, formulas without weights (:mod:`sst_fast.margins`); ``sst_fast.nn`` has
+*modules*, with the class weights or the queue that they need, which give a loss. ``sst_fast.CurricularFace(0.5)`` is the formula,
+``sst_fast.nn.CurricularFace(classes, dim, 0.5)`` the head that uses it.
 
 Everything here is a thin layer over the one operator, :func:`sst_fast.functional.margin_softmax`, and needs torch alone.
 """
@@ -26,25 +26,35 @@ from sst_fast.nn.heads import (
 )
 from sst_fast.nn.optimizers import RowAdamW, RowSGD
 from sst_fast.nn.partial_fc import PartialFC, merge_state_dicts, split_state_dict
+from sst_fast.nn.queues import DCQ, CrossBatchMemory, MoCo, NTXent, PairCircle, SupCon
+from sst_fast.nn.symmetric import CLIPLoss, SigLIPLoss
 
 __all__ = [
+    "DCQ",
     "AdaCos",
     "AdaFace",
     "ArcFace",
     "ArcNegFace",
+    "CLIPLoss",
     "CircleLoss",
     "CombinedMargin",
     "CosFace",
+    "CrossBatchMemory",
     "CurricularFace",
     "MVSoftmax",
     "MagFace",
+    "MoCo",
     "NPCFace",
+    "NTXent",
     "NormalizedSoftmax",
+    "PairCircle",
     "PartialFC",
     "RowAdamW",
     "RowSGD",
+    "SigLIPLoss",
     "SphereFace",
     "SubCenterArcFace",
+    "SupCon",
     "convert",
     "merge_state_dicts",
     "split_state_dict",
