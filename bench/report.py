@@ -181,6 +181,7 @@ def host(rows: list[Row]) -> str:
 SUITES: dict[str, tuple[str, str, str, Callable[[list[Row]], str] | None]] = {
     "loss": ("Loss", BARE, OURS, None),
     "heads": ("Heads with learned class weights", BARE, OURS, None),
+    "partial_fc": ("Partial FC, optimizer included", BARE, "ours", None),
     "queue": ("Queue and gallery update", "copy of the bytes", OURS, None),
     "queues": ("Losses over queues, pairs and both sides of a batch", BARE, OURS, None),
     "step": ("Training step", "networks", "whole step", added),

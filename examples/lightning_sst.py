@@ -70,10 +70,8 @@ def main(arguments: list[str] | None = None) -> SemiSiameseModule:
 
     module = SemiSiameseModule(model, sampler, lr=0.05)
     # Our sampler shares the batch between processes itself (rank, world).
-    trainer = lightning.Trainer(
-        max_epochs=options.epochs, default_root_dir=options.out, use_distributed_sampler=False, log_every_n_steps=1,
-        num_sanity_val_steps=0,
-    )  # fmt: skip
+    settings = {"use_distributed_sampler": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+    trainer = lightning.Trainer(max_epochs=options.epochs, default_root_dir=options.out, **settings)
     trainer.fit(module, DataLoader(pairs, batch_sampler=sampler), ckpt_path=options.resume)
     return module
 

@@ -21,6 +21,7 @@ from sst_fast.arguments import (
     check_scale,
     check_tensor,
     check_word,
+    wide_dtype,
 )
 from sst_fast.margins import AdaCos, AMSoftmax, Margin, Parameter, Seen, Softmax
 from sst_fast.queue import GalleryQueue
@@ -114,11 +115,10 @@ def over_shards(
     their rows or as ``positive``.
     """
     penalty = None
-    if (
-        margin.uses_norm
-    ):  # what a margin adds to the loss is no part of the softmax, so it enters once, after the combination
+    if margin.uses_norm:  # what it adds to the loss is no part of the softmax, so it enters once, after the combination
         ignored = target == options.get("ignore_index", -100)
-        norm = functional.embedding_norm(embedding.masked_fill(ignored[:, None], 0))
+        wide = wide_dtype(embedding, prototypes)
+        norm = functional.embedding_norm(embedding.to(wide).masked_fill(ignored[:, None], 0))
         margin, penalty = margin.for_batch(norm), margin.penalty(norm)
         penalty = None if penalty is None else penalty.masked_fill(ignored, 0)
     mine, statistics = functional.margin_softmax(

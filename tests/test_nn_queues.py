@@ -452,7 +452,7 @@ def check_differences_are_named(rank, world):
         lambda: (SupCon if rank else NTXent)(),
     ):
         with pytest.raises(
-            ValueError, match=r"every rank must have the same settings, got .* on rank 0 and .* on rank 1"
+            ValueError, match=r"settings must be the same on every rank, got .* on rank 0, .* on rank 1"
         ):
             make()(x, LABEL)
     with pytest.raises(ValueError, match="every rank must bring a batch of the same size"):

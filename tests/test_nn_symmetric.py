@@ -223,7 +223,7 @@ def check_training(rank, world):
 def check_differences_are_named(rank, world):
     for make in (lambda: SigLIPLoss(1.0, -1.0 - rank), lambda: (CLIPLoss, SigLIPLoss)[rank > 0](1.0)):
         loss = make()
-        with pytest.raises(ValueError, match=r"every rank must have the same settings, got .*Loss"):
+        with pytest.raises(ValueError, match=r"settings must be the same on every rank, got .*Loss"):
             loss(X, X, 1.0, 1.0)
     with pytest.raises(ValueError, match="every rank must bring a batch of the same size"):
         SigLIPLoss(1.0, 1.0)(X[rank:], X[rank:])

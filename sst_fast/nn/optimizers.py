@@ -50,7 +50,7 @@ class _Rows(torch.optim.Optimizer):
                         parameter.grad = None
             try:
                 # Without what Optimizer has wrapped around it: hooks of this step have been called already.
-                inspect.unwrap(super().step)(self)
+                inspect.unwrap(super(_Rows, type(self)).step)(self)
             finally:
                 for parameter, grad in done:
                     parameter.grad = grad
@@ -129,10 +129,8 @@ class RowAdamW(_Rows, torch.optim.AdamW):
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
                 state[name] = torch.zeros_like(parameter)
-        steps = state.get("step", torch.zeros(()))
-        if steps.dim() == 0:  # those of all rows, before one was left out
-            count = torch.full((len(parameter),), float(steps), dtype=torch.float32, device=parameter.device)
-            state["step"] = count
+        steps = state.get("step", torch.zeros(()))  # 0-d: of all rows, before one was left out
+        state["step"] = steps.to(parameter.device).expand(len(parameter)).contiguous()
 
     def update(self, rows: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """As PyTorch's."""

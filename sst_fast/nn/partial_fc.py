@@ -45,7 +45,8 @@ class PartialFC(nn.Module):
     Args:
         classes: number C of classes of all ranks, at least 2 and at least W; dim: number of features D.
         margin: a margin of :mod:`sst_fast.margins` that needs no sum over all classes (not NPCFace, AdaCos).
-        scale: inverse temperature s > 0.
+        scale: inverse temperature s > 0. It and the margin's numbers may be 0-d parameters, the same on every rank; their gradients
+            then are the same too.
         sample_rate: share of a rank's classes that a step trains, in (0, 1].
         sparse: see above; without effect where ``sample_rate`` is 1.
         gradient: 'exact' or 'straight_through', as of :func:`sst_fast.functional.margin_softmax`.
@@ -102,7 +103,7 @@ class PartialFC(nn.Module):
         sizes = shard_sizes(self.classes, self.world)
         self.first = sum(sizes[: self.rank])
         # Ranks with the same seed would otherwise begin with the same rows.
-        own = torch.Generator().manual_seed((int(torch.randint(2**62, ())) + self.rank) % 2**62)
+        own = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")) + self.rank)
         rows = torch.empty(sizes[self.rank], self.dim, device="cpu").normal_(std=0.01, generator=own)
         self.weight = nn.Parameter(rows.to(torch.get_default_device()))
         self.margin = RunningMargin(margin)
@@ -145,8 +146,11 @@ class PartialFC(nn.Module):
         margin = self.margin.current()
         if margin.trains:
             margin = margin.map(lambda value: distributed.replicated(value, self.group))
+        scale = self.scale
+        if isinstance(scale, Tensor) and scale.requires_grad:
+            scale = distributed.replicated(scale, self.group)
         losses, self.statistics = over_shards(
-            embeddings, rows, row, positive=targets, margin=margin, scale=self.scale, gradient=self.gradient,
+            embeddings, rows, row, positive=targets, margin=margin, scale=scale, gradient=self.gradient,
             normalize_prototypes=True, ignore_index=IGNORED, backend=self.backend, group=self.group,
         )  # fmt: skip
         mean: Tensor = losses.sum() / counts.sum().clamp_min(1)

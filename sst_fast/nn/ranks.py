@@ -37,7 +37,7 @@ class OverRanks(nn.Module):
         if world > 1:
             if not self.agreed:
                 settings = f"{self} of {embedding.dtype} [B, {embedding.shape[1]}]"
-                distributed.assert_same_settings(" ".join(settings.split()), embedding.device, self.group)
+                distributed.assert_agreed({"settings": " ".join(settings.split())}, None, embedding.device, self.group)
                 self.agreed = True
             distributed.assert_same_batch(embedding, self.group)
         return rank, world
