@@ -499,11 +499,11 @@ def command(backend: str, device: torch.device) -> list[str]:
     return [sys.executable, "-m", "sst_fast.check", backend, str(device)]
 
 
-def isolated(backend: str, device: torch.device, patience: float = BUDGET + PATIENCE) -> Iterator[Row]:
-    """:func:`examine` in a process of its own, which is stopped after ``patience`` seconds; if it ended badly, how is a row."""
+def isolated(backend: str, command: Sequence[str], patience: float = BUDGET + PATIENCE) -> Iterator[Row]:
+    """Rows that ``command`` prints, which is stopped after ``patience`` seconds; if it ended badly, how is one more row."""
     rows: list[Row] = []
     try:
-        finished = subprocess.run(command(backend, device), capture_output=True, text=True, timeout=patience)
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=patience)
         text, errors = finished.stdout, finished.stderr
         end = "" if finished.returncode == 0 else f"its process ended with status {finished.returncode}"
         if finished.returncode < 0:
@@ -551,13 +551,13 @@ def check(device: torch.device, out: TextIO) -> tuple[list[Row], dict[str, str]]
     """
     missing = absent(device)
     rows: list[Row] = []
-    print(_line("backend", "problem", "result", "largest difference", "bound", "launches", "ms", "bare ms"), file=out)
+    print(heading(), file=out)
     for name in BACKENDS:
         if name in missing:
             continue
-        for row in isolated(name, device):
+        for row in isolated(name, command(name, device)):
             rows.append(row)
-            print(_shown(row), file=out, flush=True)
+            print(shown(row), file=out, flush=True)
     print(file=out)
     for line in summary(rows, missing):
         print(line, file=out)
@@ -611,7 +611,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
-def _shown(row: Row) -> str:
+def heading() -> str:
+    """The line above the rows."""
+    return _line("backend", "problem", "result", "largest difference", "bound", "launches", "ms", "bare ms")
+
+
+def shown(row: Row) -> str:
+    """A row as a line of the table."""
     difference = f"{_number(row.difference)} {row.output}" if row.difference is not None else row.note[:40]
     times = ("" if value is None else f"{value:.3g}" for value in (row.milliseconds, row.bare))
     number = "" if row.launches is None else str(row.launches)
