@@ -7,6 +7,7 @@ is first compared with the reference, on few probes over the whole queue; only w
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -66,8 +67,7 @@ def tune(timed: Timed, device: torch.device, out: TextIO, product_dtype: torch.d
     rows: list[Row] = []
     print(check.heading(), file=out)
     for name in candidates(timed, device, product_dtype):
-        arguments = [name, str(device), json.dumps(_written(timed)), str(product_dtype is not None)]
-        for row in check.isolated(name, [sys.executable, "-m", "sst_fast.tune", *arguments], PATIENCE):
+        for row in check.isolated(name, command(name, timed, device, product_dtype), PATIENCE):
             rows.append(row)
             print(check.shown(row), file=out, flush=True)
     failed = {row.backend for row in rows if row.verdict in ("wrong", "failed")}
@@ -123,18 +123,47 @@ def chosen_now(timed: Timed, device: torch.device, product_dtype: torch.dtype | 
     return str(backends(device, **fields)["margin_softmax"])
 
 
-def _written(timed: Timed) -> list[object]:
-    return [timed.n, timed.k, timed.d, str(timed.dtype).removeprefix("torch."), timed.trains]
+def command(name: str, timed: Timed, device: torch.device, product_dtype: torch.dtype | None = None) -> list[str]:
+    """What examines one candidate in a process of its own; rows come as lines of JSON."""
+    sizes = [f"--n={timed.n}", f"--k={timed.k}", f"--d={timed.d}", f"--dtype={str(timed.dtype).removeprefix('torch.')}"]
+    flags = ["--prototypes"] * timed.trains + ["--float8-products"] * (product_dtype is not None)
+    return [sys.executable, "-m", "sst_fast.tune", *sizes, *flags, f"--device={device}", f"--candidate={name}"]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """One candidate: rows as lines of JSON."""
-    name, device, written, rounds = arguments
-    timed = timed_from(*json.loads(written))
-    product_dtype = torch.float8_e4m3fn if rounds == "True" else None
-    for row in examine(name, timed, torch.device(device), product_dtype):
+def run(timed: Timed, device: torch.device, float8_products: bool = False) -> None:
+    """Measures, stores and says what is chosen now."""
+    product_dtype = torch.float8_e4m3fn if float8_products else None
+    result = tune(timed, device, sys.stdout, product_dtype)
+    now = chosen_now(timed, device, product_dtype)
+    print(f"\n{result.chosen} is stored in {result.file}; now chosen:\n{now}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m sst_fast.tune``: what ``sst-fast tune`` does, without the command line's extra; or one candidate alone."""
+    parser = argparse.ArgumentParser(
+        description="Measure the backends for a problem and store the fastest that is right."
+    )
+    for size in ("--n", "--k"):
+        parser.add_argument(size, type=int, required=True)
+    parser.add_argument("--d", type=int, default=512)
+    parser.add_argument("--dtype", choices=tuple(NAMES), default="bfloat16")
+    parser.add_argument("--prototypes", action="store_true")
+    parser.add_argument("--float8-products", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--candidate", choices=tuple(BACKENDS), help="this one alone, in this process; rows are lines of JSON"
+    )
+    options = parser.parse_args(arguments)
+    timed = timed_from(options.n, options.k, options.d, options.dtype, options.prototypes)
+    device = torch.device(options.device)
+    if options.candidate is None:
+        run(timed, device, options.float8_products)
+        return 0
+    product_dtype = torch.float8_e4m3fn if options.float8_products else None
+    for row in examine(options.candidate, timed, device, product_dtype):
         print(json.dumps(check.as_json([row])[0]), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

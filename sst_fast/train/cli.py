@@ -168,16 +168,8 @@ def check(device: str = "auto", json: str = "") -> int:
     """
     from sst_fast import check
     from sst_fast.train.config import device_named
-    from sst_fast.train.report import versions
 
-    where = device_named(device)
-    for name, value in versions().items():
-        print(f"{name:<10} {value}")
-    print()
-    rows, missing = check.check(where, sys.stdout)
-    if json:
-        check.write(Path(json), rows, missing, versions())
-    return int(check.wrong(rows))
+    return check.run(device_named(device), Path(json) if json else None)
 
 
 def tune(
@@ -195,15 +187,10 @@ def tune(
         float8_products: allow products over a float8 queue to be rounded to float8
         device: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
     """
-    from torch import float8_e4m3fn
-
     from sst_fast import tune
     from sst_fast.train.config import device_named
 
-    timed, where = tune.timed_from(n, k, d, dtype, prototypes), device_named(device)
-    product_dtype = float8_e4m3fn if float8_products else None
-    result = tune.tune(timed, where, sys.stdout, product_dtype)
-    print(f"\n{result.chosen} is stored in {result.file}; now chosen:\n{tune.chosen_now(timed, where, product_dtype)}")
+    tune.run(tune.timed_from(n, k, d, dtype, prototypes), device_named(device), float8_products)
 
 
 def data(chosen: Any) -> None:
