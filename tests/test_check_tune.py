@@ -1,15 +1,19 @@
 """sst-fast check and tune, and what serves where a card refuses kernels: by mock backends and on the CPU."""
 
 import json
+import os
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 import sst_fast
+from bench import providers, rows
 from sst_fast import check, functional, ops, tune
 from sst_fast.backends import choose as decisions
 from sst_fast.backends import tuned
@@ -580,3 +584,65 @@ def test_where_choices_are_stored(monkeypatch, tmp_path):
 def test_bad_options_are_named(changed, message, capsys):
     assert main([*ASKED, *changed]) == 1
     assert capsys.readouterr().err.startswith(f"sst-fast tune: {message}")
+
+
+# --- bench/device_check.sh ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_extension
+def test_every_stage_of_the_device_check_runs_on_the_cpu(tmp_path):
+    """Twice: what is finished is not run again."""
+    root = Path(__file__).parent.parent
+    command = ["bash", str(root / "bench" / "device_check.sh"), "--device", "cpu", "--size", "smoke"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    (results,) = (tmp_path / "out").glob("*.json")
+    content = json.loads(results.read_text())
+    assert {row["extra_info"]["provider"] for row in content["benchmarks"]} >= {"bare products", "ours (cpu)", "eager"}
+    assert all(row["extra_info"].get("bitwise", True) for row in content["benchmarks"])
+    assert (tmp_path / "cache" / "sst-fast" / "tuned.json").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.stdout.splitlines() == [
+        f"== {stage}: done before"
+        for stage in ("build", "check", "tests", "rows", "tune", "sanitizers", "more_tests", "profiles")
+    ]
+
+
+def test_rows_go_on_where_they_were_and_a_crash_is_a_row(monkeypatch, tmp_path):
+    file, started = tmp_path / "rows.jsonl", []
+
+    def run(command, **options):
+        started.append(int(command[-1]))
+        if len(started) == 2:
+            raise subprocess.TimeoutExpired(command, 1)
+        return subprocess.CompletedProcess(command, -11 if len(started) == 1 else 0)
+
+    monkeypatch.setattr(rows.subprocess, "run", run)
+    monkeypatch.setattr(rows.timing, "bandwidth", lambda device: 1e9)
+    rows.main([str(file), "--device", "cpu", "--size", "smoke", "--within", "-1"])
+    assert started == []
+    rows.main([str(file), "--device", "cpu", "--size", "smoke"])
+    assert started == [0, 1, 2]
+    told = [row["absent"] for row in rows.read(file) if "absent" in row]
+    assert told == ["its process ended with status -11", "it was stopped after 150 s"]
+    rows.main([str(file), "--device", "cpu", "--size", "smoke"])
+    assert started == [0, 1, 2]
+
+
+@needs_extension
+def test_a_rivals_lack_of_memory_is_a_row(monkeypatch):
+    greedy = providers.Provider(
+        "greedy", lambda *_: "", lambda p, i: partial(refuse, torch.OutOfMemoryError("GPU full"))
+    )
+    wrong = providers.Provider("wrong", lambda *_: "", lambda p, i: lambda: [torch.zeros(())])
+    monkeypatch.setattr(providers, "PROVIDERS", [greedy, wrong, *providers.PROVIDERS[3:4]])
+    problem = rows.Problem(8, 64, 32, task="forward")
+    found = {row["provider"]: row for row in rows.measure(problem, CPU, "smoke", 0.0)}
+    assert found["greedy"]["absent"] == "OutOfMemoryError: GPU full"
+    assert "loss: relative error" in found["wrong"]["absent"]
+    assert found["ours (cpu)"]["bitwise"]
+    assert len(found["ours (cpu)"]["data"]) >= 3
+    assert found["bare products"]["tflops"] > 0
