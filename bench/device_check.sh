@@ -1,60 +1,135 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: builds, runs the GPU tests, looks for memory errors and races, measures beside the peers, and writes
-#   bench/results/<device>-<date>.json (the benchmarks) and .txt (what was run, and how it ended).
-# Needs no network: torch, pytest, pytest-benchmark, hypothesis are expected; wheels of peers may lie in $WHEELS.
-# SIZE=smoke|default|full and SECONDS_EACH choose how much is measured; PYTHON another Python.
+# On a machine with a GPU, most valuable first: builds for it, checks every backend, runs the GPU tests, measures beside rivals, tunes, looks
+# for memory errors and races, profiles what is slowest. Writes bench/results/<device>-<date>.json (for bench.report) and, in a
+# folder of that name, each stage's log and the rows as they come.
+#
+#   bench/device_check.sh [--device cuda|cpu] [--size smoke|default] [STAGE...]
+#
+# A stage has LIMIT seconds (480). One that is finished is not run again, and one that was cut off goes on where it can: run it again.
+# Needs torch and, for the tests, pytest; no network. PYTHON: another Python. OUT: another folder. WHEELS: wheels of peers.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-SIZE=${SIZE:-default}
-SECONDS_EACH=${SECONDS_EACH:-2}
 OUT=${OUT:-bench/results}
-mkdir -p "$OUT"
+LIMIT=${LIMIT:-480}
+DEVICE=cuda
+SIZE=default
+STAGES=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --device) DEVICE=$2; shift 2 ;;
+        --size) SIZE=$2; shift 2 ;;
+        -*) echo "device_check: unknown option $1" >&2; exit 2 ;;
+        *) STAGES+=("$1"); shift ;;
+    esac
+done
+[ ${#STAGES[@]} -gt 0 ] || STAGES=(build check tests rows tune sanitizers more_tests profiles)
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-device=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())") || {
-    echo "device_check: PyTorch finds no GPU" >&2
+name=$("$PYTHON" -c "
+import sys, torch
+from sst_fast.backends.tuned import identity
+print('-'.join(''.join(c if c.isalnum() else ' ' for c in identity(torch.device('$DEVICE'))['device'].lower()).split()))" 2> /dev/null) ||
+    name=$("$PYTHON" -c "import torch; print('-'.join(torch.cuda.get_device_name().lower().split()))") || {
+    echo "device_check: PyTorch finds no device '$DEVICE'" >&2
     exit 1
 }
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c "import torch
-major, minor = torch.cuda.get_device_capability(); print(f'{major}.{minor}' + 'a' * (major == 9))")}
-base="$OUT/$device-$(date +%F)"
-log="$base.txt"
-: > "$log"
+base="$OUT/$name-$(date +%F)"
+mkdir -p "$base"
+rows="$base/rows.jsonl"
+seconds=2
+n=1024 k=16384 d=512
+[ "$SIZE" = smoke ] && seconds=0 n=20 k=300 d=64
 failed=0
 
-step() { # name, command...
-    local name=$1 begin=$SECONDS
-    shift
-    echo "== $name: $*" | tee -a "$log"
-    if "$@" > >(tee "$base.last" | tail -n 40) 2>&1; then
-        echo "== $name: passed in $((SECONDS - begin)) s" | tee -a "$log"
-    else
-        echo "== $name: FAILED ($?) in $((SECONDS - begin)) s" | tee -a "$log"
-        tail -n 60 "$base.last" >> "$log"
-        failed=1
+# --- the stages: one function each, run in a shell of its own ---------------------------------------------------------
+
+build() {
+    if [ "$DEVICE" = cpu ]; then # what is built already serves
+        "$PYTHON" setup.py --name
+        return
     fi
-    rm -f "$base.last"
+    if [ -n "${WHEELS:-}" ]; then "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl; fi
+    TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c "import torch
+major, minor = torch.cuda.get_device_capability(); print(f'{major}.{minor}' + 'a' * (major == 9))")} \
+        SST_FAST_FORCE_CUDA=1 "$PYTHON" setup.py build_ext --inplace
+    [ -e sst_fast/kernels ] || ln -s ../kernels sst_fast/kernels
+    "$PYTHON" -c "import sst_fast; print(*sst_fast.backends('cuda').values(), sep='\n')"
 }
 
-if [ -n "${WHEELS:-}" ]; then
-    step "wheels of peers" "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
-fi
-step "build" env SST_FAST_FORCE_CUDA=1 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
-step "versions" "$PYTHON" -c "import sst_fast; from bench.conftest import about; import torch
-print(about(torch.device('cuda'))); print(*sst_fast.backends('cuda').values(), sep='\n')"
-"$PYTHON" -c "import torch; from bench.conftest import about; print(about(torch.device('cuda')))" >> "$log"
-step "GPU tests" "$PYTHON" -m pytest -q -m gpu tests
-if command -v compute-sanitizer > /dev/null; then
+check() { "$PYTHON" -m sst_fast.check --device "$DEVICE" --json "$base/check.json"; }
+
+pytest_or_not() { # a machine without pytest has no tests
+    if "$PYTHON" -c "import pytest" 2> /dev/null; then
+        "$PYTHON" -m pytest -q -p no:cacheprovider "$@"
+    else
+        echo "pytest is not installed: not run"
+    fi
+}
+
+tests() { pytest_or_not -m "gpu and not slow" tests/test_gpu.py; }
+
+more_tests() { pytest_or_not -m "gpu and slow" tests/test_gpu.py; }
+
+rows() {
+    "$PYTHON" -m bench.rows "$rows" --device "$DEVICE" --size "$SIZE" --seconds "$seconds" --within $((LIMIT * 3 / 5))
+}
+
+tune() {
+    local problem=(--n "$n" --k "$k" --d "$d" --device "$DEVICE")
+    "$PYTHON" -m sst_fast.tune "${problem[@]}" --dtype bfloat16 || return
+    [ "$SIZE" = smoke ] && return
+    "$PYTHON" -m sst_fast.tune "${problem[@]}" --dtype bfloat16 --prototypes || return
+    "$PYTHON" -m sst_fast.tune "${problem[@]}" --dtype float8_e4m3fn || return
+    "$PYTHON" -m sst_fast.tune --n 64 --k "$k" --d "$d" --device "$DEVICE" --dtype bfloat16
+}
+
+sanitizers() {
+    if [ "$DEVICE" = cpu ] || ! command -v compute-sanitizer > /dev/null; then
+        echo "compute-sanitizer is not here: the same without it"
+        "$PYTHON" -m sst_fast.check reference --device "$DEVICE" --budget 5
+        return
+    fi
+    local bad=0
     for tool in memcheck racecheck; do
-        step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -m "gpu and not slow" -k "queue or small" tests
+        for backend in hopper cuda triton; do
+            echo "$tool, $backend"
+            timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                "$PYTHON" -m sst_fast.check "$backend" --device "$DEVICE" --budget 30 || bad=1
+        done
     done
-else
-    echo "== compute-sanitizer is not installed: not run" | tee -a "$log"
-fi
-step "benchmarks" "$PYTHON" -m pytest bench -q --device cuda --size "$SIZE" --seconds "$SECONDS_EACH" \
-    --benchmark-json "$base.full"
-if [ -f "$base.full" ]; then
-    "$PYTHON" -m bench.report "$base.full" --keep "$base.json" && rm "$base.full" || failed=1
-    "$PYTHON" -m bench.report "$base.json" > "$base.md" || failed=1
-fi
+    return $bad
+}
+
+profiles() {
+    "$PYTHON" -m bench.rows "$rows" --slowest 3 --device "$DEVICE"
+}
+
+# --- running them ------------------------------------------------------------------------------------------------------
+
+export -f build check pytest_or_not tests more_tests rows tune sanitizers profiles
+export PYTHON DEVICE SIZE LIMIT base rows seconds n k d
+for stage in "${STAGES[@]}"; do
+    if ! declare -F "$stage" > /dev/null; then
+        echo "device_check: there is no stage $stage" >&2
+        exit 2
+    fi
+    if [ -e "$base/$stage.done" ]; then
+        echo "== $stage: done before"
+        continue
+    fi
+    begin=$SECONDS
+    echo "== $stage"
+    timeout --kill-after 10 "$LIMIT" bash -c "$stage" 2>&1 | tee "$base/$stage.log"
+    status=${PIPESTATUS[0]}
+    echo "== $stage: status $status after $((SECONDS - begin)) s" | tee -a "$base/summary.txt"
+    if [ "$status" = 0 ] && ! grep -q "run it again to go on" "$base/$stage.log"; then
+        touch "$base/$stage.done"
+    elif [ "$status" != 0 ]; then
+        failed=1
+    fi
+    if [ "$stage" = rows ] && [ -e "$rows" ]; then # also where the stage was cut off
+        "$PYTHON" -m bench.rows "$rows" --merge "$base.json" && "$PYTHON" -m bench.report "$base.json" > "$base.md"
+    fi
+done
 exit $failed

@@ -21,7 +21,7 @@ class Problem:
 
     Attributes:
         n, k, d: probes, queue slots, features.
-        dtype: of the products: 'float32' or 'bfloat16'.
+        dtype: of the products: 'float32', 'tf32', 'bfloat16', or 'float8_e4m3fn' (of a float8 queue, with float32 probes).
         margin: 'softmax', 'am' (0.35) or 'arc' (0.5), at scale 30.
         task: 'forward' (loss alone), 'gradient' (for the probes too), 'prototypes' (and for the prototypes, normalised inside).
         sst: the loss of Semi-Siamese Training: both directions against one queue, each with the other's features in the
@@ -46,8 +46,18 @@ class Problem:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of the products."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
+        dtype: torch.dtype = torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def probe_dtype(self) -> torch.dtype:
+        """Of the embeddings."""
+        return torch.float32 if self.torch_dtype == torch.float8_e4m3fn else self.torch_dtype
+
+    @property
+    def half(self) -> bool:
+        """Whether plain code computes it under autocast."""
+        return self.dtype == "bfloat16"
 
     @property
     def products(self) -> int:
@@ -113,7 +123,7 @@ def make(problem: Problem, device: torch.device, seed: int = 0) -> Inputs:
     needs = problem.leaves
     return Inputs(
         x.clone().requires_grad_(needs > 0), w.requires_grad_(needs > 1),
-        x.to(dtype).requires_grad_(needs > 0), w.detach().to(dtype).requires_grad_(needs > 1),
+        x.to(problem.probe_dtype).requires_grad_(needs > 0), w.detach().to(dtype).requires_grad_(needs > 1),
         target.to(device), identity.to(device), slot_identity.to(device), window,
     )  # fmt: skip
 
@@ -146,7 +156,7 @@ def compare(problem: Problem, found: list[Tensor], wanted: list[Tensor]) -> floa
     Under bfloat16 autocast plain code rounds logits of up to the scale to 8 bits, and a logit's error is its gradient's relative
     error; float32 sums of a thousand products are good to 1e-4 after the same magnification.
     """
-    tolerance = 1e-4 if problem.dtype == "float32" else SCALE * 2**-8
+    tolerance = {"float32": 1e-4, "tf32": SCALE * 2**-10}.get(problem.dtype, SCALE * 2**-8)
     names = ("loss", "gradient of the embeddings", "gradient of the prototypes")
     assert len(found) == len(wanted), f"{len(found) - 1} gradients instead of {len(wanted) - 1}"
     errors = {}

@@ -23,6 +23,7 @@ from sst_fast.functional import margin_softmax
 from sst_fast.timing import bare_products
 
 Run = Callable[[], list[Tensor]]
+NO_FLOAT8 = "no float8 queue"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def ours(backend: str) -> Provider:
 
     def why_not(problem: Problem, device: torch.device) -> str:
         asked = SelectionProblem(
-            "margin_softmax", device, problem.torch_dtype, problem.torch_dtype, problem.d, window=problem.sst,
+            "margin_softmax", device, problem.probe_dtype, problem.torch_dtype, problem.d, window=problem.sst,
             trains_prototypes=problem.task == "prototypes", normalize=problem.task == "prototypes",
         )  # fmt: skip
         reason = BACKENDS[backend].why_not(asked)
@@ -117,6 +118,8 @@ def written_out(name: str, compiled: bool) -> Provider:
     """Eager PyTorch, under autocast for half precision; or the same under torch.compile."""
 
     def why_not(problem: Problem, device: torch.device) -> str:
+        if problem.dtype == "float8_e4m3fn":
+            return NO_FLOAT8
         if problem.n * problem.k * 4 > 2**32:
             return "its logits take more than 4 GiB"
         return "torch.compile of very large logits" if compiled and problem.n * problem.k > 2**28 else ""
@@ -129,8 +132,7 @@ def written_out(name: str, compiled: bool) -> Provider:
             function = torch.compile(as_the_authors)
 
         def run() -> list[Tensor]:
-            half = problem.dtype != "float32"
-            with torch.autocast(inputs.x.device.type, problem.torch_dtype, enabled=half):
+            with torch.autocast(inputs.x.device.type, torch.bfloat16, enabled=problem.half):
                 loss = function(problem, inputs, inputs.x, inputs.w)
             return finish(loss, leaves)
 
@@ -145,8 +147,7 @@ def partial_fc(problem: Problem, inputs: Inputs) -> Run:
     margin = MARGINS[problem.margin]
 
     def run() -> list[Tensor]:
-        half = problem.dtype != "float32"
-        with torch.autocast(inputs.x.device.type, problem.torch_dtype, enabled=half):
+        with torch.autocast(inputs.x.device.type, torch.bfloat16, enabled=problem.half):
             logits = F.linear(F.normalize(inputs.x), F.normalize(inputs.w)).clamp(-1, 1)
         logits = logits.float()
         with torch.no_grad():
@@ -166,6 +167,8 @@ def only_plain(
     """What most libraries can do: no window, no masks, few margins."""
 
     def why_not(problem: Problem, device: torch.device) -> str:
+        if problem.dtype == "float8_e4m3fn":
+            return NO_FLOAT8
         if problem.sst:
             return "no batch window, no masks"
         if problem.margin not in margins:
@@ -276,8 +279,7 @@ def metric_learning_head(problem: Problem, inputs: Inputs) -> Run:
     head.W.requires_grad_(problem.leaves > 1)
 
     def run() -> list[Tensor]:
-        half = problem.dtype != "float32"
-        with torch.autocast(inputs.x.device.type, problem.torch_dtype, enabled=half):
+        with torch.autocast(inputs.x.device.type, torch.bfloat16, enabled=problem.half):
             loss = head(inputs.x, inputs.target)
         found = finish(loss, [inputs.x, head.W][: problem.leaves])
         return found[:2] + [g.T for g in found[2:]]
@@ -352,7 +354,7 @@ def quack(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
 
 def half_only(rest: Callable[[Problem, torch.device], str]) -> Callable[[Problem, torch.device], str]:
     """Kernels for half precision."""
-    return lambda problem, device: "half precision only" if problem.dtype == "float32" else rest(problem, device)
+    return lambda problem, device: rest(problem, device) if problem.half else "half precision only"
 
 
 WITH_GRADIENT = ("gradient", "prototypes")  # of those that cannot leave it out
@@ -360,7 +362,7 @@ HEADS = only_plain(("am", "arc"))
 SOFTMAX = only_plain(("softmax",))
 
 PROVIDERS: list[Provider] = [
-    *(ours(backend) for backend in ("cpu", "cuda", "triton", "reference")),
+    *(ours(backend) for backend in BACKENDS),
     written_out("eager", compiled=False),
     written_out("torch.compile", compiled=True),
     Provider("torch linear_cross_entropy", torch_has("linear_cross_entropy"), linear_loss(torch_linear)),

@@ -9,6 +9,7 @@ A difference is allowed as far as the rounding of what is multiplied explains it
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -26,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sst_fast import reference
 from sst_fast.arguments import Arguments, Window
+from sst_fast.backends import tuned
 from sst_fast.backends.backend import Problem
 from sst_fast.backends.choose import BACKENDS, NO_DEVICE
 from sst_fast.functional import margin_softmax
@@ -496,14 +498,14 @@ def _one_line(error: BaseException) -> str:
 
 def command(backend: str, device: torch.device) -> list[str]:
     """What examines one backend in a process of its own; rows come as lines of JSON."""
-    return [sys.executable, "-m", "sst_fast.check", backend, str(device)]
+    return [sys.executable, "-m", "sst_fast.check", backend, "--device", str(device)]
 
 
-def isolated(backend: str, device: torch.device, patience: float = BUDGET + PATIENCE) -> Iterator[Row]:
-    """:func:`examine` in a process of its own, which is stopped after ``patience`` seconds; if it ended badly, how is a row."""
+def isolated(backend: str, command: Sequence[str], patience: float = BUDGET + PATIENCE) -> Iterator[Row]:
+    """Rows that ``command`` prints, which is stopped after ``patience`` seconds; if it ended badly, how is one more row."""
     rows: list[Row] = []
     try:
-        finished = subprocess.run(command(backend, device), capture_output=True, text=True, timeout=patience)
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=patience)
         text, errors = finished.stdout, finished.stderr
         end = "" if finished.returncode == 0 else f"its process ended with status {finished.returncode}"
         if finished.returncode < 0:
@@ -551,13 +553,13 @@ def check(device: torch.device, out: TextIO) -> tuple[list[Row], dict[str, str]]
     """
     missing = absent(device)
     rows: list[Row] = []
-    print(_line("backend", "problem", "result", "largest difference", "bound", "launches", "ms", "bare ms"), file=out)
+    print(heading(), file=out)
     for name in BACKENDS:
         if name in missing:
             continue
-        for row in isolated(name, device):
+        for row in isolated(name, command(name, device)):
             rows.append(row)
-            print(_shown(row), file=out, flush=True)
+            print(shown(row), file=out, flush=True)
     print(file=out)
     for line in summary(rows, missing):
         print(line, file=out)
@@ -611,7 +613,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
-def _shown(row: Row) -> str:
+def heading() -> str:
+    """The line above the rows."""
+    return _line("backend", "problem", "result", "largest difference", "bound", "launches", "ms", "bare ms")
+
+
+def shown(row: Row) -> str:
+    """A row as a line of the table."""
     difference = f"{_number(row.difference)} {row.output}" if row.difference is not None else row.note[:40]
     times = ("" if value is None else f"{value:.3g}" for value in (row.milliseconds, row.bare))
     number = "" if row.launches is None else str(row.launches)
@@ -623,12 +631,36 @@ def _line(*cells: str) -> str:
     return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
-def main(arguments: Sequence[str]) -> None:
-    """One backend on one device: rows as lines of JSON, each as it is found."""
-    name, device = arguments
-    for row in examine(name, torch.device(device)):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m sst_fast.check``: what ``sst-fast check`` does, without the command line's extra; or one backend alone, its rows
+    as lines of JSON, each as it is found."""
+    parser = argparse.ArgumentParser(
+        description="Compare backends with the reference, and their time with bare products."
+    )
+    parser.add_argument("backend", nargs="?", choices=tuple(BACKENDS), help="this one alone, in this process")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, help="seconds after which a backend begins no further problem"
+    )
+    parser.add_argument("--json", type=Path, help="a file for the rows")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if options.backend is None:
+        return run(device, options.json)
+    for row in examine(options.backend, device, options.budget):
         print(json.dumps(as_json([row])[0]), flush=True)
+    return 0
+
+
+def run(device: torch.device, file: Path | None) -> int:
+    """Checks, prints, writes ``file``; the exit status: 1 if something is wrong."""
+    about = tuned.identity(device)
+    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
+    rows, missing = check(device, sys.stdout)
+    if file is not None:
+        write(file, rows, missing, about)
+    return int(wrong(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -1,19 +1,26 @@
 """sst-fast check and tune, and what serves where a card refuses kernels: by mock backends and on the CPU."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 import sst_fast
-from sst_fast import check, functional, ops
+from bench import providers, rows
+from sst_fast import check, functional, ops, tune
 from sst_fast.backends import choose as decisions
-from sst_fast.backends.backend import Backend
+from sst_fast.backends import tuned
+from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.extension import compiled
 from sst_fast.functional import margin_softmax
+from sst_fast.train.cli import main
 
 CPU = torch.device("cpu")
 
@@ -346,11 +353,8 @@ print("CUDA error: an illegal memory access was encountered", file=sys.stderr, f
         ("time.sleep(60)", "was stopped after"),
     ],
 )
-def test_a_crash_is_a_row_and_keeps_what_was_found(monkeypatch, end, said):
-    import sys
-
-    monkeypatch.setattr(check, "command", lambda backend, device: [sys.executable, "-c", CRASHES % end])
-    rows = list(check.isolated("reference", CPU, patience=60.0 if "sleep" not in end else 2.0))
+def test_a_crash_is_a_row_and_keeps_what_was_found(end, said):
+    rows = list(check.isolated("reference", [sys.executable, "-c", CRASHES % end], 60.0 if "sleep" not in end else 2.0))
     assert [row.verdict for row in rows] == ["right", "failed"]
     assert said in rows[1].note
     assert rows[1].problem == "after 'first'"
@@ -358,16 +362,23 @@ def test_a_crash_is_a_row_and_keeps_what_was_found(monkeypatch, end, said):
     assert check.wrong(rows)
 
 
-def in_process(backend, device, patience=0.0):
-    """As :func:`check.isolated`, through the same lines of JSON."""
-    for row in check.examine(backend, device):
-        yield check.Row(**json.loads(json.dumps(check.as_json([row])[0])))
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """What runs in processes of their own runs in this one, through the same lines of JSON."""
+
+    def isolated(backend, command, patience=0.0):
+        assert command[:2] == [sys.executable, "-m"]
+        before = capsys.readouterr().out
+        {"sst_fast.check": check, "sst_fast.tune": tune}[command[2]].main(command[3:])
+        lines = capsys.readouterr().out
+        print(before, end="")
+        for line in lines.splitlines():
+            yield check.Row(**json.loads(line))
+
+    monkeypatch.setattr(check, "isolated", isolated)
 
 
-def test_command_line(short, monkeypatch, tmp_path, capsys):
-    from sst_fast.train.cli import main
-
-    monkeypatch.setattr(check, "isolated", in_process)
+def test_command_line(short, in_process, monkeypatch, tmp_path, capsys):
     file = tmp_path / "check.json"
     assert main(["check", "--device", "cpu", "--json", str(file)]) == 0
     told = capsys.readouterr().out
@@ -375,7 +386,7 @@ def test_command_line(short, monkeypatch, tmp_path, capsys):
     assert "hopper: not here: " in told
     content = json.loads(file.read_text())
     assert {row["verdict"] for row in content["rows"]} == {"right"}
-    assert "PyTorch" in content["about"]
+    assert content["about"]["torch"] == torch.__version__
     real = check.compare
     monkeypatch.setattr(check, "compare", lambda *a: replace(real(*a), verdict="wrong"))
     assert main(["check", "--device", "cpu"]) == 1
@@ -387,6 +398,251 @@ def test_command_line(short, monkeypatch, tmp_path, capsys):
 
 
 def test_one_backend_by_its_own_process_prints_lines(short, capsys):
-    check.main(["reference", "cpu"])
+    assert check.main(["reference", "--device", "cpu"]) == 0
     rows = [check.Row(**json.loads(line)) for line in capsys.readouterr().out.splitlines()]
     assert [row.verdict for row in rows] == ["right"] * 8
+
+
+# --- sst-fast tune -----------------------------------------------------------------------------------------------------
+
+ASKED = ["tune", "--n", "20", "--k", "300", "--d", "64", "--dtype", "float32", "--device", "cpu"]
+LIKE_IT = Problem("margin_softmax", CPU, dim=64, probes=32, slots=512)
+
+
+def loss_like_it(n=20, k=300, d=64, **options):
+    example = check.make(n, k, d, masks=False).to(torch.float32)
+    return margin_softmax(example.embedding.requires_grad_(), example.prototypes, example.target, **options)
+
+
+@needs_extension
+def test_the_fastest_right_backend_is_stored_and_chosen(in_process, monkeypatch, capsys):
+    seconds = {"cpu": 2e-3, "reference": 1e-3}
+    monkeypatch.setattr(
+        check, "measure", lambda timed, names, *rest: {names[0]: seconds[names[0]], "bare products": 1e-4}
+    )
+    assert main(ASKED) == 0
+    told = capsys.readouterr().out
+    assert f"reference is stored in {tuned.file()}" in told
+    assert "reference (the fastest that sst-fast tune has measured here)" in told
+    for window in (False, True):
+        assert decisions.choose(LIKE_IT._replace(window=window)) == "reference"
+    assert (
+        decisions.choose(LIKE_IT._replace(probes=0, slots=0)) == "reference"
+    )  # sizes are not known, all entries agree
+    for other in ({"slots": 1024}, {"probes": 64}, {"dim": 63}, {"queue_dtype": torch.float16}, {"smooths": True}):
+        assert decisions.choose(LIKE_IT._replace(**other)) == "cpu", other
+    assert decisions.choose(LIKE_IT, "cpu") == "cpu"
+    monkeypatch.setenv("SST_FAST_TUNE", "0")
+    assert decisions.choose(LIKE_IT) == "reference"  # it was read when the first decision was made
+    decisions.forget()
+    assert decisions.choose(LIKE_IT) == "cpu"
+    monkeypatch.delenv("SST_FAST_TUNE")
+    seconds["reference"] = 3e-3
+    assert main(ASKED) == 0
+    assert decisions.choose(LIKE_IT) == "cpu"
+    assert len(json.loads(tuned.file().read_text())["choices"]) == 2  # the earlier ones were replaced
+
+
+@needs_extension
+def test_what_is_stored_is_what_runs(monkeypatch):
+    tuned.store(LIKE_IT, "reference", {})
+    ran = []
+    real = functional._run
+    monkeypatch.setattr(functional, "_run", lambda a, name, trains: ran.append(name) or real(a, name, trains))
+    loss_like_it()
+    loss_like_it(40)
+    assert ran == ["reference", "cpu"]
+
+
+@needs_extension
+def test_it_is_measured_on_the_cpu(in_process, capsys):
+    assert main([*ASKED, "--prototypes", "true"]) == 0
+    told = capsys.readouterr().out
+    assert "cpu" in told
+    assert "triton  " not in told.partition("now chosen")[0]
+    entry = json.loads(tuned.file().read_text())["choices"]
+    assert len(entry) == 1
+    assert set(entry[0]["seconds"]) == {"cpu", "reference"}
+    assert all(0 < value < 10 for value in entry[0]["seconds"].values())
+
+
+@needs_extension
+def test_what_is_wrong_is_never_chosen_however_fast(bent, in_process, monkeypatch, capsys):
+    bent(3, lambda t: t - 0.1)
+    monkeypatch.setattr(decisions.BACKENDS["mock"], "launches", False)  # as on a GPU
+    monkeypatch.setattr(check, "measure", lambda timed, names, *rest: {names[0]: 1e-3, "bare products": 1e-4})
+    monkeypatch.setattr(tune, "BACKENDS", decisions.BACKENDS)
+    assert "mock" in tune.candidates(tune.timed_from(20, 300, 64, "float32", False), CPU)
+    assert main(ASKED) == 0
+    assert decisions.choose(LIKE_IT) == "cpu"
+    assert "mock" not in json.loads(tuned.file().read_text())["choices"][0]["seconds"]
+
+
+@needs_extension
+def test_a_backend_on_request_is_chosen_once_it_was_stored(mock):
+    mock(volunteer=False)
+    assert decisions.choose(LIKE_IT) == "cpu"
+    tuned.store(LIKE_IT, "mock", {"mock": 1e-3})
+    decisions.forget()
+    assert decisions.choose(LIKE_IT) == "mock"
+    assert torch.equal(loss_like_it(), loss_like_it(backend="cpu"))
+
+
+@needs_extension
+def test_a_stored_backend_that_is_refused_hands_on(mock):
+    mock(partial(refuse, OutOfResources()), volunteer=False)
+    tuned.store(LIKE_IT, "mock", {"mock": 1e-3})
+    with pytest.warns(RuntimeWarning, match="by 'mock' does not run on"):
+        loss_like_it()
+    assert decisions.choose(LIKE_IT) == "cpu"
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "3",
+        '{"format": 0, "choices": []}',
+        '{"format": 1, "choices": [{}]}',
+        '{"format": 1, "choices": [7]}',
+        "\x00",
+    ],
+)
+def test_a_damaged_file_is_ignored_with_one_warning(text):
+    tuned.file().parent.mkdir(parents=True)
+    tuned.file().write_text(text)
+    with pytest.warns(RuntimeWarning, match="the stored choices cannot be used and are ignored") as told:
+        loss_like_it()
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_like_it()
+        loss_like_it(90, 40)
+        tuned.store(LIKE_IT, "reference", {})
+        decisions.forget()
+        assert decisions.choose(LIKE_IT) == "reference"
+
+
+@needs_extension
+@pytest.mark.parametrize("changed", ["device", "capability", "torch", "triton", "sst_fast", "backend"])
+def test_a_choice_holds_for_its_device_and_versions_alone(changed):
+    tuned.store(LIKE_IT, "reference", {})
+    content = json.loads(tuned.file().read_text())
+    entry = content["choices"][0]
+    (entry if changed == "backend" else entry["made_for"])[changed] = "another"
+    tuned.file().write_text(json.dumps(content))
+    decisions.forget()
+    assert decisions.choose(LIKE_IT) == "cpu"
+
+
+@needs_extension
+def test_no_file_is_looked_at_once_a_decision_was_made(monkeypatch):
+    loss_like_it()
+    monkeypatch.setattr(tuned, "file", partial(refuse, AssertionError("a file is looked at")))
+    loss_like_it()
+    loss_like_it(90, 40)
+
+
+@needs_extension
+def test_a_compiled_graph_takes_the_stored_choice():
+    tuned.store(LIKE_IT, "reference", {})
+    decisions.forget()
+    kernels = []
+
+    def seen(graph, inputs):
+        kernels.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    example = check.make(20, 300, 64, masks=False).to(torch.float32)
+    torch.compiler.reset()
+    torch.compile(margin_softmax, backend=seen, fullgraph=True)(example.embedding, example.prototypes, example.target)
+    assert kernels
+    assert not any("sst_fast" in name for name in kernels)
+
+
+def test_where_choices_are_stored(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert tuned.file() == tmp_path / ".cache" / "sst-fast" / "tuned.json"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert tuned.file() == tmp_path / "Library" / "Caches" / "sst-fast" / "tuned.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert tuned.file() == tmp_path / "x" / "sst-fast" / "tuned.json"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--n", "0"], "n must be an integer >= 1, got 0"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--dtype", "float8_e4m3fn", "--prototypes", "true"], "prototypes in float8_e4m3fn are frozen"),
+    ],
+)
+def test_bad_options_are_named(changed, message, capsys):
+    assert main([*ASKED, *changed]) == 1
+    assert capsys.readouterr().err.startswith(f"sst-fast tune: {message}")
+
+
+# --- bench/device_check.sh ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_extension
+def test_every_stage_of_the_device_check_runs_on_the_cpu(tmp_path):
+    """Twice: what is finished is not run again."""
+    root = Path(__file__).parent.parent
+    command = ["bash", str(root / "bench" / "device_check.sh"), "--device", "cpu", "--size", "smoke"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    (results,) = (tmp_path / "out").glob("*.json")
+    content = json.loads(results.read_text())
+    assert {row["extra_info"]["provider"] for row in content["benchmarks"]} >= {"bare products", "ours (cpu)", "eager"}
+    assert all(row["extra_info"].get("bitwise", True) for row in content["benchmarks"])
+    assert (tmp_path / "cache" / "sst-fast" / "tuned.json").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.stdout.splitlines() == [
+        f"== {stage}: done before"
+        for stage in ("build", "check", "tests", "rows", "tune", "sanitizers", "more_tests", "profiles")
+    ]
+
+
+def test_rows_go_on_where_they_were_and_a_crash_is_a_row(monkeypatch, tmp_path):
+    file, started = tmp_path / "rows.jsonl", []
+
+    def run(command, **options):
+        started.append(int(command[-1]))
+        if len(started) == 2:
+            raise subprocess.TimeoutExpired(command, 1)
+        return subprocess.CompletedProcess(command, -11 if len(started) == 1 else 0)
+
+    monkeypatch.setattr(rows.subprocess, "run", run)
+    monkeypatch.setattr(rows.timing, "bandwidth", lambda device: 1e9)
+    rows.main([str(file), "--device", "cpu", "--size", "smoke", "--within", "-1"])
+    assert started == []
+    rows.main([str(file), "--device", "cpu", "--size", "smoke"])
+    assert started == [0, 1, 2]
+    told = [row["absent"] for row in rows.read(file) if "absent" in row]
+    assert told == ["its process ended with status -11", "it was stopped after 150 s"]
+    rows.main([str(file), "--device", "cpu", "--size", "smoke"])
+    assert started == [0, 1, 2]
+
+
+@needs_extension
+def test_a_rivals_lack_of_memory_is_a_row(monkeypatch):
+    greedy = providers.Provider(
+        "greedy", lambda *_: "", lambda p, i: partial(refuse, torch.OutOfMemoryError("GPU full"))
+    )
+    wrong = providers.Provider("wrong", lambda *_: "", lambda p, i: lambda: [torch.zeros(())])
+    monkeypatch.setattr(providers, "PROVIDERS", [greedy, wrong, *providers.PROVIDERS[3:4]])
+    problem = rows.Problem(8, 64, 32, task="forward")
+    found = {row["provider"]: row for row in rows.measure(problem, CPU, "smoke", 0.0)}
+    assert found["greedy"]["absent"] == "OutOfMemoryError: GPU full"
+    assert "loss: relative error" in found["wrong"]["absent"]
+    assert found["ours (cpu)"]["bitwise"]
+    assert len(found["ours (cpu)"]["data"]) >= 3
+    assert found["bare products"]["tflops"] > 0

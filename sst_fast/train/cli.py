@@ -1,4 +1,4 @@
-"""The command ``sst-fast``: train, eval, embed, export, demo, info, check. Settings come from a YAML or TOML file plus overrides.
+"""The command ``sst-fast``: train, eval, embed, export, demo, info, check, tune. Settings come from a YAML or TOML file plus overrides.
 
 A command is a function in COMMANDS: its parameters and their description in its docstring are its options, but for
 ``train`` and ``demo``, whose options are the fields of a dataclass.
@@ -168,16 +168,29 @@ def check(device: str = "auto", json: str = "") -> int:
     """
     from sst_fast import check
     from sst_fast.train.config import device_named
-    from sst_fast.train.report import versions
 
-    where = device_named(device)
-    for name, value in versions().items():
-        print(f"{name:<10} {value}")
-    print()
-    rows, missing = check.check(where, sys.stdout)
-    if json:
-        check.write(Path(json), rows, missing, versions())
-    return int(check.wrong(rows))
+    return check.run(device_named(device), Path(json) if json else None)
+
+
+def tune(
+    n: int, k: int, d: int = 512, dtype: str = "bfloat16", prototypes: bool = False, float8_products: bool = False,
+    device: str = "auto",
+) -> None:  # fmt: skip
+    """Measure every backend that can compute a loss of your size, and remember the fastest that is right.
+
+    Args:
+        n: probes of a batch; in Semi-Siamese Training both images of each identity count
+        k: slots of the queue, or classes
+        d: features of an embedding
+        dtype: of the queue or the prototypes
+        prototypes: train the prototypes too, normalised inside
+        float8_products: allow products over a float8 queue to be rounded to float8
+        device: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
+    """
+    from sst_fast import tune
+    from sst_fast.train.config import device_named
+
+    tune.run(tune.timed_from(n, k, d, dtype, prototypes), device_named(device), float8_products)
 
 
 def data(chosen: Any) -> None:
@@ -190,7 +203,7 @@ def data(chosen: Any) -> None:
 # What a command returns, if anything, is its exit status.
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train, "eval": evaluate, "embed": embed, "export": export, "data": data, "demo": demo, "info": info,
-    "check": check,
+    "check": check, "tune": tune,
 }  # fmt: skip
 
 
@@ -287,7 +300,7 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
             )
             sub.add_class_arguments(Options)
         elif name != "data":
-            sub.add_function_arguments(function, as_positional=True)
+            sub.add_function_arguments(function, as_positional=name != "tune")
         commands.add_subcommand(name, sub, help=summary)
         if name == "data":  # a parser's own sub-commands come after it has become one
             data_commands.add(sub, parser_of)
