@@ -274,7 +274,7 @@ def differences(
             if not torch.equal(mine[counted] < 0, right[counted] < 0) or bool((mine[there] >= k).any()):
                 result[name] = (math.inf, 0.0)
                 continue
-            rows = reference.target_rows(replace(example, positive=None), mine.clamp_min(0))
+            rows = reference.target_rows(replace(example, positive=None), unit, mine.clamp_min(0))
             lacks = exact["hardest cosine"] - (unit * rows).sum(1)
             result[name] = (float(lacks[there].abs().max()) if bool(there.any()) else 0.0, 2 * u)
         elif name == "beats target":
