@@ -12,8 +12,15 @@ import os
 import subprocess
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones fail on pyproject.toml's licence, and do not say why
+    raise SystemExit(
+        f"sst-fast: building needs setuptools 77 or newer, this is {setuptools.__version__}; "
+        "pip install --upgrade setuptools"
+    )
+
 import torch
-from setuptools import setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
@@ -130,4 +137,4 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 CUDA_WANTED, REASON = with_cuda()
-setup(ext_modules=[extension(CUDA_WANTED)], cmdclass={"build_ext": BuildExtension})
+setuptools.setup(ext_modules=[extension(CUDA_WANTED)], cmdclass={"build_ext": BuildExtension})

@@ -154,6 +154,9 @@ class SemiSiameseLoss(nn.Module):
         group: the process group; default: all processes.
         backend: force an implementation of the loss, see :func:`sst_fast.backends`.
 
+    A shard is in no other rank's state dict: where one file is written for all ranks (torch.distributed.checkpoint, safetensors),
+    save ``queue.state_dict()`` under a name of each rank's own as well.
+
     After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the 2B probes; of one shard with
     ``shard``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -141,13 +142,14 @@ class SemiSiamese(nn.Module):
         self.updates += 1
         self.turn = self.updates % len(self.galleries)
 
-    def get_extra_state(self) -> dict[str, int]:
-        """The number of updates."""
-        return {"updates": self.updates}
+    def get_extra_state(self) -> Tensor:
+        """The number of updates, int64 []. A tensor, since safetensors stores nothing else, and torch.distributed.checkpoint
+        loads into the tensors that it finds in a state dict."""
+        return torch.tensor(self.updates)
 
-    def set_extra_state(self, state: Any) -> None:
-        """Restores :meth:`get_extra_state`."""
-        self.updates = int(state["updates"])
+    def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
+        """Restores :meth:`get_extra_state`; also as older checkpoints hold it, {"updates": n}."""
+        self.updates = int(state["updates"] if isinstance(state, Mapping) else state)
         self.turn = self.updates % len(self.galleries)
 
 

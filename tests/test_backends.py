@@ -1,8 +1,10 @@
 """Which implementation runs: what is reported, what can be forced, and life without the extension."""
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from sst_fast.arguments import INTEGERS, NUMBERS, TENSORS
 from sst_fast.backends import choose as decisions
 from sst_fast.backends.backend import Problem
 from sst_fast.backends.choose import OPERATIONS, choose
-from sst_fast.backends.extension import compiled
+from sst_fast.backends.extension import compiled, explain
 from sst_fast.functional import margin_softmax
 
 CPU = torch.device("cpu")
@@ -140,7 +142,70 @@ print(len(queue), sst_fast.backends("cpu")["margin_softmax"].chosen, loss.isfini
     done = run(f"-c\0{code}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["6", "reference", "True"]
-    assert done.stderr.count("cannot be imported") == 1
+    assert done.stderr.count("plain PyTorch serves, slower") == 1
+
+
+SUFFIX = EXTENSION_SUFFIXES[0]
+MISSING = ImportError("cannot import name '_C' from partially initialized module 'sst_fast' (most likely due to a circular import)")  # fmt: skip
+SYMBOL = ImportError(f"/x/sst_fast/_C{SUFFIX}: undefined symbol: _ZN3c106detail14torchCheckFail")
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "says"),
+    [
+        ([], MISSING, ["installed without its extension", "no C++ compiler", "SST_FAST_REQUIRE_EXTENSION=1 pip install"]),
+        ([f"here/sst_fast/_C{SUFFIX}"], SYMBOL, ["built for another PyTorch", torch.__version__, "pip install"]),
+        (["here/sst_fast/_C.cpython-27-sparc.so"], MISSING, ["built for another Python (_C.cpython-27-sparc.so)", "pip install"]),
+        (["here/csrc/ops.h"], MISSING, ["source folder", "has not been built. Build it here: pip install"]),
+        (["here/csrc/ops.h", f"site/sst_fast/_C{SUFFIX}"], MISSING, ["hides the one installed in", "Start Python in another folder"]),
+    ],
+    ids=["no compiler", "another torch", "another Python", "a checkout", "a checkout beside an installed package"],
+)  # fmt: skip
+def test_a_missing_extension_is_explained(tmp_path, files, error, says):
+    (tmp_path / "here" / "sst_fast").mkdir(parents=True)
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    said = explain(error, tmp_path / "here" / "sst_fast", ["", str(tmp_path / "here"), str(tmp_path / "site")])
+    assert all(part in said for part in says), said
+    assert "circular" not in said
+    assert "_ZN" not in said
+
+
+# An editable installation would lend its own extension.
+WITHOUT_EDITABLE = (
+    "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]"
+)
+
+
+def test_a_checkout_beside_an_installed_package_says_so(tmp_path):
+    """Python itself, started in a copy of the sources."""
+    root = Path(__file__).parent.parent
+    shutil.copytree(
+        root / "sst_fast", tmp_path / "sst_fast", ignore=shutil.ignore_patterns("_C.*", "__pycache__", "kernels")
+    )
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "site" / "sst_fast").mkdir(parents=True)
+    (tmp_path / "site" / "sst_fast" / f"_C{SUFFIX}").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", f"{WITHOUT_EDITABLE}; import sst_fast; print(sst_fast.__file__)"], cwd=tmp_path, capture_output=True, text=True,
+        check=True, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )  # fmt: skip
+    assert done.stdout.startswith(str(tmp_path / "sst_fast"))
+    assert f"it hides the one installed in {tmp_path / 'site'}" in done.stderr
+
+
+def test_an_old_setuptools_is_named(tmp_path):
+    """Before anything else is imported; newer ones read pyproject.toml as it is."""
+    (tmp_path / "setuptools.py").write_text("__version__ = '68.1.2.post0'\n")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent.parent / "setup.py", "--version"], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == (
+        "sst-fast: building needs setuptools 77 or newer, this is 68.1.2.post0; pip install --upgrade setuptools\n"
+    )
 
 
 @pytest.mark.skipif(compiled is None, reason="the extension was not built")

@@ -428,7 +428,7 @@ def check(case: Case, backend: str) -> None:
         "embedding.grad",
     )
     slope = 1 / truth.sine.clamp(MIN_NORM, 1)
-    sure = good | (truth.weight == 0)
+    sure = good | truth.ignored | (truth.counts & (truth.weight == 0))
     if case.trains and sure.all():
         norms = truth.prototype_norm if options["normalize_prototypes"] else torch.ones_like(truth.prototype_norm)
         inverse = torch.where(norms < MIN_NORM, 0, 1 / norms)
