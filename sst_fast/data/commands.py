@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sst_fast.data.convert import Format, convert
 from sst_fast.data.formats import faces
+from sst_fast.data.glyphs import glyphs
 from sst_fast.data.identities import Faces, flat
 from sst_fast.data.images import FORMATS, DataError, decode, printable
 from sst_fast.data.pairs import OnError, Unreadable
@@ -78,7 +79,7 @@ def change(root: str, out: str, format: Format = "auto", on_error: OnError = "st
     write(faces(root), out, format, on_error)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"info": info, "shallow": shallow, "convert": change}
+COMMANDS: dict[str, Callable[..., None]] = {"info": info, "shallow": shallow, "convert": change, "glyphs": glyphs}
 
 
 def add(parser: Any, parser_of: Callable[[str], Any]) -> None:
