@@ -94,16 +94,19 @@ def add(parser: Any, parser_of: Callable[[str], Any]) -> None:
 
 def run(chosen: Any) -> None:
     """What the parsed command asks for."""
-    COMMANDS[chosen.action](**chosen[chosen.action].as_dict())
+    options = chosen[chosen.action].as_dict()
+    try:
+        COMMANDS[chosen.action](**options)
+    except KeyboardInterrupt:
+        if "out" not in options:
+            raise
+        raise Interrupted(f"interrupted; nothing has been written to {printable(options['out'])}") from None
 
 
 def write(found: Faces, out: str, format: Format, on_error: OnError) -> None:
     """Converts and prints how much."""
     skipped = Unreadable(f"{out}.unreadable.txt") if on_error == "skip" else None
-    try:
-        count = convert(found, out, format, skipped)
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; nothing has been written to {printable(out)}") from None
+    count = convert(found, out, format, skipped)
     print(f"{count:,} images in {printable(out)}")
     if skipped:
         print(f"{len(skipped):,} images could not be read and were skipped: {printable(skipped.path)}")

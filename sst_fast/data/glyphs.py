@@ -7,6 +7,7 @@ import logging
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,12 +157,17 @@ def _features(face: Typeface, characters: Sequence[str], size: int = 32) -> NDAr
 
 def distinct(faces: Sequence[Typeface], characters: Sequence[str], similar: float, seed: int) -> list[Typeface]:
     """Those typefaces whose drawings correlate by less than ``similar``, on average over characters that both have, with each
-    that comes before and is kept."""
+    that comes before and is kept.
+
+    Left out are also fonts that have only one sign for all characters (as Last Resort), and those that cannot be drawn.
+    """
     probes = random.Random(f"{seed}/probes").sample(sorted(characters), min(PROBES, len(characters)))
     kept: list[Typeface] = []
     seen: list[NDArray[np.float32]] = []
     for face in tqdm(faces, desc="compare", unit="typeface", leave=False, delay=1):
         mine = _features(face, probes)
+        if len({row.tobytes() for row in mine if row.any()}) < COVERAGE * len(probes):
+            continue
         for other in seen:
             both = (mine.any(1) & other.any(1)).sum()
             if both and float((mine * other).sum()) / both >= similar:
@@ -276,11 +282,13 @@ def _split(
 
 
 def _write(folder: Path, face: Typeface, characters: Sequence[str], size: int) -> None:
-    """One typeface's drawings, each in its character's folder."""
+    """One typeface's drawings, each in its character's folder; none that it has for several characters: that is its sign for
+    what it lacks, or the characters cannot be told apart."""
     font = face.font(size)
-    for character in characters:
-        image = draw(font, character, size) if character in face.characters else None
-        if image is not None:
+    drawn = {c: image for c in characters if c in face.characters and (image := draw(font, c, size))}
+    counts = Counter(image.tobytes() for image in drawn.values())
+    for character, image in drawn.items():
+        if counts[image.tobytes()] == 1:
             identity = folder / f"U+{ord(character):04X}"
             identity.mkdir(parents=True, exist_ok=True)
             image.save(identity / f"{face.name}.png", compress_level=1)
