@@ -26,14 +26,22 @@ RESULTS = Path("bench/results")
 def main(arguments: Sequence[str] | None = None) -> int:
     """One line on stderr for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m bench.claims", description=__doc__)
-    parser.add_argument("--data", default="", help="folder with train/ and test/; by default kanji, drawn into runs/claims")
+    parser.add_argument(
+        "--data", default="", help="folder with train/ and test/; by default kanji, drawn into runs/claims"
+    )
     parser.add_argument("--name", default="kanji", help="of the data set in results and in docs/claim.md")
     parser.add_argument("--out", type=Path, help="file of results, by default bench/results/claims-NAME.jsonl")
     parser.add_argument("--part", default="1/1", help="I/N: every Nth run of a stage, into a file of its own")
-    parser.add_argument("--config", type=Path, help="by default bench/claims/claims.toml")
-    parser.add_argument("--quick", action="store_true", help="both methods with AM-softmax, untuned, in about 10 minutes")
-    parser.add_argument("--list", action="store_true", help="tell the stages and how much of each is done, train nothing")
-    parser.add_argument("--report", type=Path, metavar="PAGE", help="write tables and figures into this page, train nothing")
+    parser.add_argument("--config", type=Path, help="by default bench/claims/claims.yaml")
+    parser.add_argument(
+        "--quick", action="store_true", help="both methods with AM-softmax by known settings, about 10 minutes"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="tell the stages and how much of each is done, train nothing"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="PAGE", help="write tables and figures into this page, train nothing"
+    )
     options = parser.parse_args(arguments)
     try:
         run(options)
@@ -48,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """What the options ask for."""
-    config = grid.read_config(options.config)
-    protocol, part = grid.digest(config), part_of(options.part)
+    config = grid.of_set(grid.read_config(options.config), options.name)
+    protocol, part = grid.digest(config, options.name), part_of(options.part)
     name = "claims-quick" if options.quick else "claims"
     out = options.out or RESULTS / f"{name}-{options.name}.jsonl"
     if options.report:
-        report.write(options.report, sorted(RESULTS.glob("claims-*.jsonl")) if options.out is None else [out], config)
+        files = sorted(RESULTS.glob("claims-*.jsonl")) if options.out is None else [out]
+        report.write(options.report, files, grid.read_config(options.config))
         print(options.report)
         return
     mine = out if part[1] == 1 else out.with_suffix(f".{part[0]}of{part[1]}.jsonl")
@@ -98,7 +107,9 @@ def run(options: argparse.Namespace) -> None:
 def one(run: grid.Run, config: grid.Config, protocol: str, root: Path, out: Path) -> None:
     """Trains and writes a line."""
     begin = time.monotonic()
-    result = train.train(run, config, loaded(root, json.dumps(config, sort_keys=True), run.stage == "tune", run.depth, run.seed))
+    result = train.train(
+        run, config, loaded(root, json.dumps(config, sort_keys=True), run.stage == "tune", run.depth, run.seed)
+    )
     line = json.dumps(grid.record(run, protocol, result | {"versions": versions()}))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:

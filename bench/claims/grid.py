@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import random
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 Config = Mapping[str, Any]
 Result = Mapping[str, Any]
@@ -57,12 +58,21 @@ class Run:
 
 def read_config(path: Path | None = None) -> dict[str, Any]:
     """The configuration file; by default the one beside this module."""
-    return tomllib.loads((path or Path(__file__).with_name("claims.toml")).read_text(encoding="utf-8"))
+    found: dict[str, Any] = yaml.safe_load(
+        (path or Path(__file__).with_name("claims.yaml")).read_text(encoding="utf-8")
+    )
+    return found
 
 
-def digest(config: Config) -> str:
-    """Of what makes results comparable: training, data and tuning."""
-    text = json.dumps({name: config[name] for name in ("training", "data", "tuning", "first", "space")}, sort_keys=True)
+def of_set(config: Config, data: str) -> dict[str, Any]:
+    """``config`` with the data set's own values in place of the common ones."""
+    return {**config, "data": config["data"] | config.get("sets", {}).get(data, {})}
+
+
+def digest(config: Config, data: str) -> str:
+    """Of what makes results of a data set comparable: training, data and tuning."""
+    own = of_set(config, data)
+    text = json.dumps({name: own[name] for name in ("training", "data", "tuning", "first", "space")}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -73,14 +73,12 @@ def split(root: Path, config: Mapping[str, Any], tunes: bool, depth: int, seed: 
             f"{root}/train has {len(faces.names)} identities, expected more than {count}: those beyond validate"
         )
     order = torch.randperm(len(faces.names), generator=torch.Generator().manual_seed(0)).tolist()
-    if tunes:
-        judged = faces.subset(sorted(order[count:]))
-    else:
-        judged = data.faces(root / "test")
+    judged = faces.subset(sorted(order[count:])) if tunes else data.faces(root / "test")
     train = faces.subset(sorted(order[:count])).shallow(depth, seed)
     channels = 1 if _gray(root) else 3
     parts = [
-        _load(chosen, config["data"]["size"], channels) for chosen in (train, judged.shallow(config["data"]["images"], 0))
+        _load(chosen, config["data"]["size"], channels)
+        for chosen in (train, judged.shallow(config["data"]["images"], 0))
     ]
     return Split(*parts, mirrored=channels == 3)
 
@@ -228,7 +226,9 @@ def train(run: Run, config: Mapping[str, Any], found: Split) -> dict[str, Any]:
             numbers = torch.tensor(identities)
             # Two different images of each identity.
             a = (torch.rand(len(numbers), generator=generator) * counts[numbers]).long()
-            b = (a + 1 + (torch.rand(len(numbers), generator=generator) * (counts[numbers] - 1)).long()) % counts[numbers]
+            b = (a + 1 + (torch.rand(len(numbers), generator=generator) * (counts[numbers] - 1)).long()) % counts[
+                numbers
+            ]
             chosen = found.train.images[torch.cat([first[numbers] + a, first[numbers] + b])]
             image_a, image_b = augmented(chosen, found.mirrored, generator).chunk(2)
             loss = model(image_a, image_b, numbers)

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sst_fast.data.convert import Format, convert
+from sst_fast.data.emoji import emoji
 from sst_fast.data.formats import faces
 from sst_fast.data.glyphs import glyphs
 from sst_fast.data.identities import Faces, flat
@@ -79,7 +80,13 @@ def change(root: str, out: str, format: Format = "auto", on_error: OnError = "st
     write(faces(root), out, format, on_error)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"info": info, "shallow": shallow, "convert": change, "glyphs": glyphs}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "info": info,
+    "shallow": shallow,
+    "convert": change,
+    "glyphs": glyphs,
+    "emoji": emoji,
+}
 
 
 def add(parser: Any, parser_of: Callable[[str], Any]) -> None:
