@@ -14,7 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from sst_fast.data.convert import Format, convert
+from sst_fast.data.emoji import emoji
 from sst_fast.data.formats import faces
+from sst_fast.data.glyphs import glyphs
 from sst_fast.data.identities import Faces, flat
 from sst_fast.data.images import FORMATS, DataError, decode, printable
 from sst_fast.data.pairs import OnError, Unreadable
@@ -78,7 +80,13 @@ def change(root: str, out: str, format: Format = "auto", on_error: OnError = "st
     write(faces(root), out, format, on_error)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"info": info, "shallow": shallow, "convert": change}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "info": info,
+    "shallow": shallow,
+    "convert": change,
+    "glyphs": glyphs,
+    "emoji": emoji,
+}
 
 
 def add(parser: Any, parser_of: Callable[[str], Any]) -> None:
@@ -93,16 +101,19 @@ def add(parser: Any, parser_of: Callable[[str], Any]) -> None:
 
 def run(chosen: Any) -> None:
     """What the parsed command asks for."""
-    COMMANDS[chosen.action](**chosen[chosen.action].as_dict())
+    options = chosen[chosen.action].as_dict()
+    try:
+        COMMANDS[chosen.action](**options)
+    except KeyboardInterrupt:
+        if "out" not in options:
+            raise
+        raise Interrupted(f"interrupted; nothing has been written to {printable(options['out'])}") from None
 
 
 def write(found: Faces, out: str, format: Format, on_error: OnError) -> None:
     """Converts and prints how much."""
     skipped = Unreadable(f"{out}.unreadable.txt") if on_error == "skip" else None
-    try:
-        count = convert(found, out, format, skipped)
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; nothing has been written to {printable(out)}") from None
+    count = convert(found, out, format, skipped)
     print(f"{count:,} images in {printable(out)}")
     if skipped:
         print(f"{len(skipped):,} images could not be read and were skipped: {printable(skipped.path)}")

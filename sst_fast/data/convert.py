@@ -72,7 +72,7 @@ def convert(
         writer: Writer = functools.partial(_huggingface, faces.names)
     else:
         writer = _tar if chosen == "webdataset" and path.suffix.lower() == ".tar" else WRITERS[chosen]
-    with _new(path) as temporary:
+    with appearing(path) as temporary:
         return writer(_records(faces, skipped), temporary)
 
 
@@ -127,7 +127,7 @@ def _records(faces: Faces, skipped: Unreadable | None) -> Iterator[Record]:
 
 
 @contextlib.contextmanager
-def _new(target: Path) -> Iterator[Path]:
+def appearing(target: Path) -> Iterator[Path]:
     """A path beside ``target`` that takes its place when the block ends well, and is removed otherwise."""
     if os.path.lexists(target):
         raise FileExistsError(f"{printable(target)} exists already; name a new file or folder")
@@ -175,7 +175,7 @@ def _folder(records: Iterator[Record], target: Path) -> int:
 
 def _list(faces: Faces, target: Path, skipped: Unreadable | None) -> int:
     """A list of the files where the images lie in files; otherwise of a folder of them that is made beside it."""
-    with _new(target) as temporary:
+    with appearing(target) as temporary:
         if isinstance(faces.store, Files):
             labels = np.repeat(np.arange(len(faces.names)), faces.counts)
             rows = [
@@ -191,7 +191,7 @@ def _list(faces: Faces, target: Path, skipped: Unreadable | None) -> int:
                     rows.append((f"{folder.name}/{_file_of(record)}", record.name))
                     yield record
 
-            with _new(folder) as images:
+            with appearing(folder) as images:
                 _folder(noted(), images)
                 _write_list(rows, temporary, target)
         return len(rows)
