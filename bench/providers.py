@@ -63,7 +63,7 @@ def ours(backend: str) -> Provider:
         reason = BACKENDS[backend].why_not(asked)
         if reason:
             return reason
-        if backend == "triton" and device.type == "cpu":
+        if backend in ("staged", "triton") and device.type == "cpu":
             return "its interpreter is not for timing"
         if backend == "reference" and problem.n * problem.k > 2**24:
             return "the reference is for small sizes"

@@ -352,8 +352,10 @@ TORCH_LIBRARY(sst_fast, m) {
       "positive_gradient(Tensor grad_loss, Tensor row_weight, Tensor target_slope, Tensor embedding, Tensor positive, "
       "bool normalize) -> Tensor");
   // Triton's kernels are launched from Python, which registers these when they are first chosen.
-  m.def("triton_margin_softmax(" SST_LOSS ") -> " SST_RESULTS);
-  m.def("triton_prototype_gradient(Tensor grad_loss, Tensor[] found, " SST_LOSS ") -> Tensor");
+  for (const std::string name : {"triton", "staged"}) {
+    m.def((name + "_margin_softmax(" SST_LOSS ") -> " SST_RESULTS).c_str());
+    m.def((name + "_prototype_gradient(Tensor grad_loss, Tensor[] found, " SST_LOSS ") -> Tensor").c_str());
+  }
   // What the queue's operators take and give: ops.h.
   m.def(
       "enqueue(Tensor features, Tensor identities, Tensor(a!) queue, Tensor(b!) queue_identities, Tensor(c!) state, "

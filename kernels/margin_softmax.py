@@ -19,6 +19,7 @@ from sst_fast.reference import MIN_NORM as MIN_NORM_OF_ALL
 # Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.
 COUNTS = ["K", "B", "S", "rows_in_group", "blocks_in_group", "tiles_in_split"]
 NEVER = tl.constexpr(-1e30)  # cosine of a masked slot: finite, so that nothing becomes NaN on the way
+FLOOR = tl.constexpr(-5e29)  # a shift before anything was seen: exp(NEVER - FLOOR) is 0
 MIN_NORM = tl.constexpr(MIN_NORM_OF_ALL)
 # float16 flushes what is below 6e-8: weights over float16 are lifted by this many powers of e, and may be 4 at most (phi').
 LIFT = tl.constexpr(8.0)
@@ -237,6 +238,72 @@ def _is_nearest(c, SUB: tl.constexpr, AXIS: tl.constexpr, PADDED: tl.constexpr):
     return nearest != 0
 
 
+@triton.jit
+def probes_of(rows, own_rows, i, real, N):
+    """What a sweep knows of probes i: the target's row, the scale, and the four numbers of phi."""
+    own_row = tl.load(own_rows + i, mask=real, other=-1)
+    scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0)
+    r0 = tl.load(rows + PHI * N + i, mask=real, other=0.0)
+    r1 = tl.load(rows + (PHI + 1) * N + i, mask=real, other=0.0)
+    r2 = tl.load(rows + (PHI + 2) * N + i, mask=real, other=0.0)
+    r3 = tl.load(rows + (PHI + 3) * N + i, mask=real, other=0.0)
+    return own_row, scale, r0, r1, r2, r3
+
+
+@triton.jit
+def is_negative(there, slot, theirs, y, mine, slot_identity, identity, MASK_EMPTY: tl.constexpr):
+    """Which slots count for which probes; ``there``, ``slot`` and ``theirs`` lie across ``y`` and ``mine``, either way round."""
+    alive = there & (slot != y)
+    if slot_identity is not None:
+        if identity is not None:
+            alive = alive & (theirs != mine)
+        if MASK_EMPTY:
+            alive = alive & (theirs >= 0)
+    return alive
+
+
+@triton.jit
+def holds_features(there, theirs, slot_identity, MASK_EMPTY: tl.constexpr):
+    """Whose features may be read: an empty slot may hold anything, and a weight of 0 does not make NaN harmless."""
+    if (slot_identity is not None) and MASK_EMPTY:
+        there = there & (theirs >= 0)
+    return there
+
+
+@triton.jit
+def logits_of(c, alive, scale, r0, r1, r2, r3, KIND: tl.constexpr):
+    """Cosines of a tile [probes, slots] with NEVER where a slot does not count; phi; logits, whose exponentials are 0 there; slopes of phi.
+    The mask is not needed any more behind this, and a mask is dear: it is kept in registers and taken apart bit by bit."""
+    shown = tl.where(alive, c, NEVER)
+    value, slope = phi(c, r0[:, None], r1[:, None], r2[:, None], r3[:, None], KIND)
+    z = tl.where(alive, scale[:, None] * value, NEVER)
+    if not phi_is_identity(KIND):
+        slope = tl.where(alive, slope, 0.0)
+    return shown, value, z, slope
+
+
+@triton.jit
+def seen_in_tile(shown, value, z, slot, a, scale, r0, KIND: tl.constexpr, SMOOTH: tl.constexpr):
+    """Of a tile, for each probe: the largest logit, the hardest slot's cosine and number, how many slots exceed the target, how
+    many there are, number and sum of hard cosines (where psi needs them), sum of phi (SMOOTH)."""
+    top = tl.max(shown, 1)
+    at = tl.max(tl.where(shown == top[:, None], slot[None, :], -1), 1)
+    at = tl.where(top > NEVER, at, -1)
+    beats = tl.sum((shown > a[:, None]).to(tl.int32), 1)
+    live = tl.sum((shown != NEVER).to(tl.int32), 1)
+    hard, hard_sum, phi_sum = live * 0, top * 0.0, top * 0.0
+    if needs_hard_mean(KIND):
+        is_hard = shown > r0[:, None]
+        hard = tl.sum(is_hard.to(tl.int32), 1)
+        hard_sum = tl.sum(tl.where(is_hard, shown, 0.0), 1)
+    if SMOOTH:
+        phi_sum = tl.sum(tl.where(shown != NEVER, value, 0.0), 1)
+    highest = tl.max(z, 1)
+    if phi_is_identity(KIND):  # it is the hardest slot's
+        highest = tl.where(top > NEVER, scale * top, NEVER)
+    return highest, top, at, beats, live, hard, hard_sum, phi_sum
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def sweep_kernel(
     unit, w, window, inverse, start, own_rows, identity, slot_identity, window_identity, rows, cosine, lse,
@@ -261,13 +328,9 @@ def sweep_kernel(
     if not IEEE:
         x = tl.load(unit + i[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
     a = tl.load(cosine + i, mask=real, other=0.0)
-    own_row = tl.load(own_rows + i, mask=real, other=-1)
+    own_row, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
     y = tl.where(own_row < 0, -1, own_row // SUB)
-    scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0)
-    r0 = tl.load(rows + PHI * N + i, mask=real, other=0.0)
-    r1 = tl.load(rows + (PHI + 1) * N + i, mask=real, other=0.0)
-    r2 = tl.load(rows + (PHI + 2) * N + i, mask=real, other=0.0)
-    r3 = tl.load(rows + (PHI + 3) * N + i, mask=real, other=0.0)
+    mine = y
     if identity is not None:
         mine = tl.load(identity + i, mask=real, other=-2)
     known = a
@@ -299,7 +362,7 @@ def sweep_kernel(
             if inverse is not None:
                 norms = inverse + K + group.to(tl.int64) * B
 
-    shift = a * 0.0 + NEVER
+    shift = a * 0.0 + FLOOR
     total = a * 0.0
     phi_sum = a * 0.0
     weighed_phi = a * 0.0
@@ -318,10 +381,12 @@ def sweep_kernel(
         if SUB > 1:
             there = there & (lane % PADDED < SUB)
             at_row = j * SUB + lane % PADDED
+        theirs = j
         if slot_identity is not None:
             theirs = tl.load(ids + j, mask=there, other=-1)
+        held = holds_features(there, theirs, slot_identity, MASK_EMPTY)
         features = tl.load(
-            base + at_row.to(tl.int64)[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
+            base + at_row.to(tl.int64)[:, None] * D + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0.0
         ).to(unit.dtype.element_ty)
         if IEEE:
             c = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -329,12 +394,12 @@ def sweep_kernel(
                 e = d0 + tl.arange(0, PIECE)
                 some = tl.load(unit + i[:, None] * BLOCK_D + e[None, :], mask=real[:, None], other=0.0)
                 theirs_of = base + at_row.to(tl.int64)[:, None] * D + e[None, :]
-                part = tl.load(theirs_of, mask=there[:, None] & (e < D)[None, :], other=0.0)
+                part = tl.load(theirs_of, mask=held[:, None] & (e < D)[None, :], other=0.0)
                 c = tl.dot(some, tl.trans(part), c, input_precision=PRECISION)
         else:
             c = tl.dot(x, tl.trans(features), input_precision=PRECISION)
         if inverse is not None:
-            norm = tl.load(norms + at_row, mask=there, other=0.0)
+            norm = tl.load(norms + at_row, mask=held, other=0.0)
             c *= norm[None, :]
         slot = j
         if window is not None:
@@ -342,36 +407,33 @@ def sweep_kernel(
             slot = tl.where(slot >= K, slot - K, slot)
             # Of the queue, the slots outside the window.
             there = there & (of_window | (_since(j, begin, K) >= B))
-        alive = there[None, :] & (slot[None, :] != y[:, None])
+        alive = is_negative(
+            there[None, :],
+            slot[None, :],
+            theirs[None, :],
+            y[:, None],
+            mine[:, None],
+            slot_identity,
+            identity,
+            MASK_EMPTY,
+        )
         if SUB > 1:
             alive = alive & _is_nearest(c, SUB, 1, PADDED)
-        if slot_identity is not None:
-            if identity is not None:
-                alive = alive & (theirs[None, :] != mine[:, None])
-            if MASK_EMPTY:
-                alive = alive & (theirs >= 0)[None, :]
-        value, slope = phi(c, r0[:, None], r1[:, None], r2[:, None], r3[:, None], KIND)
-        z = scale[:, None] * value
+        shown, value, z, slope = logits_of(c, alive, scale, r0, r1, r2, r3, KIND)
         if SECOND:
-            p = tl.where(alive, tl.exp(z - known[:, None]) - even[:, None], 0.0) * tl.exp(a * 0.0 + lift)[:, None]
+            p = tl.where(shown != NEVER, tl.exp(z - known[:, None]) - even[:, None], 0.0)
+            p *= tl.exp(a * 0.0 + lift)[:, None]
         else:
-            shown = tl.where(alive, c, NEVER)
-            top = tl.max(shown, 1)
-            at = tl.max(tl.where((shown == top[:, None]) & alive, slot[None, :], -1), 1)
+            highest, top, at, tile_beats, tile_live, tile_hard, tile_hard_sum, tile_phi_sum = seen_in_tile(
+                shown, value, z, slot, a, scale, r0, KIND, SMOOTH
+            )
             hardest_slot = tl.where(top > hardest, at, hardest_slot)
             hardest = tl.maximum(hardest, top)
-            beats += tl.sum((alive & (c > a[:, None])).to(tl.int32), 1)
-            live += tl.sum(alive.to(tl.int32), 1)
-            if needs_hard_mean(KIND):
-                is_hard = alive & (c > r0[:, None])
-                hard += tl.sum(is_hard.to(tl.int32), 1)
-                hard_sum += tl.sum(tl.where(is_hard, c, 0.0), 1)
-            if SMOOTH:
-                phi_sum += tl.sum(tl.where(alive, value, 0.0), 1)
-            if phi_is_identity(KIND):  # the largest logit is the hardest slot's
-                highest = tl.where(top > NEVER, scale * top, NEVER)
-            else:
-                highest = tl.max(tl.where(alive, z, NEVER), 1)
+            beats += tile_beats
+            live += tile_live
+            hard += tile_hard
+            hard_sum += tile_hard_sum
+            phi_sum += tile_phi_sum
             higher = tl.maximum(shift, highest - lift)
             fade = tl.exp(shift - higher)
             total *= fade
@@ -379,12 +441,12 @@ def sweep_kernel(
             if MOMENT:
                 moment *= fade[:, None]
             shift = higher
-            p = tl.where(alive, tl.exp(z - shift[:, None]), 0.0)
+            p = tl.exp(z - shift[:, None])
             total += tl.sum(p, 1)
             if SCALE_SLOPE:
-                weighed_phi += tl.sum(tl.where(alive, p * value, 0.0), 1)
+                weighed_phi += tl.sum(tl.where(shown != NEVER, p * value, 0.0), 1)
         if MOMENT:
-            if not STRAIGHT:
+            if not (STRAIGHT or phi_is_identity(KIND)):
                 p *= slope
             summed = features
             if inverse is not None:
@@ -460,7 +522,9 @@ def combine_kernel(
                 weighed_here = tl.load(partial + WEIGHED_PHI * field + part, mask=real, other=0.0)
                 weighed_phi = weighed_phi * before + weighed_here * here
         if MOMENT:
-            piece = tl.load(moment + part[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
+            piece = tl.load(
+                moment + part[:, None] * BLOCK_D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
+            )
             if LOSS:
                 gathered = gathered * before[:, None] + piece * here[:, None]
             else:
@@ -530,6 +594,16 @@ def combine_kernel(
 
 
 @triton.jit
+def through_norm(sums, features, norm):
+    """From the gradient for unit rows to that for the rows themselves, ``norm``: their inverse norms. Zeros for rows that are not
+    finite and have no gradient, as empty slots may be."""
+    hat = features * norm[:, None]
+    result = (sums - tl.sum(sums * hat, 1)[:, None] * hat) * norm[:, None]
+    nothing = (tl.sum(tl.abs(sums), 1) == 0)[:, None]
+    return tl.where(nothing, 0.0, result)
+
+
+@triton.jit
 def _incoming(grad_loss, row_weight, i, real, EACH: tl.constexpr):
     """What the loss of probes i is multiplied by on its way to the result; 0 for those that do not count."""
     weight = tl.load(row_weight + i, mask=real, other=0.0)
@@ -559,12 +633,13 @@ def prototypes_kernel(
     at = row_number.to(tl.int64)[:, None] * D + d[None, :]
     inside = there[:, None] & (d < D)[None, :]
     IEEE: tl.constexpr = (unit.dtype.element_ty == tl.float32) and (PRECISION == "ieee")
+    theirs = j
+    if slot_identity is not None:
+        theirs = tl.load(slot_identity + j, mask=there, other=-1)
     features = tl.load(w + at, mask=inside, other=0.0)
     norm = tl.full([BLOCK_K], 1.0, tl.float32)
     if inverse is not None:
         norm = tl.load(inverse + row_number, mask=there, other=0.0)
-    if slot_identity is not None:
-        theirs = tl.load(slot_identity + j, mask=there, other=-1)
     counts = there
     if start is not None:
         counts = there & (_since(j, tl.load(start).to(tl.int32), K) >= B)
@@ -587,13 +662,12 @@ def prototypes_kernel(
         i = first + tl.arange(0, BLOCK_N)
         real = i < N
         x = tl.load(unit + i.to(tl.int64)[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
-        own_row = tl.load(own_rows + i, mask=real, other=-1)
-        scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0)
+        own_row, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
+        y = tl.where(own_row < 0, -1, own_row // SUB)
+        mine = y
+        if identity is not None:
+            mine = tl.load(identity + i, mask=real, other=-2)
         incoming = _incoming(grad_loss, row_weight, i, real, EACH) * factor
-        r0 = tl.load(rows + PHI * N + i, mask=real, other=0.0)
-        r1 = tl.load(rows + (PHI + 1) * N + i, mask=real, other=0.0)
-        r2 = tl.load(rows + (PHI + 2) * N + i, mask=real, other=0.0)
-        r3 = tl.load(rows + (PHI + 3) * N + i, mask=real, other=0.0)
         known = tl.load(lse + i, mask=real, other=0.0)
         even = label_smoothing / (1.0 + tl.load(negatives + i, mask=real, other=0).to(tl.float32))
         if IEEE:
@@ -611,22 +685,17 @@ def prototypes_kernel(
             c = tl.dot(features, tl.trans(x), input_precision=PRECISION)
         c *= norm[:, None]
         is_target = counts[:, None] & (row_number[:, None] == own_row[None, :])
-        alive = real[None, :] & counts[:, None]
+        alive = is_negative(
+            real[None, :] & counts[:, None], j[:, None], theirs[:, None], y[None, :], mine[None, :], slot_identity, identity,
+            MASK_EMPTY,
+        )  # fmt: skip
         if SUB > 1:
-            y = tl.where(own_row < 0, -1, own_row // SUB)
-            alive = alive & (j[:, None] != y[None, :]) & _is_nearest(c, SUB, 0, PADDED)
-        else:
-            alive = alive & (is_target == 0)
-        if slot_identity is not None:
-            if identity is not None:
-                mine = tl.load(identity + i, mask=real, other=-2)
-                alive = alive & (theirs[:, None] != mine[None, :])
-            if MASK_EMPTY:
-                alive = alive & (theirs >= 0)[:, None]
+            alive = alive & _is_nearest(c, SUB, 0, PADDED)
         value, slope = phi(c, r0[None, :], r1[None, :], r2[None, :], r3[None, :], KIND)
-        p = tl.where(alive, tl.exp(scale[None, :] * value - known[None, :]) - even[None, :], 0.0) * scale[None, :]
+        p = (tl.exp(scale[None, :] * value - known[None, :]) - even[None, :]) * scale[None, :]
         if not STRAIGHT:
             p *= slope
+        p = tl.where(alive, p, 0.0)
         if TARGETS:
             at_target = tl.load(target_slope + i, mask=real, other=0.0)
             p = tl.where(is_target, at_target[None, :], p)
@@ -634,6 +703,5 @@ def prototypes_kernel(
         sums = tl.dot(p.to(x.dtype), x, sums, input_precision=PRECISION)
     sums *= (1.0 / factor)[:, None]
     if inverse is not None:
-        hat = features.to(tl.float32) * norm[:, None]
-        sums = (sums - tl.sum(sums * hat, 1)[:, None] * hat) * norm[:, None]
+        sums = through_norm(sums, features.to(tl.float32), norm)
     tl.store(gradient + at, sums.to(gradient.dtype.element_ty), mask=inside)

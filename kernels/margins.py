@@ -161,6 +161,19 @@ def phi(c, r0, r1, r2, r3, KIND: tl.constexpr):
 
 
 @triton.jit
+def largest_phi(r0, r1, r2, r3, KIND: tl.constexpr):
+    """The most that phi can be for cosines up to 1."""
+    most = r0 * 0.0 + 1.0
+    if (KIND == MV) or (KIND == CURRICULAR) or (KIND == NPC) or (KIND == FILTERED):
+        most = tl.maximum(most, r1 + r2 + r3)
+    elif KIND == CIRCLE:
+        most = 1.0 - r0 * r0
+    elif KIND == ARC_NEG:
+        most = 2.0 * r1 - 1.0
+    return most
+
+
+@triton.jit
 def phi_is_identity(KIND: tl.constexpr):
     """Whether the margin leaves the other slots' cosines alone: then the largest logit is that of the largest cosine."""
     return (KIND == SOFTMAX) or (KIND == AM) or (KIND == ARC) or (KIND == COMBINED)

@@ -14,10 +14,11 @@ from itertools import product
 from pathlib import Path
 
 import triton
-from sst_fast.kernels import margin_softmax as kernels
+from sst_fast.kernels import margin_softmax, staged
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sst_fast.backends.staged import AGAIN, COLUMNS, PIECE_BYTES, weigh_tile
 from sst_fast.backends.triton import Blocks, blocks_for
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
@@ -25,6 +26,10 @@ TENSOR = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UT
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
 DIMS = (64, 128, 256, 512, 1024)
 SWEEPS = ("sweep_kernel", "prototypes_kernel")
+STAGED = ("weigh_kernel", "again_kernel", "gather_kernel", "finish_prototypes_kernel")
+# What a sm_90's issue slots allow a tile of the staged sweep at D = 512 in bfloat16: share of the time of both products at the tensor
+# cores' full rate. The loop alone must allow all of it.
+LEAST_SHARE = 0.55
 NUMBERS = {
     "bf16": "16 bits",
     "fp16": "16 bits",
@@ -35,28 +40,31 @@ NUMBERS = {
 # What is no tensor of the inputs' dtypes.
 FLOATS = {
     "inverse", "cosine", "rows", "lse", "partial", "moment", "moment_out", "row_weight", "target_slope", "grad_loss",
-    "loss_out", "lse_out", "hardest_out", "residual_out", "slope_out", "gradient_out",
+    "shifts", "incoming", "partial_out", "sums", "factor", "loss_out", "lse_out", "hardest_out", "residual_out", "slope_out", "gradient_out",
     "scale_slope_out",
 }  # fmt: skip
 DOUBLES = {"exact_cosine", "margin_rows", "scale_rows"}
-SCALARS = {"label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
-INTEGERS = {"own_rows", "counts"}
+SCALARS = {"lift", "label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
+INTEGERS = {"own_rows", "counts", "counts_out", "again"}
 LONGS = {
-    "start", "target", "identity", "slot_identity", "window_identity", "negatives", "slot_out", "beats_out", "live_out",
+    "start", "target", "identity", "slot_identity", "ids", "window_identity", "negatives", "slot_out", "beats_out", "live_out",
 }  # fmt: skip
-FEW = 32  # spill instructions that are let pass, of a thousand and more; where they lie is not looked at
+FEW = 16  # spill instructions that are let pass, of a thousand and more; where they lie is not looked at
 SPILL_FREE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # what the table of tile sizes was made for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **changes: object) -> ASTSource:
     """The kernel as the launcher would specialise it, with everything switched on that is not in ``changes``."""
-    function = getattr(kernels, kernel)
+    function = getattr(margin_softmax, kernel, None) or getattr(staged, kernel)
     constants = {
         "KIND": kind, "MASK_EMPTY": True, "STRAIGHT": False, "MOMENT": True, "SECOND": False, "SMOOTH": False, "MEAN": True,
         "LOSS": True, "TARGETS": True, "EACH": 0, "P": 6, "PRECISION": "tf32" if dtype == "tf32" else "ieee",
         "BLOCK_N": blocks.rows, "BLOCK_K": blocks.slots, "BLOCK_D": dim, "ROWS": max(1, 512 // dim),
         "NORMALIZE": kernel == "prepare_kernel", "positive": None, "SCALE_SLOPE": False, "SUB": 1, "PADDED": 1,
+        "OF_WINDOW": False, "SEEN": True, "STORE": True, "EVEN": False,
+        "GIVEN": dtype == "ieee", "COMMON": True, "TILES": 32, "COLUMNS": min(dim, COLUMNS),
+        "PIECE": min(dim, PIECE_BYTES // DTYPES[{"tf32": "fp32", "ieee": "fp32"}.get(dtype, dtype)]),
     }  # fmt: skip
     if kernel == "sweep_kernel":
         constants["inverse"] = None
@@ -64,9 +72,20 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
         constants |= {"BLOCK_N": blocks.slots, "BLOCK_K": blocks.rows}
     if kernel == "combine_kernel":
         constants["SMOOTH"] = True
+    if kernel == "weigh_kernel":
+        constants |= dict.fromkeys(("inverse", "shifts", "incoming", "target_slope"))
+    if kernel == "again_kernel":
+        constants |= {"BLOCK_N": AGAIN, "BLOCK_K": 32, "PIECE": 32}
+    if kernel == "gather_kernel":
+        constants["BLOCK_N"] = 32
+    if kernel == "finish_prototypes_kernel":
+        constants["ROWS"] = max(1, 4096 // dim)
     constants = {name: value for name, value in (constants | changes).items() if name in function.arg_names}
     stored = {"tf32": "fp32", "ieee": "fp32"}.get(dtype, dtype)
-    multiplied = "fp16" if dtype == "fp8e4nv" else stored
+    multiplied = stored
+    if dtype == "fp8e4nv":
+        multiplied = "bf16" if kernel in STAGED else "fp16"
+        stored = "bf16" if kernel == "weigh_kernel" else stored  # which the host converts
     signature, attributes = {}, {}
     for at, name in enumerate(function.arg_names):
         if name in constants:
@@ -83,7 +102,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
             signature[name] = "*i64"
         elif name in ("w", "window"):
             signature[name] = f"*{stored}"
-        elif name in ("unit", "x", "weight", "gradient"):
+        elif name in ("unit", "x", "weight", "weights", "gradient"):
             signature[name] = f"*{multiplied}"
         else:
             signature[name] = "i32"
@@ -94,10 +113,15 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
 
 def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int, changes: dict[str, object]) -> tuple[str, list[str]]:
     """One configuration: a line about it, and what is wrong with it."""
-    by_row = kernel in ("prepare_kernel", "combine_kernel")
+    by_row = kernel not in (*SWEEPS, "weigh_kernel")
     if dtype == "fp8e4nv" and sm < 89:
         return f"{kernel} sm_{sm} {dtype}: left to the reference", []
-    blocks = Blocks(1, 1, 4, 3) if by_row else blocks_for(kernel.removesuffix("_kernel"), dim, NUMBERS[dtype], sm)
+    if kernel == "weigh_kernel":
+        blocks = weigh_tile(128, NUMBERS[dtype], sm)
+    elif by_row:
+        blocks = Blocks(1, 1, 4, 1 if kernel == "again_kernel" else 3)
+    else:
+        blocks = blocks_for(kernel.removesuffix("_kernel"), dim, NUMBERS[dtype], sm)
     if blocks is None:
         return f"{kernel} sm_{sm} {dtype} D {dim}: left to the reference", []
     name = f"{kernel:<17} sm_{sm:<4} {dtype} D {dim:<5} kind {kind} {blocks} {changes or ''}"
@@ -123,15 +147,45 @@ def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int, changes: dict
     # The other kernels run once per probe; what they keep in local memory is the range reduction of sine and cosine.
     if SPILL_FREE and spills > FEW and kernel in SWEEPS:
         wrong.append(f"{spills} spill instructions")
-    if not tensor and dtype != "ieee" and kernel in SWEEPS:
+    if not tensor and dtype != "ieee" and kernel in (*SWEEPS, "weigh_kernel"):
         wrong.append("no tensor-core instruction")
+    if kernel == "weigh_kernel" and dtype != "ieee":
+        wrong += wrong_with_loop(code, sm, dim, blocks, plain=not changes and kind == 1)
     return f"{name}: shared {shared:.0f} KiB, tensor {tensor}, spills {spills}", wrong
+
+
+def wrong_with_loop(code: str, sm: int, dim: int, blocks: Blocks, plain: bool) -> list[str]:
+    """What is wrong with the loop over pieces of the features, and, on sm_90, with the time that a tile's instructions take."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?\s*([A-Z0-9_.]+)([^;]*);", code, re.MULTILINE)
+    instructions = [(int(at, 16), name, rest) for at, name, rest in lines]
+    loops = []
+    for at, name, rest in instructions:
+        back = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if back and int(back[1], 16) < at:
+            loops.append([name for place, name, _ in instructions if int(back[1], 16) <= place <= at])
+    tensor = re.compile(rf"({TENSOR[sm]})\b")
+    loops = sorted((loop for loop in loops if any(map(tensor.match, loop))), key=len)
+    if not loops:
+        return ["no loop with tensor-core instructions"]
+    wrong = []
+    spills = sum(name.startswith(("LDL", "STL")) for name in loops[0])
+    if SPILL_FREE and spills:
+        wrong.append(f"{spills} spill instructions in the loop")
+    if sm == 90 and not any(name.startswith("HGMMA") for name in loops[0]):
+        wrong.append("no wgmma in the loop")
+    if sm == 90 and dim == 512 and plain and SPILL_FREE:
+        issued = (len(instructions) - len(loops[0])) * blocks.warps / 4
+        product = 2 * blocks.rows * blocks.slots * dim / 4096
+        share = 2 * product / (2 * product + issued)
+        if share < LEAST_SHARE:
+            wrong.append(f"instructions allow {share:.0%} of the tensor cores' rate, {LEAST_SHARE:.0%} expected")
+    return wrong
 
 
 def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
     """Every dtype and dimension with the additive margin; at D = 512 the heaviest element-wise ones, and what lies between sweeps."""
     if sm == 89:  # the tiles of sm_86, and float8
-        return [("sweep_kernel", sm, "fp8e4nv", dim, 1, {}) for dim in DIMS]
+        return [(kernel, sm, "fp8e4nv", dim, 1, {}) for kernel, dim in product(("sweep_kernel", "again_kernel"), DIMS)]
     multiplied = ["bf16", "tf32"]
     if sm in (80, 120):  # without tensor cores the code is the same everywhere
         multiplied.append("ieee")
@@ -141,6 +195,12 @@ def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
     work += [("sweep_kernel", sm, "bf16", 512, kind, {}) for kind in (4, 8)]
     work.append(("sweep_kernel", sm, "bf16", 512, 1, {"SCALE_SLOPE": True}))
     work += [(kernel, sm, "bf16", 512, 1, {"SUB": 3, "PADDED": 4}) for kernel in (*SWEEPS, "prepare_kernel")]
+    work += [(kernel, sm, dtype, 512, 1, {}) for kernel, dtype in product(STAGED, ("bf16", "tf32", "ieee"))]
+    work += [("weigh_kernel", sm, "bf16", 2048, 1, {}), ("weigh_kernel", sm, "bf16", 512, 8, {})]
+    work += [
+        ("weigh_kernel", sm, "bf16", 512, 1, {"STORE": False}),
+        ("weigh_kernel", sm, "bf16", 64, 1, {"OF_WINDOW": True}),
+    ]
     for kernel in ("prepare_kernel", "combine_kernel"):
         work += [(kernel, sm, "bf16", 512, kind, {}) for kind in (3, 6)]
         work.append(

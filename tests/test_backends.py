@@ -74,7 +74,10 @@ def test_the_argument_wins_over_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("fast", "SST_FAST_BACKEND: 'fast' is no backend, expected one of hopper, triton, cuda, cpu, reference"),
+        (
+            "fast",
+            "SST_FAST_BACKEND: 'fast' is no backend, expected one of hopper, staged, triton, cuda, cpu, reference",
+        ),
         ("cuda", "SST_FAST_BACKEND: margin_softmax cannot run on 'cuda': not for cpu tensors"),
         ("dance=cpu", "SST_FAST_BACKEND: 'dance' is no operation"),
     ],

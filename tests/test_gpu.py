@@ -57,6 +57,23 @@ def agree(problem, tolerance, backend="triton", **options):
     assert (gradient - exact).norm() <= 3 * tolerance * max(exact.norm().item(), 0.05)
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "tolerance"),
+    [
+        ((torch.float32,), 1e-4),
+        ((torch.float16,), 5e-3),
+        ((torch.bfloat16,), 2e-2),
+        ((torch.float32, torch.float8_e4m3fn), 2e-2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("n", "k", "dim"), [(12, 300, 24), (200, 5000, 512), (130, 1000, 1100)])
+def test_staged_sweep_equals_the_reference(dtypes, tolerance, n, k, dim):
+    problem = make(n, k, dim, start=k - 10, identities=2 * k, empty=0.1).to(*dtypes)
+    for options in ({}, {"label_smoothing": 0.1}, {"normalize_prototypes": True}):
+        agree(problem, tolerance, "staged", scale=16.0, **options)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dim", [3, 64, 512])
 def test_queue_equals_the_reference_and_never_waits(dtype, dim):
@@ -179,7 +196,7 @@ def test_hopper_sizes(n, k, start, dim):
             assert (a.cpu().double() - b).norm() <= 16.0 * 0.1 / dim**0.5 * max(b.norm().item(), 0.05)
 
 
-@pytest.mark.parametrize("backend", ["triton", pytest.param("hopper", marks=needs_hopper)])
+@pytest.mark.parametrize("backend", ["staged", "triton", pytest.param("hopper", marks=needs_hopper)])
 def test_loss_neither_waits_nor_varies_and_can_be_captured(backend, monkeypatch):
     monkeypatch.setenv("SST_FAST_BACKEND", f"margin_softmax={backend}")
     decisions.forget()  # the environment is read when the first decision is made

@@ -28,7 +28,7 @@ from sst_fast.margins import (
 
 # Triton, interpreted, is slow: test_triton.py has sizes for it.
 STATES = backends("cpu")["margin_softmax"].implementations
-BACKENDS = [name for name, state in STATES.items() if state == "available" and name != "triton"]
+BACKENDS = [name for name, state in STATES.items() if state == "available" and name not in ("staged", "triton")]
 COMPILED = [name for name in BACKENDS if name != "reference"]
 # Relative to the largest loss and to the gradient's norm. float32: a cosine near 1 is held to 2^-25, which a scale of 256
 # makes 8e-6. Half precision is compared on its rounded inputs, so what remains is the rounding of the gradient, 2^-9 and

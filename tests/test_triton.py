@@ -32,10 +32,16 @@ MARGINS = [
 ]  # fmt: skip
 
 
-def both(problem, **options):
+@pytest.fixture(params=["triton", "staged"])
+def kernels(request):
+    """The fused sweep, and the staged one."""
+    return request.param
+
+
+def both(kernels, problem, **options):
     """(loss, statistics, gradients) of the kernel, and of the reference in float64 on the same numbers."""
     results = []
-    for name, p in (("triton", problem), ("reference", problem.to(torch.float64))):
+    for name, p in ((kernels, problem), ("reference", problem.to(torch.float64))):
         x, w = p.embedding.detach().requires_grad_(), p.prototypes.detach()
         w.requires_grad_(options.get("prototypes", False))
         scale = (
@@ -55,8 +61,8 @@ def both(problem, **options):
     return results
 
 
-def check(problem, tolerance=1e-5, **options):
-    (loss, seen, gradients), (expected, known, exact) = both(problem, **options)
+def check(kernels, problem, tolerance=1e-5, **options):
+    (loss, seen, gradients), (expected, known, exact) = both(kernels, problem, **options)
     assert gradients[0].dtype == problem.embedding.dtype
     assert (loss.double() - expected).abs().max() <= tolerance * max(1, expected.abs().max().item())
     for a, b in zip(gradients, exact, strict=True):
@@ -81,46 +87,46 @@ def test_traits_are_the_margins_own(margin):
 
 
 @pytest.mark.parametrize("margin", MARGINS, ids=repr)
-def test_every_margin(margin):
-    check(make(12, 50, 24, identities=15, empty=0.2).to(torch.float32), margin=margin, scale=30.0)
+def test_every_margin(kernels, margin):
+    check(kernels, make(12, 50, 24, identities=15, empty=0.2).to(torch.float32), margin=margin, scale=30.0)
 
 
 @pytest.mark.parametrize("margin", MARGINS[::3], ids=repr)
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"gradient": "straight_through"}, {"scale": torch.linspace(1, 64, 12)}], ids=repr)  # fmt: skip
-def test_options(margin, options):
-    check(make(12, 50, 24, identities=15).to(torch.float32), margin=margin, **options)
+def test_options(kernels, margin, options):
+    check(kernels, make(12, 50, 24, identities=15).to(torch.float32), margin=margin, **options)
 
 
 @pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 3), (1, 200, 16), (70, 33, 40), (33, 150, 128), (5, 40, 300)])
-def test_sizes(n, k, d):
-    check(make(n, k, d).to(torch.float32))
+def test_sizes(kernels, n, k, d):
+    check(kernels, make(n, k, d).to(torch.float32))
 
 
 @pytest.mark.parametrize(("k", "start"), [(50, 0), (50, 45), (50, 30), (12, 5)])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_window_wraps_round(k, start, normalize):
+def test_window_wraps_round(kernels, k, start, normalize):
     problem = make(12, k, 20, start=start, identities=30, empty=0.2)
     if normalize:
         window = replace(problem.window, features=problem.window.features * 1.7)
         problem = replace(problem, prototypes=problem.prototypes * 0.6, window=window)
-    check(problem.to(torch.float32), normalize_prototypes=normalize)
+    check(kernels, problem.to(torch.float32), normalize_prototypes=normalize)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"normalize_prototypes": True}, {"gradient": "straight_through"}], ids=repr)  # fmt: skip
 @pytest.mark.parametrize("margin", MARGINS[1::4], ids=repr)
-def test_trainable_prototypes(margin, options):
+def test_trainable_prototypes(kernels, margin, options):
     problem = make(12, 50, 24, identities=30, empty=0.1).to(torch.float32)
-    check(problem, margin=margin, prototypes=True, scale=16.0, **options)
+    check(kernels, problem, margin=margin, prototypes=True, scale=16.0, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"normalize_prototypes": True}], ids=repr)
 @pytest.mark.parametrize(("k", "start"), [(40, 37), (12, 5)])
-def test_window_with_trainable_prototypes(k, start, options):
+def test_window_with_trainable_prototypes(kernels, k, start, options):
     problem = make(5, k, 20, start=start, identities=30, empty=0.1).to(torch.float32)
     problem = replace(problem, target=(problem.target + 3) % k)  # targets inside the window and outside
-    check(problem, prototypes=True, scale=16.0, **options)
+    check(kernels, problem, prototypes=True, scale=16.0, **options)
     w = problem.prototypes.clone().requires_grad_()
-    margin_softmax(problem.embedding, w, problem.target, backend="triton", **problem.options(), **options).backward()
+    margin_softmax(problem.embedding, w, problem.target, backend=kernels, **problem.options(), **options).backward()
     replaced = torch.zeros(k, dtype=torch.bool)
     replaced[problem.window.slots] = True
     assert not w.grad[replaced].any()
@@ -132,7 +138,7 @@ def test_window_with_trainable_prototypes(k, start, options):
 )
 @pytest.mark.parametrize("target", [None, "none", "some"])
 @pytest.mark.parametrize("start", [None, 35])
-def test_explicit_positive(start, target, options):
+def test_explicit_positive(kernels, start, target, options):
     problem = make(5, 40, 20, start=start, identities=30)
     left_out = {None: None, "none": torch.full_like(problem.target, -1), "some": problem.target.clone()}[target]
     if target == "some":
@@ -141,7 +147,7 @@ def test_explicit_positive(start, target, options):
     if "normalize_prototypes" not in options:
         positive = torch.nn.functional.normalize(positive)
     problem = replace(problem, target=left_out, positive=positive)
-    check(problem.to(torch.float32), margin=ArcSoftmax(0.3), scale=16.0, **options)
+    check(kernels, problem.to(torch.float32), margin=ArcSoftmax(0.3), scale=16.0, **options)
 
 
 @pytest.mark.parametrize("margin", MARGINS, ids=repr)
@@ -149,7 +155,9 @@ def test_explicit_positive(start, target, options):
 def test_trained_scale(margin, options):
     problem = make(12 if "start" not in options else 6, 50, 24, identities=15, start=options.get("start"))
     rest = {name: value for name, value in options.items() if name != "start"}
-    check(problem.to(torch.float32), margin=margin, scale=torch.linspace(1, 40, 12), trains_scale=True, **rest)
+    check(
+        "triton", problem.to(torch.float32), margin=margin, scale=torch.linspace(1, 40, 12), trains_scale=True, **rest
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize_prototypes": True, "label_smoothing": 0.1}], ids=repr)
@@ -159,7 +167,7 @@ def test_sub_centers(classes, sub_centers, dim, margin, options):
     problem = make_sub_centers(12, classes, sub_centers, dim)
     problem.slot_identity = torch.arange(classes) % 7 - 1
     problem.identity = problem.slot_identity[problem.target]
-    check(problem.to(torch.float32), margin=margin, prototypes=True, scale=16.0, trains_scale=True, **options)
+    check("triton", problem.to(torch.float32), margin=margin, prototypes=True, scale=16.0, trains_scale=True, **options)
 
 
 def test_sub_centers_that_tie_or_are_not_finite():
@@ -181,7 +189,7 @@ def test_sub_centers_that_tie_or_are_not_finite():
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_results_are_those_of_the_cpu(reduction):
+def test_results_are_those_of_the_cpu(kernels, reduction):
     """All that csrc/arguments.h lists: the gradient of each row's own loss in float32, weight and reduction in row_weight."""
     problem = make(6, 40, 20, start=35, identities=30).to(torch.float32, torch.float16)
     problem.target[2], problem.embedding[2] = -100, torch.nan
@@ -189,8 +197,8 @@ def test_results_are_those_of_the_cpu(reduction):
         problem, weight=torch.linspace(0, 3, 12).half(), reduction=reduction, margin=ArcSoftmax(0.4), scale=16.0
     )
     *most, integers, numbers = call.packed()
-    integers[-2:] = [1, 1]  # need_scale_gradient, need_gradient
-    found, expected = (torch.ops.sst_fast.margin_softmax(*most, integers, numbers, name) for name in ("triton", "cpu"))
+    integers[-2:] = [int(kernels == "triton"), 1]  # need_scale_gradient, need_gradient
+    found, expected = (torch.ops.sst_fast.margin_softmax(*most, integers, numbers, name) for name in (kernels, "cpu"))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.shape == theirs.shape
@@ -296,9 +304,9 @@ def test_precision_of_float32_products():
     try:
         for older, expected in (("high", "tf32"), ("highest", "ieee")):
             torch.set_float32_matmul_precision(older)
-            assert backend._precision() == expected
+            assert backend.float32_precision() == expected
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert backend._precision() == "tf32"
+        assert backend.float32_precision() == "tf32"
         with pytest.raises(RuntimeError, match="legacy"):
             torch.get_float32_matmul_precision()
         margin_softmax(torch.ones(1, 4), torch.ones(2, 4), torch.tensor([0]), backend="triton")
@@ -308,23 +316,23 @@ def test_precision_of_float32_products():
 
 @pytest.mark.parametrize("scale", [1.0, 64.0, 256.0])
 @pytest.mark.parametrize("margin", [AMSoftmax(0.35), ArcSoftmax(0.5), CircleLoss()], ids=repr)
-def test_extreme_cosines(margin, scale):
+def test_extreme_cosines(kernels, margin, scale):
     eye = torch.eye(20, 24, dtype=torch.float64)
     problem = replace(
         make(1, 1, 24, masks=False), embedding=torch.cat([eye, -eye]), prototypes=torch.cat([eye, -eye, eye]),
         target=torch.arange(40),
     )  # fmt: skip
     loss = margin_softmax(problem.embedding.float(), problem.prototypes.float(), problem.target, margin=margin,
-                          scale=scale, reduction="none", backend="triton")  # fmt: skip
+                          scale=scale, reduction="none", backend=kernels)  # fmt: skip
     assert torch.allclose(loss.double(), answer(problem, margin, scale)[0].loss, rtol=1e-5, atol=1e-5)
 
 
-def test_targets_near_one():
+def test_targets_near_one(kernels):
     """Where an angular margin's slope magnifies the rounding of the target cosine."""
     problem = make(12, 50, 24)
     step = torch.logspace(-4, -1, 12, dtype=torch.float64)[:, None]
     near = problem.prototypes[problem.target] + step * problem.embedding
-    check(replace(problem, embedding=near).to(torch.float32), margin=ArcSoftmax(0.5), scale=64.0)
+    check(kernels, replace(problem, embedding=near).to(torch.float32), margin=ArcSoftmax(0.5), scale=64.0)
 
 
 @pytest.mark.parametrize(
@@ -334,24 +342,24 @@ def test_targets_near_one():
         ((torch.float32, torch.bfloat16), 2e-2), ((torch.float32, torch.float8_e4m3fn), 2e-2),
     ],
 )  # fmt: skip
-def test_half_precision(dtypes, tolerance):
+def test_half_precision(kernels, dtypes, tolerance):
     """The interpreter truncates to bfloat16 where a GPU rounds."""
     frozen = torch.float8_e4m3fn in dtypes
-    check(make(6, 40, 24, start=30).to(*dtypes), tolerance, scale=16.0, normalize_prototypes=frozen)
+    check(kernels, make(6, 40, 24, start=30).to(*dtypes), tolerance, scale=16.0, normalize_prototypes=frozen)
     if not frozen:
-        check(make(12, 40, 24).to(*dtypes), tolerance, scale=16.0, prototypes=True)
+        check(kernels, make(12, 40, 24).to(*dtypes), tolerance, scale=16.0, prototypes=True)
 
 
 @pytest.mark.parametrize("factor", [3e-6, 1e-3])
-def test_float16_prototypes_of_any_length(factor):
+def test_float16_prototypes_of_any_length(kernels, factor):
     """Their inverse norms exceed what float16 holds, and so would weights times these."""
     problem = make(12, 40, 24, identities=30)
     problem = replace(problem, prototypes=problem.prototypes * factor).to(torch.float32, torch.float16)
-    (_, _, gradients), (_, _, exact) = both(problem, normalize_prototypes=True, scale=16.0)
+    (_, _, gradients), (_, _, exact) = both(kernels, problem, normalize_prototypes=True, scale=16.0)
     assert (gradients[0].double() - exact[0]).norm() <= 3e-3 * exact[0].norm()
 
 
-def test_float16_weights_far_below_the_largest():
+def test_float16_weights_far_below_the_largest(kernels):
     """A slot's share of the gradient below 6e-8 counts, as long as the gradient itself can hold it."""
     eye = torch.eye(24, dtype=torch.float64)
     problem = replace(
@@ -359,7 +367,7 @@ def test_float16_weights_far_below_the_largest():
     )
     problem = problem.to(torch.float32, torch.float16)
     found = []
-    for name, p in (("triton", problem), ("reference", problem.to(torch.float64))):
+    for name, p in ((kernels, problem), ("reference", problem.to(torch.float64))):
         w = p.prototypes.clone().requires_grad_()
         loss = margin_softmax(p.embedding, w, p.target, scale=12.0, reduction="none", backend=name)
         (loss.sum() * 1e4).backward()
@@ -367,30 +375,30 @@ def test_float16_weights_far_below_the_largest():
     assert (found[0] - found[1])[4:].norm() <= 0.01 * found[1][4:].norm()
 
 
-def test_targets_that_are_no_slots_poison_their_own_rows():
+def test_targets_that_are_no_slots_poison_their_own_rows(kernels):
     """A check would have to wait for the device."""
     problem = make(6, 40, 12, start=30).to(torch.float32)
     target = problem.target.clone()
     target[1], target[4] = 40, -3
     x = problem.embedding.clone().requires_grad_()
-    loss = margin_softmax(x, problem.prototypes, target, reduction="none", backend="triton", window=problem.window)
+    loss = margin_softmax(x, problem.prototypes, target, reduction="none", backend=kernels, window=problem.window)
     loss.sum().backward()
     assert torch.isnan(loss).nonzero().flatten().tolist() == [1, 4]
     assert torch.isnan(x.grad).any(1).nonzero().flatten().tolist() == [1, 4]
 
 
-def test_nothing_but_the_target_and_bad_rows():
+def test_nothing_but_the_target_and_bad_rows(kernels):
     problem = make(6, 40, 12).to(torch.float32)
     x = problem.embedding.clone()
     x[2, 3] = torch.nan
     x[4] = 0
     x.requires_grad_()
-    loss = margin_softmax(x, problem.prototypes, problem.target, reduction="none", backend="triton")
+    loss = margin_softmax(x, problem.prototypes, problem.target, reduction="none", backend=kernels)
     loss.sum().backward()
     assert torch.isnan(loss).tolist() == [i == 2 for i in range(6)]
     assert torch.isnan(x.grad).any(1).tolist() == [i == 2 for i in range(6)]
     empty = torch.full((40,), -1)
-    alone = margin_softmax(x[:2], problem.prototypes, problem.target[:2], slot_identity=empty, backend="triton")
+    alone = margin_softmax(x[:2], problem.prototypes, problem.target[:2], slot_identity=empty, backend=kernels)
     assert alone.item() == 0
 
 

@@ -26,11 +26,12 @@ from sst_fast.backends.cpu import Cpu
 from sst_fast.backends.cuda import Cuda
 from sst_fast.backends.hopper import Hopper
 from sst_fast.backends.reference import Reference
+from sst_fast.backends.staged import Staged
 from sst_fast.backends.triton import Triton
 
 OPERATIONS = ("margin_softmax", "enqueue", "dequeue", "window")
 BACKENDS: dict[str, Backend] = {  # in order of preference
-    "hopper": Hopper(), "triton": Triton(), "cuda": Cuda(), "cpu": Cpu(), "reference": Reference(),
+    "hopper": Hopper(), "staged": Staged(), "triton": Triton(), "cuda": Cuda(), "cpu": Cpu(), "reference": Reference(),
 }  # fmt: skip
 ENVIRONMENT = "SST_FAST_BACKEND"
 NO_DEVICE = "PyTorch finds no CUDA device"

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from sst_fast.arguments import REDUCTIONS, Packed
 from sst_fast.backends.backend import Backend, Problem
@@ -32,23 +33,10 @@ class Triton(Backend):
 
     def why_not(self, problem: Problem) -> str | None:
         """None where it can, otherwise the reason."""
-        if problem.operation != "margin_softmax":
-            return "not written: the queue is C++ and CUDA C++"
-        if compiled is None:
-            return f"its operators are registered by the extension: {why_not_compiled}"
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        if problem.device.type != "cuda" and not interpreted():
-            return f"not for {problem.device.type} tensors (but with TRITON_INTERPRET=1)"
-        if problem.product_dtype is not None:
-            return "rounds no products"
-        if torch.float64 in (problem.dtype, problem.queue_dtype):
-            return "float64 is more exact than its kernels are"
+        reason = why_no_kernels(problem)
+        if reason is not None:
+            return reason
         here = machine(problem.device)
-        if here.capability < (8, 0):
-            return f"needs compute capability 8.0, this device has {'.'.join(map(str, here.capability))}"
-        if problem.queue_dtype == torch.float8_e4m3fn and here.capability < (8, 9):
-            return f"float8 needs compute capability 8.9, this device has {'.'.join(map(str, here.capability))}"
         kernels = ("sweep", "prototypes") if problem.trains_prototypes else ("sweep",)
         for kernel, number in product(kernels, _numbers(problem.queue_dtype)):
             if blocks_for(kernel, problem.dim, number, here.architecture) is None:
@@ -62,6 +50,28 @@ class Triton(Backend):
     def load(self) -> None:
         """Registers its operators."""
         register("triton", margin_softmax, prototype_gradient)
+
+
+def why_no_kernels(problem: Problem) -> str | None:
+    """None where kernels of Triton can serve a problem of the loss, whatever its tiles, otherwise the reason."""
+    if problem.operation != "margin_softmax":
+        return "not written: the queue is C++ and CUDA C++"
+    if compiled is None:
+        return f"its operators are registered by the extension: {why_not_compiled}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if problem.device.type != "cuda" and not interpreted():
+        return f"not for {problem.device.type} tensors (but with TRITON_INTERPRET=1)"
+    if problem.product_dtype is not None:
+        return "rounds no products"
+    if torch.float64 in (problem.dtype, problem.queue_dtype):
+        return "float64 is more exact than its kernels are"
+    here = machine(problem.device)
+    if here.capability < (8, 0):
+        return f"needs compute capability 8.0, this device has {'.'.join(map(str, here.capability))}"
+    if problem.queue_dtype == torch.float8_e4m3fn and here.capability < (8, 9):
+        return f"float8 needs compute capability 8.9, this device has {'.'.join(map(str, here.capability))}"
+    return None
 
 
 _registered: dict[str, torch.library.Library] = {}
@@ -153,7 +163,7 @@ _TABLE: dict[tuple[str, int, str], tuple[tuple[int, int, int, int] | None, ...]]
     ("prototypes", 89, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
     ("prototypes", 89, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
     ("prototypes", 90, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 90, "tf32"): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
+    ("prototypes", 90, "tf32"): ((64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 2), (32, 16, 8, 1), None),
     ("prototypes", 90, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
     ("prototypes", 100, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
     ("prototypes", 100, "tf32"): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
@@ -182,7 +192,7 @@ def _numbers(dtype: torch.dtype) -> tuple[str, ...]:
     return ("tf32", "ieee") if dtype == torch.float32 else ({1: "float8", 2: "16 bits"}[dtype.itemsize],)
 
 
-def _precision() -> str:
+def float32_precision() -> str:
     """'tf32' or 'ieee': what PyTorch is set to multiply float32 matrices by. The older setting cannot be read once the newer is set."""
     newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     if newer is None:
@@ -211,15 +221,32 @@ def carve(device: torch.device, *arrays: tuple[torch.dtype, tuple[int, ...]]) ->
     ]
 
 
+class Results(NamedTuple):
+    """What the loss gives: csrc/arguments.h."""
+
+    loss: Tensor
+    lse: Tensor
+    target_cosine: Tensor
+    hardest_cosine: Tensor
+    hardest_slot: Tensor
+    beats_target: Tensor
+    residual: Tensor
+    row_weight: Tensor
+    gradient: Tensor
+    negatives: Tensor
+    target_slope: Tensor
+    scale_slope: Tensor
+
+
 class Call(Packed):
     """The arguments of a call as kernels take them, and what follows from them."""
 
-    @staticmethod
-    def received(*received: Any) -> Call:
+    @classmethod
+    def received(cls, *received: Any) -> Self:
         """From what an operator has received; contiguous."""
         p = Packed.of(*received)
         fields: dict[str, Any] = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in vars(p).items()}
-        return Call(**fields)
+        return cls(**fields)
 
     @cached_property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -266,7 +293,7 @@ class Call(Packed):
     @property
     def precision(self) -> str:
         """Of products; what is no float32 has no choice."""
-        return _precision() if self.prototypes.dtype == torch.float32 else "ieee"
+        return float32_precision() if self.prototypes.dtype == torch.float32 else "ieee"
 
     def blocks(self, kernel: str) -> Blocks:
         """The kernel's tile sizes."""
@@ -304,13 +331,77 @@ class Call(Packed):
             SUB=self.sub_centers, ROWS=self.rows, BLOCK_D=self.block_d,
         )  # fmt: skip
 
-    def own_targets(self, own_rows: Tensor) -> Tensor:
-        """bool [N]: whose target is a row of the prototypes, and none that the window replaces."""
-        inside = own_rows >= 0
-        if self.window is not None:
+    def partials(self, parts: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """What :meth:`combine` takes of each part of the slots: partial sums, counts and, for a gradient, moments."""
+        from sst_fast.kernels.margin_softmax import COUNT_FIELDS, PARTIAL_FIELDS
+
+        n = len(self.embedding)
+        moment = (parts, n, self.block_d) if self.need_gradient else (0,)
+        return [
+            (torch.float32, (PARTIAL_FIELDS, parts, n)),
+            (torch.int32, (COUNT_FIELDS, parts, n)),
+            (torch.float32, moment),
+        ]
+
+    def combine(
+        self, scratch: list[Tensor], partials: list[Tensor], found: Results, with_loss: bool, with_moment: bool
+    ) -> None:
+        """Launches ``combine_kernel`` on what :meth:`prepare` and the sweep have left."""
+        from sst_fast.kernels.margin_softmax import combine_kernel
+
+        n, k, dim, b, rows_in_group = self.sizes
+        _, rows, own_rows, exact, _ = scratch
+        launch(
+            combine_kernel, (-(-n // self.rows),), self.device, self.embedding, self.prototypes, self.window, self.positive,
+            self.window_start, self.margin_rows, rows, own_rows, exact, *partials, found.loss, found.lse, found.hardest_cosine,
+            found.hardest_slot, found.beats_target, found.residual, found.row_weight, found.gradient, found.negatives,
+            found.target_slope, found.scale_slope if self.need_scale_gradient else None, n, k, dim, b, rows_in_group, partials[0].shape[1], self.label_smoothing, *self.numbers,
+            KIND=self.kind, P=self.varying, NORMALIZE=self.normalize, STRAIGHT=self.straight_through, LOSS=with_loss,
+            MOMENT=with_moment, SMOOTH=self.label_smoothing > 0, MEAN=self.reduction == REDUCTIONS.index("mean"),
+            ROWS=self.rows, BLOCK_D=self.block_d,
+        )  # fmt: skip
+
+    def results(self) -> Results:
+        """Uninitialised. Each has memory of its own: those that outlive the call must not hold on to the scratch."""
+        n, dim = self.embedding.shape
+
+        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+        loss, lse, cosine, hardest, residual, weight, slope = (empty(torch.float32, n) for _ in range(7))
+        slot, beats, live = (empty(torch.int64, n) for _ in range(3))
+        gradient = empty(torch.float32, n if self.need_gradient else 0, dim)
+        scale_slope = empty(torch.float32, n if self.need_scale_gradient else 0)
+        return Results(loss, lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope, scale_slope)
+
+    def reduced(self, found: Results) -> tuple[Tensor, ...]:
+        """The results as the operator gives them: the loss of each probe, weighed, or their sum."""
+        none = self.reduction == REDUCTIONS.index("none")
+        return found if none else found._replace(loss=found.loss.sum())
+
+    def split_parallel(
+        self, exact: Tensor, own_rows: Tensor, target_slope: Tensor, incoming: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(``target_slope`` without the targets that are nearly parallel to their probes, what these get of ``incoming``).
+
+        Where they are normalised inside, an angular margin's slope is large there and what the normalisation leaves of
+        it is small: it would drown in the rounding of a kernel's sums, and is added after them.
+        """
+        near = (exact[1 + len(own_rows) :] < 1 / 16) & (own_rows >= 0)
+        if self.window is not None:  # its slots get no gradient
             assert self.window_start is not None
-            inside = inside & ((own_rows - self.window_start) % len(self.prototypes) >= self.window.shape[1])
-        return inside
+            near = near & ((own_rows - self.window_start) % len(self.prototypes) >= self.window.shape[1])
+        return torch.where(near, 0.0, target_slope), torch.where(near, target_slope * incoming, 0.0)
+
+    def add_parallel(self, gradient: Tensor, own_rows: Tensor, share: Tensor) -> None:
+        """Adds what :meth:`split_parallel` has taken out."""
+        own_row = own_rows.clamp_min(0).long()
+        own = self.prototypes[own_row].double()
+        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min(MIN_NORM)
+        own = own / norm
+        hat = normalize(self.embedding.double())
+        across = (hat - (hat * own).sum(1, keepdim=True) * own) * share[:, None] / norm
+        gradient.index_add_(0, own_row, torch.where(share[:, None] == 0, 0.0, across).to(gradient.dtype))
 
     @property
     def numbers(self) -> list[float]:
@@ -322,25 +413,16 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
     """The operator ``sst_fast::triton_margin_softmax``: see csrc/arguments.h for the results.
 
     Three launches (five with label smoothing and a gradient), one allocation of scratch memory; PyTorch's own operations
-    are the allocations of the results and, where the loss is reduced, its sum. Results have memory of their own: those
-    that outlive the call must not hold on to the scratch.
+    are the allocations of the results and, where the loss is reduced, its sum.
     """
-    from sst_fast.kernels.margin_softmax import combine_kernel, sweep_kernel
+    from sst_fast.kernels.margin_softmax import sweep_kernel
 
     p = Call.received(*received)
     n, k, dim, b, rows_in_group = p.sizes
-    device = p.device
-    loss, lse, cosine, hardest, residual, weight, slope = (
-        torch.empty(n, dtype=torch.float32, device=device) for _ in range(7)
-    )
-    slot, beats, live = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(3))
-    gradient = torch.empty((n if p.need_gradient else 0, dim), dtype=torch.float32, device=device)
-    scale_slope = torch.empty(n if p.need_scale_gradient else 0, dtype=torch.float32, device=device)
-    seen = lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope, scale_slope
-    none = p.reduction == REDUCTIONS.index("none")
+    found = p.results()
     if n == 0:
-        return loss if none else loss.sum(), *seen
-    groups, processors = n // rows_in_group, machine(device).processors
+        return p.reduced(found)
+    groups, processors = n // rows_in_group, machine(p.device).processors
     cut = p.blocks("sweep")
     blocks_in_group = -(-rows_in_group // cut.rows)
     tiles = -(-k // (cut.slots // p.padded))
@@ -348,51 +430,29 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
     tiles_in_split = -(-tiles // splits)
     splits = -(-tiles // tiles_in_split)
     parts = splits + (p.window is not None)
-    *scratch, partial, counts, moment = carve(device, *p.scratch(), *_partials(p, parts))
-    p.prepare(scratch, cosine, weight)
-    unit, rows, own_rows, exact, inverse = scratch
+    memory = carve(p.device, *p.scratch(), *p.partials(parts))
+    scratch, partials = memory[:5], memory[5:]
+    p.prepare(scratch, found.target_cosine, found.row_weight)
+    unit, rows, own_rows, _, inverse = scratch
     second = p.need_gradient and p.label_smoothing > 0
 
     def run_sweep(again: bool) -> None:
         launch(
-            sweep_kernel, (groups * blocks_in_group, parts), device, unit, p.prototypes, p.window,
+            sweep_kernel, (groups * blocks_in_group, parts), p.device, unit, p.prototypes, p.window,
             inverse if p.normalize else None, p.window_start, own_rows, p.identity, p.slot_identity, p.window_identity, rows,
-            cosine, lse, partial, counts, moment, n, k, dim, b, rows_in_group, blocks_in_group, tiles_in_split, splits,
+            found.target_cosine, found.lse, *partials, n, k, dim, b, rows_in_group, blocks_in_group, tiles_in_split, splits,
             KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.unit_slope,
             MOMENT=again or (p.need_gradient and not second), SECOND=again, SMOOTH=p.label_smoothing > 0,
-            SCALE_SLOPE=p.need_scale_gradient and not again, SUB=p.sub_centers, PADDED=p.padded,
-            PRECISION=p.precision, BLOCK_N=cut.rows, BLOCK_K=cut.slots, BLOCK_D=p.block_d, num_warps=cut.warps,
+            SCALE_SLOPE=p.need_scale_gradient and not again, SUB=p.sub_centers, PADDED=p.padded, PRECISION=p.precision, BLOCK_N=cut.rows, BLOCK_K=cut.slots, BLOCK_D=p.block_d, num_warps=cut.warps,
             num_stages=cut.stages,
         )  # fmt: skip
 
-    def combine(with_loss: bool, with_moment: bool) -> None:
-        launch(
-            combine_kernel, (-(-n // p.rows),), device, p.embedding, p.prototypes, p.window, p.positive, p.window_start,
-            p.margin_rows, rows, own_rows, exact, partial, counts, moment, loss, lse, hardest, slot, beats, residual, weight,
-            gradient, live, slope, scale_slope if p.need_scale_gradient else None, n, k, dim, b, rows_in_group, parts, p.label_smoothing, *p.numbers, KIND=p.kind,
-            P=p.varying, NORMALIZE=p.normalize, STRAIGHT=p.straight_through, LOSS=with_loss, MOMENT=with_moment,
-            SMOOTH=p.label_smoothing > 0, MEAN=p.reduction == REDUCTIONS.index("mean"), ROWS=p.rows, BLOCK_D=p.block_d,
-        )  # fmt: skip
-
     run_sweep(again=False)
-    combine(True, p.need_gradient and not second)
+    p.combine(scratch, partials, found, with_loss=True, with_moment=p.need_gradient and not second)
     if second:
         run_sweep(again=True)
-        combine(False, True)
-    return loss if none else loss.sum(), *seen
-
-
-def _partials(p: Call, parts: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    """What a sweep fills: partial sums, counts and, for a gradient, moments."""
-    from sst_fast.kernels.margin_softmax import COUNT_FIELDS, PARTIAL_FIELDS
-
-    n = len(p.embedding)
-    moment = (parts, n, p.block_d) if p.need_gradient else (0,)
-    return [
-        (torch.float32, (PARTIAL_FIELDS, parts, n)),
-        (torch.int32, (COUNT_FIELDS, parts, n)),
-        (torch.float32, moment),
-    ]
+        p.combine(scratch, partials, found, with_loss=False, with_moment=True)
+    return p.reduced(found)
 
 
 def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -> Tensor:
@@ -410,26 +470,15 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
     p.prepare(scratch, cosine, weight)
     parallel = None
     if p.normalize and p.positive is None:
-        # Where a probe is nearly parallel to its target an angular margin's slope is large and what the normalisation leaves of
-        # it is small: it would drown in the rounding of the kernel's sums, and is added after them.
-        near = (exact[1 + n :] < 1 / 16) & p.own_targets(own_rows)
-        parallel = torch.where(near, target_slope * grad_loss.float() * row_weight, 0.0)
-        target_slope = torch.where(near, 0.0, target_slope)
+        target_slope, parallel = p.split_parallel(exact, own_rows, target_slope, grad_loss.float() * row_weight)
     cut = p.blocks("prototypes")
     launch(
         prototypes_kernel, (-(-k // (cut.rows // p.padded)),), p.device, unit, p.prototypes, inverse if p.normalize else None,
         p.window_start, own_rows, p.identity, p.slot_identity, rows, lse, negatives, grad_loss.contiguous(), row_weight,
         target_slope, gradient, n, k, dim, b, p.label_smoothing, KIND=p.kind, MASK_EMPTY=p.mask_empty,
-        STRAIGHT=p.unit_slope, TARGETS=p.positive is None, EACH=grad_loss.dim(), SUB=p.sub_centers,
-        PADDED=p.padded, PRECISION=p.precision, BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=p.block_d,
-        num_warps=cut.warps, num_stages=cut.stages,
+        STRAIGHT=p.unit_slope, TARGETS=p.positive is None, EACH=grad_loss.dim(), SUB=p.sub_centers, PADDED=p.padded, PRECISION=p.precision,
+        BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=p.block_d, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if parallel is not None:
-        own_row = own_rows.clamp_min(0).long()
-        own = p.prototypes[own_row].double()
-        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min(MIN_NORM)
-        own = own / norm
-        hat = normalize(p.embedding.double())
-        across = (hat - (hat * own).sum(1, keepdim=True) * own) * parallel[:, None] / norm
-        gradient.index_add_(0, own_row, torch.where(parallel[:, None] == 0, 0.0, across).to(gradient.dtype))
+        p.add_parallel(gradient, own_rows, parallel)
     return gradient

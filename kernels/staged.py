@@ -1,0 +1,382 @@
+"""The staged sweep in Triton: what lies before and behind the library's matrix products. sst_fast/backends/staged.py launches these
+kernels and says how they follow one another.
+
+Sizes as in kernels/margin_softmax.py, and: a *chunk* is a run of slots whose weights [N, C] are held at once; a *piece* is a part
+of the features. Masks, margins and statistics are those of the fused sweep.
+
+``partial`` [PARTIAL_FIELDS, T, N] and ``counts`` [COUNT_FIELDS, T, N] hold what the tile of slots number t of every chunk has seen:
+a program adds to what its forerunner in the chunk before has left, so their size does not depend on K, and their sums not on timing.
+"""
+
+import triton
+import triton.language as tl
+from sst_fast.kernels.margin_softmax import (
+    BEATS,
+    COUNTS,
+    FLOOR,
+    HARD,
+    HARD_SUM,
+    HARDEST,
+    LIVE,
+    NEVER,
+    PHI_SUM,
+    SHIFT,
+    SLOT,
+    SUM,
+    UNIFORM,
+    _since,
+    holds_features,
+    is_negative,
+    logits_of,
+    probes_of,
+    seen_in_tile,
+    through_norm,
+)
+from sst_fast.kernels.margins import largest_phi, needs_hard_mean, phi_is_identity
+
+OFTEN = [*COUNTS, "first", "count", "row", "stride", "T", "C", "fresh"]
+# float32 holds exp(x) for x between -87 and 88. Weights are exp(logit - shift), with the shift this far below the largest logit
+# that can be: then sums over a million slots stay finite,
+ROOM = tl.constexpr(60.0)
+# and a row needs a shift of its own only where its largest logit lies outside these bounds from the common one.
+LEAST, MOST = tl.constexpr(-64.0), tl.constexpr(70.0)
+
+
+@triton.jit
+def common_shift(scale, r0, r1, r2, r3, KIND: tl.constexpr):
+    """What weights are relative to before anything is known of the row's logits."""
+    return scale * largest_phi(r0, r1, r2, r3, KIND) - ROOM
+
+
+@triton.jit
+def _cosines(
+    unit, i, real, w, j, held, D, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Products of probes i with rows j of ``w``, float32 [BLOCK_N, BLOCK_K], over pieces of the features."""
+    c = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for d0 in range(0, D, PIECE):
+        d = d0 + tl.arange(0, PIECE)
+        x = tl.load(unit + i[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
+        f = tl.load(w + j.to(tl.int64)[:, None] * D + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0.0)
+        if f.dtype != x.dtype:
+            f = f.to(tl.float32).to(x.dtype)
+        c = tl.dot(x, tl.trans(f), c, input_precision=PRECISION)
+    return c
+
+
+@triton.jit(do_not_specialize=OFTEN)
+def weigh_kernel(
+    unit, w, inverse, start, own_rows, identity, ids, rows, cosine, shifts, incoming, target_slope, weights, partial, counts,
+    N, K, D, B, rows_in_group, blocks_in_group, first, count, row, stride, T, C, fresh, lift,
+    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, OF_WINDOW: tl.constexpr, SEEN: tl.constexpr,
+    STORE: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr, GIVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """A tile of probes and slots: product 1 and what follows it. Slots [first, first + count) of the queue, or of the window
+    (OF_WINDOW), which begin at row ``row`` of ``w``, or of the group's ``stride`` rows of it.
+
+    Product 1 is made here, or was made into ``weights`` (GIVEN). SEEN: partial sums and statistics. STORE: ``weights`` [N, C], times
+    the slope of phi and the prototype's inverse norm: exp(logit - shift) with the shift of ``shifts`` [N], or None: the common
+    one; minus the even share of label smoothing (EVEN), times exp(lift). For the prototypes' own gradient ``incoming`` [N] and
+    the scale multiply them, targets get ``target_slope`` (None: explicit positives), and nothing the inverse norm.
+    """
+    block, tile = tl.program_id(0), tl.program_id(1)
+    n = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    if (tile * BLOCK_K >= count) & (fresh == 0):
+        return
+    group = block // blocks_in_group
+    r = (block % blocks_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = r < rows_in_group
+    i = (group * rows_in_group + r).to(tl.int64)
+    there = n < count
+    at_weight = i[:, None] * C + n[None, :]
+    inside = real[:, None] & there[None, :]
+    if GIVEN:
+        c = tl.load(weights + at_weight, mask=inside, other=0.0)
+    else:
+        base = w
+        if OF_WINDOW:
+            base = w + group.to(tl.int64) * stride * D
+        c = _cosines(unit, i, real, base, row + n, there, D, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE)
+    j = first + n
+    theirs = n
+    if ids is not None:
+        theirs = tl.load(ids + j, mask=there, other=-1)
+    norm = n * 0.0 + 1.0
+    if inverse is not None:
+        norms = inverse
+        if OF_WINDOW:
+            norms = inverse + K + group.to(tl.int64) * B
+        norm = tl.load(norms + j, mask=there, other=0.0)
+        c *= norm[None, :]
+    slot = j
+    counts_here = there
+    if start is not None:
+        begin = tl.load(start).to(tl.int32)
+        if OF_WINDOW:
+            slot = tl.where(j + begin >= K, j + begin - K, j + begin)
+        else:
+            counts_here = there & (_since(j, begin, K) >= B)
+    y, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
+    mine = y
+    if identity is not None:
+        mine = tl.load(identity + i, mask=real, other=-2)
+    alive = is_negative(
+        counts_here[None, :], slot[None, :], theirs[None, :], y[:, None], mine[:, None], ids, identity, MASK_EMPTY
+    )
+    shown, value, z, slope = logits_of(c, alive, scale, r0, r1, r2, r3, KIND)
+
+    out = tile.to(tl.int64) * N + i
+    field = T.to(tl.int64) * N
+    before = real & (r * 0 + fresh == 0)
+    if SEEN:
+        a = tl.load(cosine + i, mask=real, other=0.0)
+        highest, top, at, beats, live, hard, hard_sum, phi_sum = seen_in_tile(
+            shown, value, z, slot, a, scale, r0, KIND, SMOOTH
+        )
+        old_highest = tl.load(partial + SHIFT * field + out, mask=before, other=FLOOR)
+        total = tl.load(partial + SUM * field + out, mask=before, other=0.0)
+        highest = tl.maximum(highest, old_highest)
+        if not STORE:  # the sum follows the largest logit
+            total *= tl.exp(old_highest - highest)
+            total += tl.sum(tl.exp(z - highest[:, None]), 1)
+        old_top = tl.load(partial + HARDEST * field + out, mask=before, other=NEVER)
+        old_at = tl.load(counts + SLOT * field + out, mask=before, other=-1)
+        tl.store(counts + SLOT * field + out, tl.where(top > old_top, at, old_at), mask=real)
+        tl.store(partial + HARDEST * field + out, tl.maximum(top, old_top), mask=real)
+        tl.store(partial + SHIFT * field + out, highest, mask=real)
+        live += tl.load(counts + LIVE * field + out, mask=before, other=0)
+        tl.store(counts + LIVE * field + out, live, mask=real)
+        beats += tl.load(counts + BEATS * field + out, mask=before, other=0)
+        tl.store(counts + BEATS * field + out, beats, mask=real)
+        if needs_hard_mean(KIND):
+            hard += tl.load(counts + HARD * field + out, mask=before, other=0)
+            hard_sum += tl.load(partial + HARD_SUM * field + out, mask=before, other=0.0)
+            tl.store(counts + HARD * field + out, hard, mask=real)
+            tl.store(partial + HARD_SUM * field + out, hard_sum, mask=real)
+        if SMOOTH:
+            phi_sum += tl.load(partial + PHI_SUM * field + out, mask=before, other=0.0)
+            tl.store(partial + PHI_SUM * field + out, phi_sum, mask=real)
+    if STORE:
+        if shifts is not None:
+            shift = tl.load(shifts + i, mask=real, other=0.0)
+        else:
+            shift = common_shift(scale, r0, r1, r2, r3, KIND)
+        p = tl.exp(z - shift[:, None])
+        if SEEN:
+            total += tl.sum(p, 1)
+        if EVEN:
+            even = tl.load(rows + UNIFORM * N + i, mask=real, other=0.0)
+            p = tl.where(shown != NEVER, p - even[:, None], 0.0) * tl.exp(scale * 0.0 + lift)[:, None]
+        if not (STRAIGHT or phi_is_identity(KIND)):
+            p *= slope
+        if incoming is not None:
+            factor = tl.load(incoming + i, mask=real, other=0.0)
+            p *= (scale * factor)[:, None]
+        elif inverse is not None:
+            p *= tl.where(norm == norm, norm, 0.0)[None, :]  # that of a slot which may hold anything
+        if incoming is not None:
+            if target_slope is not None:
+                at_target = tl.load(target_slope + i, mask=real, other=0.0)
+                p = tl.where(counts_here[None, :] & (slot[None, :] == y[:, None]), (at_target * factor)[:, None], p)
+            p = tl.where((factor == 0)[:, None], 0.0, p)
+        tl.store(weights + at_weight, p.to(weights.dtype.element_ty), mask=inside)
+    if SEEN:
+        tl.store(partial + SUM * field + out, total, mask=real)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gather_kernel(
+    partial, counts, rows, own_rows, partial_out, counts_out, again, N, T, lift,
+    KIND: tl.constexpr, COMMON: tl.constexpr, SMOOTH: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of probes over the T tiles of a chunk: their sums, as one part for ``combine_kernel``.
+
+    COMMON: the tiles' sums are relative to the common shift; ``again`` int32 [N] then names the rows for which that was not good
+    enough, and these get their largest logit as the shift. Otherwise the shift is the largest logit less ``lift``.
+    """
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    real = i < N
+    field = T.to(tl.int64) * N
+    _, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
+    highest = scale * 0.0 + NEVER
+    top, at = scale * 0.0 + NEVER, tl.zeros([BLOCK_N], tl.int32) - 1
+    total, phi_sum, hard_sum = scale * 0.0, scale * 0.0, scale * 0.0
+    live, beats, hard = tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_N], tl.int32)
+    for t0 in range(0, T, TILES):
+        t = t0 + tl.arange(0, TILES)
+        inside = (t < T)[:, None] & real[None, :]
+        of = t.to(tl.int64)[:, None] * N + i[None, :]
+        tops = tl.load(partial + HARDEST * field + of, mask=inside, other=NEVER)
+        here = tl.max(tops, 0)
+        best = tl.load(counts + SLOT * field + of, mask=inside & (tops == here[None, :]), other=-1)
+        at = tl.where(here > top, tl.max(best, 0), at)
+        top = tl.maximum(top, here)
+        shift = tl.load(partial + SHIFT * field + of, mask=inside, other=NEVER)
+        sums = tl.load(partial + SUM * field + of, mask=inside, other=0.0)
+        higher = tl.maximum(highest, tl.max(shift, 0))
+        if not COMMON:
+            total *= tl.exp(highest - higher)
+            sums *= tl.exp(shift - higher[None, :])
+        total += tl.sum(sums, 0)
+        highest = higher
+        live += tl.sum(tl.load(counts + LIVE * field + of, mask=inside, other=0), 0)
+        beats += tl.sum(tl.load(counts + BEATS * field + of, mask=inside, other=0), 0)
+        if needs_hard_mean(KIND):
+            hard += tl.sum(tl.load(counts + HARD * field + of, mask=inside, other=0), 0)
+            hard_sum += tl.sum(tl.load(partial + HARD_SUM * field + of, mask=inside, other=0.0), 0)
+        if SMOOTH:
+            phi_sum += tl.sum(tl.load(partial + PHI_SUM * field + of, mask=inside, other=0.0), 0)
+    if COMMON:
+        shift = common_shift(scale, r0, r1, r2, r3, KIND)
+        over = highest - shift
+        wanting = (live > 0) & ((over < LEAST) | (over > MOST))
+        tl.store(again + i, wanting.to(tl.int32), mask=real)
+        shift = tl.where(wanting, highest, shift)
+    else:
+        shift = highest - lift
+        total *= tl.exp(scale * 0.0 + lift)
+    tl.store(partial_out + SHIFT * N + i, shift, mask=real)
+    tl.store(partial_out + SUM * N + i, total, mask=real)
+    tl.store(partial_out + HARDEST * N + i, top, mask=real)
+    tl.store(counts_out + SLOT * N + i, at, mask=real)
+    tl.store(counts_out + LIVE * N + i, live, mask=real)
+    tl.store(counts_out + BEATS * N + i, beats, mask=real)
+    if needs_hard_mean(KIND):
+        tl.store(counts_out + HARD * N + i, hard, mask=real)
+        tl.store(partial_out + HARD_SUM * N + i, hard_sum, mask=real)
+    if SMOOTH:
+        tl.store(partial_out + PHI_SUM * N + i, phi_sum, mask=real)
+
+
+@triton.jit
+def _sweep_again(
+    base, ids, norms, begin, of_window, last, unit, i, real, y, mine, identity, scale, r0, r1, r2, r3, shift, even, lift,
+    total, moment, start, K, D, B, columns,
+    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Adds slots [0, last) of the queue or the window to ``total`` and, for some columns, ``moment``."""
+    for j0 in range(0, last, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K)
+        there = j < last
+        theirs = j
+        if ids is not None:
+            theirs = tl.load(ids + j, mask=there, other=-1)
+        held = holds_features(there, theirs, ids, MASK_EMPTY)
+        c = _cosines(unit, i, real, base, j, held, D, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE)
+        if norms is not None:
+            norm = tl.load(norms + j, mask=held, other=0.0)
+            c *= norm[None, :]
+        slot = j
+        if start is not None:
+            slot = tl.where(of_window, j + begin, j)
+            slot = tl.where(slot >= K, slot - K, slot)
+            there = there & (of_window | (_since(j, begin, K) >= B))
+        alive = is_negative(
+            there[None, :], slot[None, :], theirs[None, :], y[:, None], mine[:, None], ids, identity, MASK_EMPTY
+        )
+        shown, _, z, slope = logits_of(c, alive, scale, r0, r1, r2, r3, KIND)
+        p = tl.exp(z - shift[:, None])
+        total += tl.sum(p, 1)
+        p = tl.where(shown != NEVER, p - even[:, None], 0.0) * tl.exp(scale * 0.0 + lift)[:, None]
+        if not (STRAIGHT or phi_is_identity(KIND)):
+            p *= slope
+        summed = tl.load(
+            base + j.to(tl.int64)[:, None] * D + columns[None, :],
+            mask=held[:, None] & (columns < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if norms is not None:
+            summed *= norm[:, None]
+        moment = tl.dot(
+            p.to(unit.dtype.element_ty), summed.to(unit.dtype.element_ty), moment, input_precision=PRECISION
+        )
+    return total, moment
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def again_kernel(
+    again, unit, w, window, inverse, start, own_rows, identity, slot_identity, window_identity, rows, shifts, partial, moment,
+    N, K, D, B, rows_in_group, blocks_in_group, lift,
+    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A block of probes and some columns of their moments; ends at once unless one of these probes needs it.
+
+    Those are the ones that ``again`` names (None: nobody), whose sum and moment are taken anew, relative to the shift in
+    ``shifts``; and those whose moment is NaN though their sum is not: an empty slot was not finite, which the library's product
+    does not know, and the moment is taken anew without it.
+    """
+    block = tl.program_id(0)
+    group = block // blocks_in_group
+    r = (block % blocks_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = r < rows_in_group
+    i = (group * rows_in_group + r).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = i[:, None] * BLOCK_D + columns[None, :]
+    inside = real[:, None] & (columns < D)[None, :]
+    old = tl.load(moment + at, mask=inside, other=0.0)
+    nan = tl.max((old != old).to(tl.int32), 1)
+    total = tl.load(partial + SUM * N + i, mask=real, other=0.0)
+    wanting = tl.where(total == total, nan, 0)
+    anew = wanting * 0
+    if again is not None:
+        anew = tl.load(again + i, mask=real, other=0)
+        wanting = tl.maximum(tl.where(total == total, wanting, 0), anew)
+    if tl.max(wanting, 0) == 0:
+        return
+    y, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
+    mine = y
+    if identity is not None:
+        mine = tl.load(identity + i, mask=real, other=-2)
+    shift = tl.load(shifts + i, mask=real, other=0.0)
+    even = scale * 0.0
+    if EVEN:
+        even = tl.load(rows + UNIFORM * N + i, mask=real, other=0.0)
+    begin = K * 0
+    if start is not None:
+        begin = tl.load(start).to(tl.int32)
+    sums = scale * 0.0
+    found = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+    sums, found = _sweep_again(
+        w, slot_identity, inverse, begin, begin < 0, K, unit, i, real, y, mine, identity, scale, r0, r1, r2, r3, shift, even,
+        lift, sums, found, start, K, D, B, columns,
+        KIND, MASK_EMPTY, STRAIGHT, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
+    )  # fmt: skip
+    if window is not None:
+        norms = inverse
+        if inverse is not None:
+            norms = inverse + K + group.to(tl.int64) * B
+        ids = slot_identity
+        if slot_identity is not None:
+            ids = window_identity
+        sums, found = _sweep_again(
+            window + group.to(tl.int64) * B * D, ids, norms, begin, begin >= 0, B, unit, i, real, y, mine, identity, scale, r0,
+            r1, r2, r3, shift, even, lift, sums, found, start, K, D, B, columns,
+            KIND, MASK_EMPTY, STRAIGHT, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
+        )  # fmt: skip
+    tl.store(moment + at, found, mask=inside & (wanting > 0)[:, None])
+    if again is not None:
+        tl.store(partial + SUM * N + i, sums, mask=real & (anew > 0) & (r * 0 + tl.program_id(1) == 0))
+
+
+@triton.jit(do_not_specialize=["first", "count"])
+def finish_prototypes_kernel(
+    sums, w, inverse, factor, gradient, first, count, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of the prototypes' gradient from ``sums`` [count, D], float32: divided by ``factor`` [1] and taken through the
+    normalisation, where there are such."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = n < count
+    d = tl.arange(0, BLOCK_D)
+    inside = there[:, None] & (d < D)[None, :]
+    result = tl.load(sums + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    if factor is not None:
+        result *= 1.0 / tl.load(factor)
+    at = (first + n).to(tl.int64)[:, None] * D + d[None, :]
+    if inverse is not None:
+        norm = tl.load(inverse + first + n, mask=there, other=0.0)
+        result = through_norm(result, tl.load(w + at, mask=inside, other=0.0).to(tl.float32), norm)
+    tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)

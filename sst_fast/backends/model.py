@@ -1,0 +1,99 @@
+"""What time the two sweeps of the GPU are predicted to take, from static counts; never measured. docs/gpu_model.md explains it.
+
+Sizes: N probes, K slots, D features. Times are seconds, rates per second.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from sst_fast.backends.backend import Problem
+from sst_fast.backends.triton import float32_precision
+
+
+class Rates(NamedTuple):
+    """Of one multiprocessor and of a card, by data sheet."""
+
+    flops: int  # dense bfloat16 operations per cycle of a multiprocessor; float32 by tf32: half of it
+    memory: float  # bytes
+    cache: float  # bytes, second level
+
+
+RATES = {
+    80: Rates(2048, 1.6e12, 4.0e12), 86: Rates(512, 0.8e12, 2.0e12), 89: Rates(1024, 0.9e12, 4.0e12),
+    90: Rates(4096, 3.35e12, 5.5e12), 100: Rates(8192, 8.0e12, 8.0e12), 120: Rates(1024, 1.8e12, 5.0e12),
+}  # fmt: skip
+CLOCK = 1.7e9
+WITHOUT_TENSOR_CORES = 256  # float32 operations per cycle of a multiprocessor
+LIBRARY = 0.75  # share of those rates that a library's matrix product of this size reaches
+LAUNCH = 4e-6  # from one kernel to the next
+# Cycles that the instructions of a fused sweep take for 1,000 operations, at D up to so many: 16-bit products, from machine code for
+# sm_90, the same elsewhere but for the products' own.
+FUSED_ISSUE = {64: 4.1, 128: 2.2, 256: 1.36, 512: 1.44, 1024: 2.8}
+FUSED_ROWS = {64: 64, 128: 64, 256: 64, 512: 32, 1024: 16}  # probes that share one reading of the slots
+STAGED_EPILOGUE = 8100  # cycles of instructions behind product 1 for a tile of 128 x 128
+STAGED_TILE = 128
+CHUNK = 32 << 20  # bytes of weights
+
+
+def fused_time(problem: Problem, architecture: int, processors: int) -> float:
+    """Of the sweep that keeps the moments in registers; infinite where D is too large for that."""
+    n, k, d = problem.probes or 1024, problem.slots or 16384, problem.dim  # 0: not known
+    step = next((step for step in FUSED_ROWS if d <= step), None)
+    if step is None:
+        return math.inf
+    rates, rows = RATES[architecture], FUSED_ROWS[step]
+    size = problem.queue_dtype.itemsize
+    blocks = math.ceil(n / rows)
+    operations = 4 * blocks * rows * k * d
+    per_operation = max(FUSED_ISSUE[step] / 1000, 1 / (0.6 * _flops(problem, rates)))
+    busy = min(1.0, blocks * max(1, 2 * processors // blocks) / (2 * processors))
+    computing = operations * per_operation / (processors * busy * CLOCK)
+    reading = max(k * d * size / rates.memory, blocks * k * d * size / rates.cache)
+    return max(computing, reading) + 3 * LAUNCH
+
+
+def staged_time(problem: Problem, architecture: int, processors: int) -> float:
+    """Of the library's products and what lies between them."""
+    n, k, d = problem.probes or 1024, problem.slots or 16384, problem.dim  # 0: not known
+    rates = RATES[architecture]
+    size = max(problem.queue_dtype.itemsize, 2)
+    flops = _flops(problem, rates)
+    tile = STAGED_TILE
+    chunk = max(tile, min(k, CHUNK // (n * size) // tile * tile))
+    chunks = math.ceil(k / chunk)
+    rounds = chunks * math.ceil(math.ceil(n / tile) * (chunk / tile) / processors)
+    tile_product = 2 * tile * tile * d / (LIBRARY * flops)
+    sweeps = 2 if problem.queue_dtype == torch.float16 or problem.smooths else 1  # the rows' own shifts come first
+    first = sweeps * rounds * (tile_product + STAGED_EPILOGUE) / CLOCK
+    second = max(2 * n * k * d / (LIBRARY * flops * processors * CLOCK), k * d * size / rates.cache)
+    weights = 2 * n * k * size / rates.cache
+    moments = 8 * chunks * n * d / rates.cache
+    reading = k * d * size / rates.memory
+    return max(first + second, reading) + weights + moments + ((1 + sweeps) * chunks + 4) * LAUNCH
+
+
+def _flops(problem: Problem, rates: Rates) -> float:
+    if problem.queue_dtype != torch.float32:
+        return rates.flops
+    return rates.flops / 2 if float32_precision() == "tf32" else WITHOUT_TENSOR_CORES
+
+
+def table() -> str:
+    """Predictions for a card with 132 multiprocessors of sm_90, milliseconds, in Markdown."""
+    lines = ["| dtype, N, K, D on sm_90 | fused, ms | staged, ms | two bare products, ms |", "|---|---|---|---|"]
+    for dtype, n, k, d in (
+        (torch.bfloat16, 16, 16384, 512), (torch.bfloat16, 64, 16384, 512), (torch.bfloat16, 256, 16384, 512),
+        (torch.bfloat16, 1024, 16384, 128), (torch.bfloat16, 1024, 16384, 512), (torch.bfloat16, 4096, 1 << 20, 512),
+        (torch.float16, 1024, 16384, 512), (torch.float32, 1024, 16384, 512),
+    ):  # fmt: skip
+        problem = Problem("margin_softmax", torch.device("cuda"), dtype, dtype, d, probes=n, slots=k)
+        bare = 4 * n * k * d / (LIBRARY * _flops(problem, RATES[90]) * 132 * CLOCK)
+        bare = max(bare, k * d * dtype.itemsize / RATES[90].memory)
+        times = [1e3 * time for time in (fused_time(problem, 90, 132), staged_time(problem, 90, 132), bare)]
+        name = f"{str(dtype).removeprefix('torch.')}, {n:,}, {k:,}, {d}"
+        lines.append(f"| {name} | " + " | ".join(f"{time:.3g}" for time in times) + " |")
+    return "\n".join(lines)

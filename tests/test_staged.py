@@ -1,0 +1,233 @@
+"""The staged sweep in Triton's interpreter: what it has beyond the fused one, whose tests (tests/test_triton.py) it passes too."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import make
+from test_triton import both, check
+from torch.nn.functional import normalize
+
+from sst_fast import AMSoftmax, CircleLoss, MVSoftmax, NPCFace
+from sst_fast.backends import model, staged, triton
+from sst_fast.backends.backend import Problem
+from sst_fast.functional import margin_softmax
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not triton.interpreted() or triton.compiled is None, reason="needs the interpreter and the extension"
+)
+DTYPES = [
+    ((torch.float32,), 1e-5), ((torch.float16,), 2e-3), ((torch.bfloat16,), 2e-2),
+    ((torch.float32, torch.float8_e4m3fn), 2e-2),
+]  # fmt: skip
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """One tile of slots at a time."""
+    monkeypatch.setattr(staged, "WEIGHTS", 1)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels, in the order of their launches."""
+    names, launch = [], staged.launch
+
+    def record(kernel, *rest, **constants):
+        names.append(kernel.fn.__name__.removesuffix("_kernel"))
+        launch(kernel, *rest, **constants)
+
+    monkeypatch.setattr(staged, "launch", record)
+    monkeypatch.setattr(triton, "launch", record)
+    return names
+
+
+@pytest.mark.parametrize(("dtypes", "tolerance"), DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"normalize_prototypes": True}], ids=repr)
+def test_many_chunks(short_chunks, dtypes, tolerance, options):
+    """Of the queue and of the window."""
+    if "normalize_prototypes" in options and len(dtypes) == 1:
+        check(
+            "staged", make(12, 300, 24, identities=200).to(*dtypes), tolerance, scale=16.0, prototypes=True, **options
+        )
+    problem = make(150, 300, 24, start=200, identities=200, empty=0.2)
+    check("staged", problem.to(*dtypes), tolerance, scale=16.0, **options)
+
+
+@pytest.mark.parametrize("margin", [MVSoftmax(), NPCFace()], ids=repr)
+def test_statistics_of_many_chunks(short_chunks, margin):
+    check("staged", make(12, 600, 24, identities=500, empty=0.1).to(torch.float32), margin=margin, scale=30.0)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize(("n", "k", "d"), [(3, 40, 1100), (130, 140, 33)])
+def test_any_number_of_features(precision, n, k, d):
+    """Product 1 of float32 is the library's, or with tf32 made here."""
+    try:
+        torch.set_float32_matmul_precision(precision)
+        check("staged", make(n, k, d).to(torch.float32), scale=16.0, prototypes=True, normalize_prototypes=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("far", [range(12), range(0, 12, 5)], ids=len)
+def test_rows_that_need_a_shift_of_their_own(launches, dtype, far):
+    """Every cosine near -0.97 where the scale leaves the common shift no room, and logits far above what cosines allow.
+
+    A large scale magnifies the rounding of bfloat16: what is asked for is the exactness of the fused sweep.
+    """
+    problem = make(12, 50, 24, identities=30)
+    w = normalize(problem.prototypes + 5 * normalize(torch.ones(1, 24, dtype=torch.float64)))
+    x = problem.embedding.clone()
+    x[list(far)] -= 100
+    below = replace(problem, prototypes=w, embedding=x).to(dtype)
+    above = replace(problem, prototypes=problem.prototypes * 8).to(dtype)
+    for p, scale in ((below, 120.0), (above, 100.0)):
+        errors = []
+        for kernels in ("triton", "staged"):
+            found, exact = both(kernels, p, scale=scale)
+            errors.append(
+                [
+                    ((a - b).norm() / b.norm()).item()
+                    for a, b in zip((found[0], *found[2]), (exact[0], *exact[2]), strict=True)
+                ]
+            )
+        for fused, ours in zip(*errors, strict=True):
+            assert ours <= 3 * fused + 1e-6
+    assert launches.count("again") == 2
+
+
+def test_which_shift(launches):
+    """The common one where it does; each row's own needs one sweep more."""
+    problem = make(12, 50, 24)
+
+    def sweeps(dtype=torch.float32, **options):
+        launches.clear()
+        p = problem.to(torch.float32, dtype)
+        x = p.embedding.clone().requires_grad_()
+        margin_softmax(x, p.prototypes, p.target, backend="staged", **options)
+        return launches.count("weigh")
+
+    assert sweeps(scale=64.0) == sweeps(scale=120.0, dtype=torch.bfloat16) == 1
+    assert sweeps(margin=CircleLoss(), scale=64.0) == sweeps(margin=MVSoftmax(), scale=32.0) == 1
+    assert sweeps(scale=200.0) == sweeps(margin=CircleLoss(), scale=256.0) == 2
+    assert sweeps(dtype=torch.float16, scale=16.0) == sweeps(label_smoothing=0.1) == 2
+
+
+def test_launches(launches):
+    """Without a gradient there is one sweep, which writes no weights."""
+    problem = make(12, 50, 24).to(torch.float32)
+    with torch.no_grad():
+        margin_softmax(problem.embedding, problem.prototypes, problem.target, scale=200.0, backend="staged")
+    assert launches == ["prepare", "weigh", "gather", "combine"]
+    launches.clear()
+    x = problem.embedding.clone().requires_grad_()
+    w = problem.prototypes.clone().requires_grad_()
+    margin_softmax(x, w, problem.target, backend="staged").backward()
+    assert launches == ["prepare", "weigh", "gather", "again", "combine", "prepare", "weigh"]
+
+
+@pytest.mark.parametrize("kernels", ["triton", "staged"])
+@pytest.mark.parametrize("options", [{}, {"normalize_prototypes": True}, {"label_smoothing": 0.1}], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+def test_empty_slots_may_hold_anything(kernels, options, dtype, garbage):
+    """Of the queue, of the window, and with trained prototypes: a weight of 0 times NaN is NaN."""
+    for start in (None, 45):
+        problem = make(6, 50, 24, start=start, identities=60, empty=0.2)
+        clean = problem.prototypes.clone()
+        taken = torch.zeros(50, dtype=torch.bool)
+        taken[problem.target] = True
+        problem.slot_identity[[7, 21]] = -1
+        empty = (problem.slot_identity < 0) & ~taken
+        clean[empty] = garbage
+        problem = replace(problem, prototypes=clean)
+        if start is not None:  # of the batch, row 2 is nobody's negative; its own probes are ignored
+            window = problem.window
+            features, ids = window.features.clone(), window.identities.clone()
+            features[:, 2], ids[2] = garbage, -1
+            target = problem.target.clone()
+            target[[2, 8]] = -100
+            problem = replace(problem, target=target, window=replace(window, features=features, identities=ids))
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        p = problem.to(torch.float32, dtype)
+        x, w = p.embedding.clone().requires_grad_(), p.prototypes.clone().requires_grad_()
+        found = torch.autograd.grad(
+            margin_softmax(x, w, p.target, backend=kernels, scale=16.0, **p.options(), **options), (x, w)
+        )
+        q = problem.to(torch.float32, dtype).to(torch.float64)
+        q.prototypes[~q.prototypes.isfinite()] = 0
+        if q.window is not None:
+            q.window.features[~q.window.features.isfinite()] = 0
+        x, w = q.embedding.clone().requires_grad_(), q.prototypes.clone().requires_grad_()
+        exact = torch.autograd.grad(
+            margin_softmax(x, w, q.target, backend="reference", scale=16.0, **q.options(), **options), (x, w)
+        )
+        for a, b in zip(found, exact, strict=True):
+            assert (a.double() - b).norm() <= 3 * tolerance * b.norm()
+
+
+def test_memory_does_not_grow_with_the_queue(monkeypatch):
+    sizes, carve = [], staged.carve
+
+    def measure(device, *arrays):
+        found = carve(device, *arrays)
+        sizes.append(sum(array.nbytes for array in found))
+        return found
+
+    monkeypatch.setattr(staged, "carve", measure)
+    monkeypatch.setattr(staged, "WEIGHTS", 12 * 256 * 4)
+    for k in (300, 3000):
+        problem = make(12, k, 24).to(torch.float32)
+        x = problem.embedding.clone().requires_grad_()
+        margin_softmax(x, problem.prototypes, problem.target, backend="staged").backward()
+    assert sizes[0] == sizes[1]
+
+
+def test_what_it_takes():
+    why_not = staged.Staged().why_not
+    problem = Problem("margin_softmax", torch.device("cpu"))
+    assert why_not(problem) is None
+    assert why_not(problem._replace(dim=1 << 16, queue_dtype=torch.float8_e4m3fn)) is None
+    assert why_not(problem._replace(dim=1 << 17)) == "for up to 65536 features"
+    assert why_not(problem._replace(operation="window")) == "not written: the queue is C++ and CUDA C++"
+
+
+def test_same_bits_every_time(short_chunks):
+    problem = make(150, 300, 24, start=200, identities=200).to(torch.float32, torch.bfloat16)
+    first, second = (both("staged", problem)[0] for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[2][0], second[2][0])
+
+
+def test_margins_that_follow_the_row():
+    check("staged", make(12, 50, 24).to(torch.float32), margin=AMSoftmax(torch.linspace(0.1, 0.5, 12)))
+
+
+def test_the_predicted_time_chooses(monkeypatch):
+    """Few probes are the fused sweep's, as long as it has a tile for them."""
+    for module in (staged, triton):
+        monkeypatch.setattr(module, "machine", lambda _: triton.Machine((9, 0), 132))
+    problem = Problem("margin_softmax", torch.device("cuda"), queue_dtype=torch.bfloat16)
+
+    def volunteers(**fields):
+        return staged.Staged().volunteers(problem._replace(**fields))
+
+    assert volunteers(probes=1024)
+    assert volunteers(probes=4096, slots=1 << 20)
+    assert not volunteers(probes=16)
+    assert volunteers(probes=16, dim=2048)
+    assert not staged.Staged().volunteers(problem._replace(device=torch.device("cpu")))
+
+
+def test_predicted_times_grow_with_the_problem():
+    for time in (model.fused_time, model.staged_time):
+        problem = Problem("margin_softmax", torch.device("cuda"), queue_dtype=torch.bfloat16)
+        for architecture in model.RATES:
+            base = time(problem, architecture, 100)
+            assert 0 < base < time(problem._replace(slots=1 << 20), architecture, 100)
+            assert base < time(problem._replace(probes=8192), architecture, 100)
+    assert model.fused_time(problem._replace(dim=2048), 90, 100) == float("inf")
+    assert "bfloat16, 4,096, 1,048,576, 512" in model.table()
