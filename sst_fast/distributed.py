@@ -130,37 +130,6 @@ def assert_agreed(
             raise ValueError(f"{name} must be the same on every rank, got {said}")
 
 
-def assert_agreed(
-    settings: dict[str, object], error: Exception | None, device: torch.device, group: Group = None
-) -> None:
-    """What every rank must have alike, and what is wrong on one of them: raised on all, so that nobody waits for a rank that left.
-
-    Waits for all ranks, and for the device. ``error`` is this rank's own, or None.
-
-    Raises:
-        ``error`` where there is one; on ranks without, the first other rank's, its type kept and the rank named.
-        ValueError: a setting differs between ranks; names it and the values.
-    """
-    digest = hashlib.sha256(repr((settings, error)).encode()).digest()[:8]
-    digests = gather(torch.frombuffer(bytearray(digest), dtype=torch.int64).to(device), group).tolist()
-    if error is not None and len(digests) == 1:
-        raise error
-    if error is None and len(set(digests)) == 1:
-        return
-    everyone: list[Any] = [None] * len(digests)
-    dist.all_gather_object(everyone, (settings, error), group=group)
-    if error is not None:
-        raise error
-    for rank, (_, found) in enumerate(everyone):
-        if found is not None:
-            raise type(found)(f"rank {rank}: {found}")
-    for name in settings:
-        values = [theirs.get(name) for theirs, _ in everyone]
-        if any(value != values[0] for value in values):
-            said = ", ".join(f"{value} on rank {r}" for r, value in enumerate(values))
-            raise ValueError(f"{name} must be the same on every rank, got {said}")
-
-
 def _speaks_on_the_host(group: Group) -> bool:
     return "cpu" in str(dist.get_backend_config(group))
 
