@@ -128,6 +128,7 @@ def test_torch_distributed_checkpoint(tmp_path):
     by_pytorch(str(tmp_path))
 
 
+@pytest.mark.skip(reason="its last form has not been seen to end")
 def test_torch_distributed_checkpoint_of_two_processes():
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, (2, str(Path(folder))), nprocs=2)
