@@ -141,7 +141,7 @@ def draw(font: ImageFont.FreeTypeFont, character: str, size: int) -> Image.Image
     ImageDraw.Draw(image).text(place, character, 255, font=font)
     if side > size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return image if image.getextrema()[1] >= 64 else None
+    return image if np.asarray(image).max() >= 64 else None
 
 
 def _features(face: Typeface, characters: Sequence[str], size: int = 32) -> NDArray[np.float32]:
@@ -222,7 +222,7 @@ def glyphs(
     if fonts and not Path(fonts).is_dir():
         raise FileNotFoundError(f"fonts: {printable(fonts)} is not a folder")
     files = font_files([Path(fonts)] if fonts else font_folders())
-    settings = {
+    settings: dict[str, object] = {
         "script": script, "size": size, "test_share": test_share, "test_typefaces": test_typefaces, "similar": similar,
         "seed": seed, "fonts": [[path.name, path.stat().st_size] for path in files],
     }  # fmt: skip
