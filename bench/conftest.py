@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
-from datetime import date
 
 import pytest
 import torch
 
-import sst_fast
 from bench import timing
-from sst_fast.backends.extension import compiled
-from sst_fast.backends.tuned import processor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,27 +29,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:
     device = torch.device(config.getoption("--device"))
     machine_info.clear()
-    machine_info |= about(device) | {"bytes per second": timing.bandwidth(device)}
+    machine_info |= timing.about(device) | {"bytes per second": timing.bandwidth(device)}
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, object]) -> None:
     for name in ("project", "branch"):
         commit_info.pop(name, None)
-
-
-def about(device: torch.device) -> dict[str, object]:
-    """Device, versions and date: what a result is worth nothing without."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "kind": device.type,
-        "threads": torch.get_num_threads(),
-        "instruction set": compiled.instruction_set() if compiled else "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "sst-fast": sst_fast.__version__,
-        "date": str(date.today()),
-    }
 
 
 @pytest.fixture

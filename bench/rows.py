@@ -23,7 +23,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import problems, providers, report, timing
-from bench.conftest import about
 from bench.problems import Problem
 
 PATIENCE = 150.0  # seconds for the process of one problem
@@ -161,7 +160,7 @@ def run_all(path: Path, device: torch.device, size: str, seconds: float, within:
     begin = time.monotonic()
     done = {row["done"] for row in read(path) if "done" in row}
     if not path.exists():
-        append(path, {"machine": about(device) | {"bytes per second": timing.bandwidth(device)}})
+        append(path, {"machine": timing.about(device) | {"bytes per second": timing.bandwidth(device)}})
     for number, problem in enumerate(chosen(size)):
         if str(problem) in done:
             continue

@@ -6,13 +6,18 @@ import gc
 import importlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 import torch
 
+import sst_fast
+from sst_fast.backends.extension import compiled
+from sst_fast.backends.tuned import processor
 from sst_fast.timing import Call, copies, race
 
 __all__ = ["REPLAY", "Call", "bandwidth", "copies", "extra_memory", "peak_memory", "race"]
@@ -25,6 +30,21 @@ def bandwidth(device: torch.device) -> float:
     a.zero_(), b.zero_()
     best = min(race({"copy": [lambda: b.copy_(a)]}, device, 0.0, 10)["copy"])
     return 2 * a.numel() * a.element_size() / best
+
+
+def about(device: torch.device) -> dict[str, object]:
+    """Device, versions and date: what a result is worth nothing without."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "kind": device.type,
+        "threads": torch.get_num_threads(),
+        "instruction set": compiled.instruction_set() if compiled else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "sst-fast": sst_fast.__version__,
+        "date": str(date.today()),
+    }
 
 
 class Replay:
