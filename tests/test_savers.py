@@ -99,8 +99,9 @@ def by_pytorch_in_shards(folder: str, rank: int) -> None:
     """Every rank's queue is another, so it is saved under a name of its own, as SemiSiameseLoss says."""
     import torch.distributed.checkpoint as dcp
 
-    def state_of(model):
-        return {"model": model.state_dict(), f"queue {rank}": model.criterion.queue.state_dict()}
+    def state_of(model):  # without the queue among the model's: both would be loaded into the same memory
+        shared = {name: value for name, value in model.state_dict().items() if ".queue." not in name}
+        return {"model": shared, f"queue {rank}": model.criterion.queue.state_dict()}
 
     old, new = model_of(0, shard=True), model_of(1, shard=True)
     torch.manual_seed(rank)
@@ -109,7 +110,7 @@ def by_pytorch_in_shards(folder: str, rank: int) -> None:
     dcp.save(state_of(old), checkpoint_id=f"{folder}/shards")
     state = state_of(new)
     dcp.load(state, checkpoint_id=f"{folder}/shards")
-    new.load_state_dict(state["model"])
+    new.load_state_dict(state["model"], strict=False)
     new.criterion.queue.load_state_dict(state[f"queue {rank}"])
     for a, b in zip(old.criterion.queue.buffers(), new.criterion.queue.buffers(), strict=True):
         assert torch.equal(a, b)
@@ -128,7 +129,6 @@ def test_torch_distributed_checkpoint(tmp_path):
     by_pytorch(str(tmp_path))
 
 
-@pytest.mark.skip(reason="its last form has not been seen to end")
 def test_torch_distributed_checkpoint_of_two_processes():
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, (2, str(Path(folder))), nprocs=2)
