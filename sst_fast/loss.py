@@ -155,7 +155,7 @@ class SemiSiameseLoss(nn.Module):
         backend: force an implementation of the loss, see :func:`sst_fast.backends`.
 
     A shard is in no other rank's state dict: where one file is written for all ranks (torch.distributed.checkpoint, safetensors),
-    save ``queue.state_dict()`` under a name of each rank's own as well.
+    leave ``criterion.queue.*`` out of the model's state and save ``queue.state_dict()`` under a name of each rank's own.
 
     After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the 2B probes; of one shard with
     ``shard``.
