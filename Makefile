@@ -1,6 +1,7 @@
 # make demo   set up, then train and compare both methods on the embedded faces
 # make test   set up, then run the whole test suite
 # make docs   set up, then build the documentation in build/site
+# make sanitize   set up, then run the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer (needs gcc's)
 # make fuzz   set up, then set every backend and instruction set beside the reference, 2,000 random problems each
 #
 # TORCH=torch==2.13.0   another PyTorch      PYTHON=python3.12   another Python      VENV=.venv   another place      JOBS=2   processes that run tests
@@ -11,7 +12,7 @@ TORCH ?= torch
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test docs fuzz lint clean
+.PHONY: demo test docs fuzz sanitize lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sst-fast demo
@@ -27,6 +28,16 @@ fuzz: $(VENV)/.ready
 	for set in generic avx2 avx512; do \
 	  SST_FAST_CPU=$$set $(BIN)/python -m pytest tests/test_fuzz.py -k "loss and cpu" --hypothesis-profile=fuzz || exit 1; \
 	done
+
+# The package with an instrumented extension lies in build/address; Python itself is not instrumented, hence LD_PRELOAD.
+LIBRARY = $(shell $(or $(CXX),g++) -print-file-name=$(1))
+sanitize: $(VENV)/.ready
+	SST_FAST_SANITIZE=address,undefined LDFLAGS=-fsanitize=address,undefined SST_FAST_SKIP_CUDA=1 SST_FAST_REQUIRE_EXTENSION=1 \
+	  $(BIN)/python setup.py -q build --build-base build/address --build-lib build/address/lib
+	LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libubsan.so) $(call LIBRARY,libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=build/address/lib \
+	  $(BIN)/python -m pytest -o pythonpath=build/address/lib -p no:cacheprovider -m "not slow" tests/test_fuzz.py \
+	  tests/test_operators.py tests/test_queue.py -k "not triton and not reference and not compiles"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

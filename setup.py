@@ -3,6 +3,7 @@
 SST_FAST_FORCE_CUDA=1  build the CUDA sources or fail
 SST_FAST_SKIP_CUDA=1   leave them out
 SST_FAST_REQUIRE_EXTENSION=1  fail instead of installing without any extension
+SST_FAST_SANITIZE=address,undefined  build for these sanitizers (make sanitize)
 Otherwise the CUDA sources are built when torch is a CUDA build and nvcc is found. TORCH_CUDA_ARCH_LIST chooses architectures.
 """
 
@@ -44,6 +45,9 @@ CXX_FLAGS = [
 # carries, or there would be two pools of threads. Clang's OpenMP speaks to another library; with it one thread serves.
 if "clang" not in os.environ.get("CXX", ""):
     CXX_FLAGS.append("-fopenmp")
+if sanitizers := os.environ.get("SST_FAST_SANITIZE"):
+    CXX_FLAGS[:2] = ["-O1", "-g1"]
+    CXX_FLAGS += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--extended-lambda", "-Werror", "all-warnings", "-diag-suppress", "177,550"]
 
 

@@ -12,7 +12,8 @@ from sst_fast.margins import MARGINS
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTED_ELSEWHERE = {"losses", "migration"}  # test_docs_losses.py, test_docs_migration.py: these hold them to more
-FENCE = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+# A block after "<!-- not run: why -->" is left out.
+FENCE = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^( *)```python\n(.*?)^\2```", re.MULTILINE | re.DOTALL)
 
 
 def names() -> dict[str, object]:
@@ -24,21 +25,27 @@ def names() -> dict[str, object]:
         "sst_fast": sst_fast,
         "backbone": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 512)),
         "loader": [(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), identity) for identity in identities],
-        "dataset": [(torch.randint(256, (3, 8, 8), dtype=torch.uint8), i // 2) for i in range(8)],
         "embedding": torch.randn(4, 16, requires_grad=True),
         "prototypes": torch.nn.functional.normalize(torch.randn(32, 16)),
         "target": torch.arange(4),
+        "embeddings": torch.nn.functional.normalize(torch.randn(40, 16)),
+        "labels": torch.arange(40) // 2,
+        "cosines": torch.rand(100),
+        "genuine": torch.arange(100) % 2 == 0,
     }
 
 
 def blocks(page: Path) -> list[str]:
     found = []
-    for indent, code in FENCE.findall(page.read_text(encoding="utf-8")):
-        found.append("\n".join(line.removeprefix(indent) for line in code.split("\n")))
+    for left_out, indent, code in FENCE.findall(page.read_text(encoding="utf-8")):
+        if not left_out:
+            found.append("\n".join(line.removeprefix(indent) for line in code.split("\n")))
     return found
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p.stem not in TESTED_ELSEWHERE], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p) and p.stem not in TESTED_ELSEWHERE], ids=lambda page: page.stem
+)
 def test_code_runs(page):
     namespace = names()
     for number, code in enumerate(blocks(page)):

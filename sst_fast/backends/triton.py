@@ -397,11 +397,12 @@ class Call(Packed):
         """Adds what :meth:`split_parallel` has taken out."""
         own_row = own_rows.clamp_min(0).long()
         own = self.prototypes[own_row].double()
-        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min(MIN_NORM)
+        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True)
+        nothing = (share[:, None] == 0) | (norm < MIN_NORM)  # rows so short count as zeros, and get no gradient
         own = own / norm
         hat = normalize(self.embedding.double())
         across = (hat - (hat * own).sum(1, keepdim=True) * own) * share[:, None] / norm
-        gradient.index_add_(0, own_row, torch.where(share[:, None] == 0, 0.0, across).to(gradient.dtype))
+        gradient.index_add_(0, own_row, torch.where(nothing, 0.0, across).to(gradient.dtype))
 
     @property
     def numbers(self) -> list[float]:

@@ -94,8 +94,13 @@ def choices(device: str) -> dict[tuple[object, ...], str]:
     return _read[device]
 
 
+def choice(device: str, known: tuple[object, ...]) -> str | None:
+    """The stored choice on ``device`` for the problem with this :func:`key`, or None."""
+    return choices(device).get(known)
+
+
 # What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds: a graph keeps the decision.
-choices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget() -> None:
