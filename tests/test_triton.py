@@ -413,5 +413,7 @@ def test_every_configuration_compiles():
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_triton.py")
-    done = subprocess.run([sys.executable, script, "86", "90"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script, "86", "90"], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
