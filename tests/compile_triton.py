@@ -49,7 +49,9 @@ INTEGERS = {"own_rows", "counts", "counts_out", "again"}
 LONGS = {
     "start", "target", "identity", "slot_identity", "ids", "window_identity", "negatives", "slot_out", "beats_out", "live_out",
 }  # fmt: skip
-FEW = 32  # spill instructions that are let pass, of a thousand and more; where they lie is not looked at. Worst seen: 28
+FEW = (
+    32  # spill instructions that are let pass, of a thousand and more; where they lie is not looked at. Worst seen: 28
+)
 SPILL_FREE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # what the table of tile sizes was made for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -324,7 +324,7 @@ class Truth:
             value = (at[2] - at[1]).abs() > slack * h
             return value | (((at[3] - at[2]) - (at[1] - at[0])).abs() > 0.1 * h)
 
-        slack = 4 * (4 + float(torch.as_tensor(getattr(margin, "m1", 1.0)).max()) ** 2)
+        slack = 4 * (4 + largest_factor(margin) ** 2)
         found = jumps(lambda a: margin.psi(a, sine=sine) + 0 * a, a, slack)
         across = sine[:, None]
         low, high = (a - h)[:, None], (a + h)[:, None]
@@ -338,6 +338,12 @@ class Truth:
         found |= (some & self.live).any(1)
         # The direction across a parallel row is rounding.
         return found | ((sine > 1e-13) & (sine < 1e-9))
+
+
+def largest_factor(margin: Margin) -> float:
+    """Of the angle."""
+    factor = torch.as_tensor(getattr(margin, "m1", 1.0))
+    return float(factor.max()) if factor.numel() else 1.0
 
 
 def rounding(case: Case, backend: str) -> tuple[float, float]:
@@ -389,7 +395,7 @@ def check(case: Case, backend: str) -> None:
     event(f"{int(good.sum()) * 4 // max(n, 1)} quarters of the rows are compared")
 
     # How far rounding takes logits, losses and gradients.
-    steepness = 4 + float(torch.as_tensor(getattr(margin, "m1", 1.0)).max()) ** 2
+    steepness = 4 + largest_factor(margin) ** 2
     step = torch.expm1((2 * scale * steepness * of_cosines).clamp_max(60))
     bare = {"margin": margin, "scale": scale, "label_smoothing": 0.0, "reduction": "none", "weight": None}
     share = -torch.expm1(-replace(case.exact(), options=options | bare, incoming=torch.ones(n)).run("reference")[0])

@@ -168,7 +168,7 @@ def _decide(problem: Problem, requested: str | None) -> Choice:
             name: _refused.get((name, kind), state) if state == "available" else state for name, state in states.items()
         }
         able = [name for name, state in states.items() if state == "available"]
-        stored = None if missing else tuned.choice(str(problem.device), tuned.key(problem))
+        stored = None if missing else tuned.choice(problem)
         if stored in able:
             return Choice(problem, states, stored, "the fastest that sst-fast tune has measured here")
         chosen = next((name for name in able if BACKENDS[name].volunteers(problem)), None)
