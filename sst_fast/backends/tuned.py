@@ -115,8 +115,8 @@ def _choice(device: str, known: tuple[object, ...]) -> str | None:
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds: a graph keeps the decision.
-for _function in (_dims, _choice):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_dims._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget() -> None:
