@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,17 @@ from sst_fast.functional import Window, margin_softmax
 
 SCALE = 30.0
 MARGINS: dict[str, Margin] = {"softmax": Softmax(), "am": AMSoftmax(0.35), "arc": ArcSoftmax(0.5)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A contender's turn at a problem, of whatever kind the suite has."""
+
+    problem: Any
+    provider: str
+
+    def __str__(self) -> str:
+        return f"{self.problem}-{self.provider}"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import peers, timing
+from bench.problems import Case
 from bench.providers import missing
 from bench.timing import REPLAY
 from sst_fast.nn import convert
@@ -70,17 +71,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.head}-n{self.n}-k{self.k}-d{self.d}"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A contender's turn."""
-
-    problem: Problem
-    provider: str
-
-    def __str__(self) -> str:
-        return f"{self.problem}-{self.provider}"
 
 
 def cases(size: str, device: torch.device) -> list[Case]:

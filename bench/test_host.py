@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -22,15 +22,11 @@ pytestmark = pytest.mark.benchmark(timer=REPLAY, disable_gc=False)
 STEP = "loss and enqueue of a step"
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(problems.Case):
     """A provider's turn at a problem that is too small to matter."""
 
-    problem: Problem
-    provider: str
-
     def __str__(self) -> str:
-        return f"host-{self.problem}-{self.provider}"
+        return f"host-{super().__str__()}"
 
 
 def cases(size: str, device: torch.device) -> list[Case]:

@@ -11,22 +11,11 @@ import pytest
 import torch
 
 from bench import problems, providers, timing
-from bench.problems import Problem
+from bench.problems import Case, Problem
 from bench.timing import REPLAY
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY, disable_gc=False)
 BARE = "bare products"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A provider's turn at a problem."""
-
-    problem: Problem
-    provider: str
-
-    def __str__(self) -> str:
-        return f"{self.problem}-{self.provider}"
 
 
 def chosen(size: str, device: torch.device) -> list[Problem]:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,3 +110,23 @@ def gallery_features(model, images):
     begun = GalleryPass(model.gallery, images, model.shuffle, model.criterion.group)
     begun.run()
     return begun.features
+
+
+def _rank(rank, world, store, checks) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    for check in checks:
+        check(rank, world)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(world, *checks) -> None:
+    """``check(rank, world)`` for each of them, in ``world`` processes of one gloo group."""
+    import torch.multiprocessing as mp
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (world, str(Path(folder) / "store"), checks), nprocs=world)

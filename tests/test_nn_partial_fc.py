@@ -1,14 +1,12 @@
 """Partial FC: W ranks (gloo) against one process with all classes, samples against a plain restatement, rows' optimizers."""
 
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from runs import on_ranks
 from torch import nn
 
 from sst_fast import (
@@ -257,23 +255,12 @@ CHECKS = (
 )  # fmt: skip
 
 
-def worker(rank, world, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    for check in CHECKS:
-        if (
-            world == 2 or getattr(check, "keywords", {}).get("margin") not in MARGINS[1:-1]
-        ):  # those take no path of their own
-            check(rank, world)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_equal_one_process(world):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (world, str(Path(folder) / "store")), nprocs=world)
+    # The margins between the first and the last take no path of their own over ranks.
+    some = [c for c in CHECKS if world == 2 or getattr(c, "keywords", {}).get("margin") not in MARGINS[1:-1]]
+    on_ranks(world, *some)
 
 
 def test_sample_keeps_positives_and_draws_the_rest_evenly():

@@ -1,15 +1,12 @@
 """Losses over queues and pairs: beside the peers' own or restated ones over free steps, over ranks, at the edges."""
 
 import copy
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from runs import on_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -459,17 +456,7 @@ def check_differences_are_named(rank, world):
         NTXent()(x[rank:], LABEL[rank:])
 
 
-def worker(rank, world, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    for check in (check_gathered, check_own_queues, check_differences_are_named):
-        check(rank, world)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_equal_one_process(world):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (world, str(Path(folder) / "store")), nprocs=world)
+    on_ranks(world, check_gathered, check_own_queues, check_differences_are_named)

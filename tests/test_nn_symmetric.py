@@ -2,14 +2,11 @@
 
 import copy
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from runs import on_ranks
 from test_nn_queues import Largest
 from torch import nn
 
@@ -229,17 +226,7 @@ def check_differences_are_named(rank, world):
         SigLIPLoss(1.0, 1.0)(X[rank:], X[rank:])
 
 
-def worker(rank, world, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    for check in (check_gathered, check_training, check_differences_are_named):
-        check(rank, world)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_equal_one_process(world):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (world, str(Path(folder) / "store")), nprocs=world)
+    on_ranks(world, check_gathered, check_training, check_differences_are_named)

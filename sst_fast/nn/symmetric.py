@@ -42,11 +42,12 @@ class _Symmetric(OverRanks):
         if given is None:
             if self.logit_scale is None:
                 raise TypeError("logit_scale must be given unless init_logit_scale was, got None")
-            return self.logit_scale.exp()
+            given = self.logit_scale.exp()
         if isinstance(given, Tensor) and given.dim() > 0:  # DataParallel and some checkpoints make it [1]
             if given.numel() != 1:
                 raise ValueError(f"logit_scale must be one number, got {list(given.shape)}")
             given = given.reshape(())
+        check_scale(given)
         return given
 
     def _features(self, image_features: Tensor, text_features: Tensor) -> None:
@@ -105,7 +106,6 @@ class CLIPLoss(_Symmetric):
         """
         self._features(image_features, text_features)
         scale = self._scale(logit_scale)
-        check_scale(scale.detach() if isinstance(scale, Tensor) else scale)
         rank, world = self.meet(image_features)
         count = len(image_features)
         target = torch.arange(rank * count, (rank + 1) * count, device=image_features.device)
@@ -175,7 +175,6 @@ class SigLIPLoss(_Symmetric):
         """
         self._features(image_features, text_features)
         scale = self._scale(logit_scale)
-        check_scale(scale.detach() if isinstance(scale, Tensor) else scale)
         bias = self.logit_bias if logit_bias is None else logit_bias
         if bias is None:
             raise TypeError("logit_bias must be given unless init_logit_bias was, got None")
