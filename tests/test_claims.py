@@ -12,14 +12,14 @@ from sst_fast.data import glyphs
 
 SMALL = {
     "training": {"dim": 8, "channels": [2, 2, 2, 2], "batch": 16, "steps": 4, "warmup": 1, "points": 2},
-    "data": {"size": 16, "identities": 32}, "tuning": {"configurations": 2}, "seeds": {"test": 2, "depth": 1, "ablation": 1},
-    "first": {"queue": 32}, "stages": {"losses": ["am-softmax"], "others": ["masst"], "depths": [3]},
+    "data": {"size": 16, "identities": 32}, "tuning": {"configurations": 2}, "seeds": {"test": 2, "length": 1, "depth": 1, "ablation": 1},
+    "first": {"queue": 32}, "stages": {"losses": ["am-softmax"], "others": ["masst"], "lengths": [2], "depths": [3]},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Glyphs of matplotlib's fonts and a configuration for them: 12 runs of 4 steps."""
+    """Glyphs of matplotlib's fonts and a configuration for them: 17 runs of 4 steps or 8."""
     folder = tmp_path_factory.mktemp("claims")
     fonts = folder / "fonts"
     fonts.mkdir()
@@ -59,9 +59,10 @@ def finished(small):
 def test_the_grid_tunes_tests_and_goes_on_where_it_was(small, finished, tmp_path, capsys):
     results = grid.read_results(finished)
     counts = {
-        stage: sum(r["stage"] == stage for r in results.values()) for stage in ("tune", "test", "depth", "ablation")
+        stage: sum(r["stage"] == stage for r in results.values())
+        for stage in ("tune", "test", "length", "depth", "ablation")
     }
-    assert counts == {"tune": 6, "test": 6, "depth": 2, "ablation": 1}
+    assert counts == {"tune": 6, "test": 6, "length": 2, "depth": 2, "ablation": 1}
     config = grid.of_set(grid.read_config(small / "claims.yaml"), "kanji")
     best = grid.best(config, "kanji", "sst", "am-softmax", results)
     tuned = [r for r in results.values() if (r["stage"], r["method"]) == ("tune", "sst")]
@@ -71,6 +72,8 @@ def test_the_grid_tunes_tests_and_goes_on_where_it_was(small, finished, tmp_path
             assert (result["lr"], result["queue"]) == (best.lr, best.queue)
             assert [point["step"] for point in result["curve"]] == [2, 4]
             assert len(result["test"]["spectrum"]) == 8
+        if result["stage"] == "length":
+            assert [point["step"] for point in result["curve"]] == [4, 8]
     # Killed while it wrote the ninth line: eight stay, the rest comes again with the same numbers.
     lines = finished.read_text().splitlines(keepends=True)
     out = tmp_path / "cut.jsonl"

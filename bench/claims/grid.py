@@ -24,9 +24,9 @@ class Run:
     """One training.
 
     Attributes:
-        data: the data set's name; stage: 'tune', 'test', 'depth' or 'ablation'; variant: which of the stage's.
+        data: the data set's name; stage: 'tune', 'test', 'length', 'depth' or 'ablation'; variant: which of the stage's.
         method: 'conventional', 'sst', 'masst' or 'metric'; loss: what it minimises.
-        depth: images of each training identity; seed: of every random choice.
+        depth: images of each training identity; length: times as many steps as the configuration says; seed: of every random choice.
         the rest: hyper-parameters; those of the queue mean nothing to methods without one.
     """
 
@@ -49,6 +49,7 @@ class Run:
     mask_identity: bool = True
     mask_empty: bool = True
     depth: int = 2
+    length: int = 1
 
     @property
     def key(self) -> str:
@@ -151,13 +152,19 @@ def stages(config: Config, data: str, results: Mapping[str, Result]) -> Iterator
             return None
         return _in_turns(seeds(config, stage, run, variant, **changes) for run in chosen if run)
 
-    for group in [[("conventional", loss), ("sst", loss)] for loss in config["stages"]["losses"]] + [
-        [pair] for pair in methods(config)[2 * len(config["stages"]["losses"]) :]
-    ]:
+    both = [("conventional", "am-softmax"), ("sst", "am-softmax")]
+
+    def tuned(group: list[tuple[str, str]]) -> Iterator[tuple[str, list[Run] | None]]:
         name = " and ".join(f"{method} {loss}" for method, loss in group)
         yield f"tuning of {name}", _in_turns(tuning(config, data, *pair) for pair in group)
         yield f"test of {name}", tested("test", group, "best")
-    both = [("conventional", "am-softmax"), ("sst", "am-softmax")]
+
+    for loss in config["stages"]["losses"]:
+        yield from tuned([("conventional", loss), ("sst", loss)])
+    for length in config["stages"]["lengths"]:
+        yield f"{length} times as long", tested("length", both, str(length), length=length)
+    for pair in methods(config)[2 * len(config["stages"]["losses"]) :]:
+        yield from tuned([pair])
     for depth in config["stages"]["depths"]:
         yield f"depth {depth}", tested("depth", both, str(depth), depth=depth)
     for name, values in config["ablations"].items():

@@ -134,13 +134,13 @@ def others(results: Sequence[grid.Result]) -> list[str]:
     return table(["", *SCORES.values()], rows)
 
 
-def depths(results: Sequence[grid.Result]) -> list[str]:
-    """Both methods by images per training identity, with AM-softmax."""
+def by(stage: str, title: str, results: Sequence[grid.Result]) -> list[str]:
+    """Both methods with AM-softmax by what a stage changes: 'depth' (images per training identity) or 'length' (of training)."""
     rows = []
-    for depth in sorted({r["depth"] for r in results if r["stage"] == "depth"}):
-        found = [values(results, MAIN, stage="depth", depth=depth, method=method) for method in COLOURS]
-        rows.append([str(depth), *map(spread, found), difference(found[1], found[0])])
-    return table(["images", *COLOURS, "difference"], rows)
+    for value in sorted({r[stage] for r in results if r["stage"] == stage}):
+        found = [values(results, MAIN, stage=stage, method=method, **{stage: value}) for method in COLOURS]
+        rows.append([str(value), *map(spread, found), difference(found[1], found[0])])
+    return table([title, *COLOURS, "difference"], rows)
 
 
 def ablations(results: Sequence[grid.Result]) -> list[str]:
@@ -275,7 +275,8 @@ def write(page: Path, files: Sequence[Path], config: grid.Config) -> None:
             *figures(listed, page.with_suffix(""), data),
             *section("Other methods", others(listed)),
             *section("Tuning: TAR@1e-3 on the validation identities, %", tuned(results, config, data)),
-            *section("Images per identity: TAR@1e-3, AM-softmax", depths(listed)),
+            *section("Longer training: TAR@1e-3, AM-softmax", by("length", "times as many steps", listed)),
+            *section("Images per identity: TAR@1e-3, AM-softmax", by("depth", "images", listed)),
             *section("Ablations of SST, AM-softmax", ablations(listed)),
             *section("Features: effective rank, mean cosine within and between identities", diagnosis(listed)),
         ]

@@ -212,7 +212,7 @@ def train(run: Run, config: Mapping[str, Any], found: Split) -> dict[str, Any]:
     sampler = IdentitySampler(len(counts), training["batch"], seed=run.seed)
     watched = [Part(part.images[:WATCHED], part.labels[:WATCHED]) for part in (found.train, found.judged)]
     curve: list[dict[str, float]] = []
-    step, steps, total = 0, training["steps"], 0.0
+    step, steps, total = 0, run.length * training["steps"], 0.0
     for epoch in itertools.count():
         if step == steps:
             break
