@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def make(problem: Problem, device: torch.device, seed: int = 0) -> Inputs:
         x = features.flatten(0, 1) + 2 * d**-0.5 * x  # cosines with the target about 0.4
         target, identity, slot_identity = window.slots.repeat(2), window.identities.repeat(2), queue.identities
         rows = queue.features.float()
-        window = Window(*(getattr(window, f.name).to(device) for f in fields(window)))
+        window = Window(*(value if value is None else value.to(device) for value in window))
     else:
         target = torch.randperm(k, generator=generator)[:n] if n <= k else torch.randint(k, (n,), generator=generator)
         slot_identity = torch.arange(k)

@@ -12,6 +12,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the operators torch.ops.sst_fast.*; call them through sst_fast, which checks arguments.";
   m.attr("arguments") = argument_names();
   m.def("instruction_set", &cpu::instruction_set);
+  // The operators by a call that reads Python's arguments itself: the general one takes several times as long.
+  // torch.compile traces torch.ops.sst_fast alone.
+  m.def("margin_softmax", &call_margin_softmax);
+  m.def("window", &call_window);
+  m.def("enqueue", &call_enqueue);
   // The formulas of margin.h alone, for tests: (psi, psi', phi, phi') at a target cosine a with its sine, and another
   // cosine c.
   m.def(

@@ -307,6 +307,13 @@ at::Tensor prototype_gradient_autograd(
   return out;
 }
 
+WindowTensors window_autograd(
+    at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
+  const at::AutoDispatchBelowADInplaceOrView guard;  // its results are constants
+  static const auto window = find_operator<decltype(cpu::window)>("window");
+  return window.call(groups, identities, state, size, dtype);
+}
+
 // --- the queue -------------------------------------------------------------------------------------------------------
 
 void enqueue_shapes(
@@ -337,6 +344,28 @@ WindowTensors window_plain(
 }
 
 }  // namespace
+
+ResultTuple call_margin_softmax(
+    const at::Tensor& embedding, const at::Tensor& prototypes, const OptionalTensor& positive,
+    const std::vector<OptionalTensor>& tensors, const std::vector<int64_t>& integers,
+    const std::vector<double>& numbers, const std::string& backend) {
+  static const auto loss_by = find_operator<LossBy>("margin_softmax");
+  return loss_by.call(embedding, prototypes, positive, Tensors(tensors), integers, numbers, backend);
+}
+
+WindowTensors call_window(
+    const std::vector<at::Tensor>& groups, const at::Tensor& identities, const at::Tensor& state, int64_t size,
+    at::ScalarType dtype) {
+  static const auto window = find_operator<decltype(cpu::window)>("window");
+  return window.call(groups, identities, state, size, dtype);
+}
+
+void call_enqueue(
+    const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,
+    at::Tensor& state, bool unit, const OptionalTensor& group) {
+  static const auto enqueue = find_operator<decltype(cpu::enqueue)>("enqueue");
+  enqueue.call(features, identities, queue, queue_identities, state, unit, group);
+}
 
 #define SST_LOSS \
   "Tensor embedding, Tensor prototypes, Tensor? positive, Tensor?[] tensors, int[] integers, float[] numbers"
@@ -386,6 +415,7 @@ TORCH_LIBRARY_IMPL(sst_fast, Meta, m) {
 
 TORCH_LIBRARY_IMPL(sst_fast, Autograd, m) {
   m.impl("margin_softmax", &margin_softmax_autograd);
+  m.impl("window", &window_autograd);
   m.impl("prototype_gradient", &prototype_gradient_autograd);
   m.impl("margin_softmax_backward", &margin_softmax_backward_autograd);
   m.impl("positive_gradient", &positive_gradient_autograd);

@@ -65,4 +65,16 @@ Results margin_softmax(const Arguments&);
 }  // namespace cuda
 #endif
 
+// The operators, called through PyTorch's dispatcher.
+ResultTuple call_margin_softmax(
+    const at::Tensor& embedding, const at::Tensor& prototypes, const OptionalTensor& positive,
+    const std::vector<OptionalTensor>& tensors, const std::vector<int64_t>& integers,
+    const std::vector<double>& numbers, const std::string& backend);
+WindowTensors call_window(
+    const std::vector<at::Tensor>& groups, const at::Tensor& identities, const at::Tensor& state, int64_t size,
+    at::ScalarType dtype);
+void call_enqueue(
+    const at::Tensor& features, const at::Tensor& identities, at::Tensor& queue, at::Tensor& queue_identities,
+    at::Tensor& state, bool unit, const OptionalTensor& group);
+
 }  // namespace sst_fast

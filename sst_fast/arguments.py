@@ -45,8 +45,7 @@ INTEGERS = (
 NUMBERS = ("scale", "label_smoothing")  # and after them the margin's parameters
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """The slots that a batch is about to take, and what each group of its probes sees there.
 
     Attributes:
@@ -188,7 +187,9 @@ class Arguments:
         scale_rows = scale.double().expand(n) if isinstance(scale, Tensor) else None
         features = identities = start = None
         if window is not None:
-            features, identities, start = window.features.to(self.prototypes.dtype), window.identities, window.start
+            features, identities, start = window.features, window.identities, window.start
+            if features.dtype != self.prototypes.dtype:
+                features = features.to(self.prototypes.dtype)
         tensors = [
             self.target, self.weight, self.identity, self.slot_identity, features, identities, start, margin_rows, scale_rows,
         ]  # fmt: skip

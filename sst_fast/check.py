@@ -58,7 +58,7 @@ class Example(Arguments):
     def to(self: _Example, dtype: torch.dtype, queue_dtype: torch.dtype | None = None) -> _Example:
         """The same problem rounded to other dtypes."""
         queue_dtype = queue_dtype or dtype
-        window = self.window and replace(self.window, features=self.window.features.to(queue_dtype))
+        window = self.window and self.window._replace(features=self.window.features.to(queue_dtype))
         positive = self.positive if self.positive is None else self.positive.to(dtype)
         return replace(
             self, embedding=self.embedding.to(dtype), prototypes=self.prototypes.to(queue_dtype), window=window,
@@ -71,7 +71,7 @@ class Example(Arguments):
         def moved(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        window = self.window and Window(**{name: moved(value) for name, value in vars(self.window).items()})
+        window = self.window and Window(*map(moved, self.window))
         changed = {f.name: moved(getattr(self, f.name)) for f in fields(self)}
         return replace(self, **(changed | {"window": window, "margin": self.margin.map(moved)}))
 

@@ -25,9 +25,9 @@ from sst_fast.arguments import (
     check_tensor,
     wide_dtype,
 )
-from sst_fast.backends.backend import Problem, size_class
+from sst_fast.backends.backend import size_class
 from sst_fast.backends.choose import BACKENDS, attempt
-from sst_fast.backends.extension import compiled
+from sst_fast.backends.extension import operator
 from sst_fast.margins import AMSoftmax, Margin, Parameter, Softmax
 
 __all__ = [
@@ -41,8 +41,7 @@ BLOCK = 1024, 4096
 _looked_at: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Kinds of problems whose prototype gradient a card has been seen to compute.
 _backward_runs: set[tuple[object, ...]] = set()
-_operator = None if compiled is None else torch.ops.sst_fast.margin_softmax.default
-_gradient_operator = None if compiled is None else torch.ops.sst_fast.prototype_gradient.default
+_operator, _gradient_operator = operator("margin_softmax"), operator("prototype_gradient")
 
 
 @overload
@@ -149,15 +148,19 @@ def margin_softmax(
         identity, slot_identity, mask_empty, normalize_prototypes, gradient, product_dtype, sub_centers,
     )  # fmt: skip
     a.check()
-    if type(scale) is not float and not isinstance(scale, Tensor):
-        a.scale = float(scale)  # an integer, or a number of NumPy's
+    loss, statistics = evaluate(a, backend)
+    return (loss, statistics) if return_statistics else loss
+
+
+def evaluate(a: Arguments, backend: str | None) -> tuple[Tensor, Statistics]:
+    """:func:`margin_softmax` of arguments that are known to be right; ``a`` is used up."""
+    if type(a.scale) is not float and not isinstance(a.scale, Tensor):
+        a.scale = float(a.scale)  # an integer, or a number of NumPy's
     _look_at_prototypes(a)
     penalty = _adapt_margin(a)
     _autocast(a)
     loss, statistics = _compute(a, backend)
-    if penalty is not None:
-        loss = loss + penalty
-    return (loss, statistics) if return_statistics else loss
+    return (loss if penalty is None else loss + penalty), statistics
 
 
 def _look_at_prototypes(a: Arguments) -> None:
@@ -175,7 +178,7 @@ def _look_at_prototypes(a: Arguments) -> None:
         warnings.warn(
             f"prototypes require a gradient and have rows of norm {least:.3g} to {most:.3g}, expected 1: margins are meant "
             "for cosines; pass normalize_prototypes=True to divide rows by their norm inside",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -230,7 +233,7 @@ def _compute(a: Arguments, backend: str | None) -> tuple[Tensor, Statistics]:
     probes = slots = 0
     if not torch.compiler.is_compiling():  # where sizes may be symbols
         probes, slots = size_class(a.embedding.shape[0]), size_class(a.prototypes.shape[0])
-    problem = Problem(
+    problem = (
         "margin_softmax", a.embedding.device, a.embedding.dtype, a.prototypes.dtype, a.embedding.shape[1],
         a.window is not None, a.positive is not None, trains, a.normalize_prototypes, a.label_smoothing > 0, a.product_dtype,
         trains_scale, a.sub_centers > 1, probes, slots,
@@ -243,8 +246,6 @@ def _run(a: Arguments, backend: str, trains: bool = False) -> tuple[Tensor, Stat
     if backend == "reference":
         with torch.autocast(a.embedding.device.type, enabled=False):
             return reference.margin_softmax(a)
-    assert _operator is not None
-    assert _gradient_operator is not None
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         _refuse_forward_mode(a)
     packed = a.packed()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sst_fast import distributed, functional, reference
 from sst_fast.arguments import (
     EMBEDDING_DTYPES,
+    Arguments,
     GradientRule,
     Window,
     check_count,
@@ -222,6 +223,9 @@ class SemiSiameseLoss(nn.Module):
         Returns:
             Scalar: the mean over the 2B probes.
         """
+        queue = self.queue
+        features, held = queue.features, queue.identities
+        check_tensor("probe_a", probe_a, (None, features.shape[1]), EMBEDDING_DTYPES, features.device)
         for name, value in (("probe_b", probe_b), ("gallery_a", gallery_a), ("gallery_b", gallery_b)):
             if value.shape != probe_a.shape:
                 raise ValueError(f"{name} must have shape {list(probe_a.shape)} like probe_a, got {list(value.shape)}")
@@ -242,15 +246,14 @@ class SemiSiameseLoss(nn.Module):
         if self.shard:
             loss, window = self._over_shards(torch.stack([probe_a, probe_b], 1), groups, identity, own)
         else:
-            window = self.queue.window(groups, identity)
+            window = queue.window(groups, identity)
             assert window.targets is not None
             assert window.owners is not None
             targets, owners = window.targets, window.owners
             if world > 1:
                 targets, owners = window.slots[own].repeat(2), identity[own].repeat(2)
-            spare, features, held = self.queue.spare, self.queue.features, self.queue.identities
-            if spare:
-                features, held = features[:-spare], held[:-spare]
+            if queue.spare:
+                features, held = features[: -queue.spare], held[: -queue.spare]
             loss = self._loss(torch.cat([probe_a, probe_b]), targets, owners, window, features, held)
         if self.training:
             self._enqueue(window, groups, kept, own if self.shard else slice(None))
@@ -272,30 +275,40 @@ class SemiSiameseLoss(nn.Module):
         elif self.keep == "both":
             self.queue.enqueue(features.flip(0).flatten(0, 1), ids.repeat(2), unit=True)
         else:
-            self.queue.enqueue_window(Window(features, ids, window.start, window.slots), kept)
+            self.queue.enqueue_window(
+                window._replace(features=features, identities=ids) if self.shard else window, kept
+            )
 
     def _loss(
-        self, embedding: Tensor, target: Tensor, identity: Tensor, window: Window, features: Tensor,
+        self, embedding: Tensor, target: Tensor, identity: Tensor | None, window: Window, features: Tensor,
         slot_identity: Tensor,
     ) -> Tensor:  # fmt: skip
-        """The mean; with ``shard`` each probe's, over all shards."""
-        options: dict[str, Any] = {
-            "window": window,
-            "identity": identity if self.mask_identity else None,
-            "slot_identity": slot_identity,
-            "mask_empty": self.mask_empty,
-            "backend": self.backend,
-        }
-        if self.training:
+        """The mean; with ``shard`` each probe's, over all shards. Embeddings have been checked, the rest is the queue's own."""
+        if not self.mask_identity:
+            identity = None
+        if self.training and self.margin.margin.running:
             average = partial(distributed.mean, group=self.group) if self.gather and not self.shard else None
-            self.margin.follow(embedding, features, target, average=average, **options)
-        options |= {"margin": self.margin.current(), "scale": self.scale, "gradient": self.gradient}
+            self.margin.follow(
+                embedding, features, target, window=window, identity=identity, slot_identity=slot_identity,
+                mask_empty=self.mask_empty, backend=self.backend, average=average,
+            )  # fmt: skip
+        margin = self.margin.current()
         if self.shard:
-            loss, self.statistics = over_shards(embedding, features, target, group=self.group, **options)
-        else:
-            loss, self.statistics = functional.margin_softmax(
-                embedding, features, target, label_smoothing=self.label_smoothing, return_statistics=True, **options
-            )
+            loss, self.statistics = over_shards(
+                embedding, features, target, margin=margin, group=self.group, scale=self.scale, window=window,
+                identity=identity, slot_identity=slot_identity, mask_empty=self.mask_empty, gradient=self.gradient,
+                backend=self.backend,
+            )  # fmt: skip
+            return loss
+        check_margin(margin)
+        check_scale(self.scale, embedding.shape[0], embedding.device)
+        loss, self.statistics = functional.evaluate(
+            Arguments(
+                embedding, features, target, None, margin, self.scale, "mean", None, -100, self.label_smoothing, window,
+                identity, slot_identity, self.mask_empty, False, self.gradient,
+            ),
+            self.backend,
+        )  # fmt: skip
         return loss
 
     def _over_shards(

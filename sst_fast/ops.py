@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from sst_fast import reference
-from sst_fast.backends.backend import Problem
 from sst_fast.backends.choose import attempt
+from sst_fast.backends.extension import operator
+
+_enqueue, _dequeue, _window = operator("enqueue"), operator("dequeue"), operator("window")
 
 
 def enqueue(
@@ -25,22 +27,20 @@ def enqueue(
     """
 
     def run(by: str) -> None:
-        write = reference.enqueue if by == "reference" else torch.ops.sst_fast.enqueue
+        write = reference.enqueue if by == "reference" else _enqueue
         write(features, identities, queue, queue_identities, state, unit, group)
 
-    attempt(Problem("enqueue", features.device, features.dtype, queue.dtype), backend, run)
+    attempt(("enqueue", features.device, features.dtype, queue.dtype), backend, run)
 
 
 def dequeue(count: int, queue_identities: Tensor, state: Tensor, backend: str | None) -> Tensor:
     """Empties the ``count`` oldest slots in place; their identities [count], -1 where there were fewer."""
 
     def run(by: str) -> Tensor:
-        gone: Tensor = (reference.dequeue if by == "reference" else torch.ops.sst_fast.dequeue)(
-            count, queue_identities, state
-        )
+        gone: Tensor = (reference.dequeue if by == "reference" else _dequeue)(count, queue_identities, state)
         return gone
 
-    return attempt(Problem("dequeue", state.device, state.dtype), backend, run)
+    return attempt(("dequeue", state.device, state.dtype), backend, run)
 
 
 def window(
@@ -49,8 +49,10 @@ def window(
     """The slots that a batch is about to take; csrc/ops.h says what the five tensors are."""
 
     def run(by: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        find = reference.window if by == "reference" else torch.ops.sst_fast.window
-        unit, start, targets, owners, held = find(groups, identities, state, size, dtype)
-        return unit, start, targets, owners, held
+        if by == "reference":
+            with torch.no_grad():
+                return reference.window(groups, identities, state, size, dtype)
+        found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _window(groups, identities, state, size, dtype)
+        return found
 
-    return attempt(Problem("window", groups[0].device, groups[0].dtype, dtype), backend, run)
+    return attempt(("window", groups[0].device, groups[0].dtype, dtype), backend, run)

@@ -192,7 +192,7 @@ class GalleryQueue(nn.Module):
             identities: int64 [B], >= 0.
         """
         unit, start, targets, owners, held = self._unit(features, identities)
-        return Window(unit, held, start, targets[: identities.shape[0]], targets, owners)
+        return Window(unit, held, start, targets.narrow(0, 0, identities.shape[0]), targets, owners)
 
     def shard_window(
         self, features: Tensor | Sequence[Tensor], identities: Tensor, own: slice
@@ -238,8 +238,8 @@ class GalleryQueue(nn.Module):
                     f"features: every group must be {first.dtype} {list(first.shape)} on {first.device}, "
                     f"got {other.dtype} {list(other.shape)} on {other.device}"
                 )
-        with torch.no_grad():
-            return ops.window(features, identities, self.state, self.size, self.features.dtype, self.backend)
+        ring = self.features
+        return ops.window(features, identities, self.state, ring.shape[0] - self.spare, ring.dtype, self.backend)
 
     def age(self) -> Tensor:
         """int64 [K]: how many features were written after each slot's; -1 for an empty slot."""
@@ -254,11 +254,12 @@ class GalleryQueue(nn.Module):
         self, features: Tensor, identities: Tensor, dtypes: tuple[torch.dtype, ...], count_only: bool = False
     ) -> None:  # fmt: skip
         """``count_only``: the operator looks at the identities' values itself."""
-        device = self.features.device
-        check_tensor("features", features, (None, self.dim), dtypes, device)
+        ring = self.features
+        device, size = ring.device, ring.shape[0] - self.spare
+        check_tensor("features", features, (None, ring.shape[1]), dtypes, device)
         check_tensor("identities", identities, (features.shape[0],), (torch.int64,), device)
-        if features.shape[0] > self.size:
-            raise ValueError(f"features: a batch of {len(features)} does not fit into a queue of {self.size} slots")
+        if features.shape[0] > size:
+            raise ValueError(f"features: a batch of {len(features)} does not fit into a queue of {size} slots")
         if count_only or device.type != "cpu" or torch.compiler.is_compiling():
             return
         if bool((identities < 0).any()):

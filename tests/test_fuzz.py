@@ -94,8 +94,8 @@ class Case:
 
     def exact(self) -> "Case":
         """The same numbers in float64."""
-        window = self.window and replace(
-            self.window, features=self.window.features.to(self.prototypes.dtype).double()
+        window = self.window and self.window._replace(
+            features=self.window.features.to(self.prototypes.dtype).double()
         )  # held as the queue will hold them
         scale, weight = self.options["scale"], self.options["weight"]
         return replace(
@@ -250,7 +250,7 @@ def loss_case(data, small: bool) -> Case:
         arranged(x, how("embedding")), arranged(w, how("prototypes")), target if target is None else arranged(target, how("target")),
         incoming, options, draw(st.booleans(), "prototypes are trained") and queue_dtype != torch.float8_e4m3fn,
         positive if positive is None else arranged(positive, how("positive")),
-        window and replace(window, features=arranged(window.features, how("window")), identities=arranged(window.identities, how("window identities"))),
+        window and window._replace(features=arranged(window.features, how("window")), identities=arranged(window.identities, how("window identities"))),
     )  # fmt: skip
 
 

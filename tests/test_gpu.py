@@ -37,7 +37,7 @@ def no_waiting():
 def on_gpu(problem):
     """The same problem on the device."""
     moved = {name: value.cuda() for name, value in vars(problem).items() if isinstance(value, torch.Tensor)}
-    window = problem.window and Window(**{name: value.cuda() for name, value in vars(problem.window).items()})
+    window = problem.window and Window(*(value if value is None else value.cuda() for value in problem.window))
     return replace(problem, **moved, window=window)
 
 

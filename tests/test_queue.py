@@ -1,6 +1,5 @@
 """The gallery queue on every backend: state, rows that are not finite, bad input. test_fuzz.py sets it beside a plain list."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +104,7 @@ def test_a_window_row_that_is_not_finite_spoils_its_own_probes_only(backend, dty
     assert window.identities.tolist() == [20, 21, -1, 23]
     probes = torch.randn(8, 8).requires_grad_()
     losses = []
-    for seen in (window, replace(queue.window(good, identities), identities=window.identities)):
+    for seen in (window, queue.window(good, identities)._replace(identities=window.identities)):
         loss = margin_softmax(
             probes, queue.features, window.slots.repeat(2), window=seen, identity=identities.repeat(2),
             slot_identity=queue.identities, reduction="none", backend=backend,

@@ -150,7 +150,7 @@ def test_empty_slots_may_hold_anything(kernels, options, dtype, garbage):
             features[:, 2], ids[2] = garbage, -1
             target = problem.target.clone()
             target[[2, 8]] = -100
-            problem = replace(problem, target=target, window=replace(window, features=features, identities=ids))
+            problem = replace(problem, target=target, window=window._replace(features=features, identities=ids))
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
         p = problem.to(torch.float32, dtype)
         x, w = p.embedding.clone().requires_grad_(), p.prototypes.clone().requires_grad_()

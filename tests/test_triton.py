@@ -108,7 +108,7 @@ def test_sizes(kernels, n, k, d):
 def test_window_wraps_round(kernels, k, start, normalize):
     problem = make(12, k, 20, start=start, identities=30, empty=0.2)
     if normalize:
-        window = replace(problem.window, features=problem.window.features * 1.7)
+        window = problem.window._replace(features=problem.window.features * 1.7)
         problem = replace(problem, prototypes=problem.prototypes * 0.6, window=window)
     check(kernels, problem.to(torch.float32), normalize_prototypes=normalize)
 

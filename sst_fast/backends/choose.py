@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -82,31 +82,41 @@ def choose(problem: Problem, requested: str | None = None) -> str:
         name = _decide(problem, requested).chosen
         BACKENDS[name].load()
         return name
-    key = (problem, requested)
-    if key not in _decisions:
-        _decisions[key] = _decide(problem, requested).chosen
-        BACKENDS[_decisions[key]].load()
-    return _decisions[key]
+    return _remembered(problem, requested)
 
 
-_decisions: dict[tuple[Problem, str | None], str] = {}
+def _remembered(fields: tuple[Any, ...], requested: str | None) -> str:
+    key = (fields, requested)
+    name = _decisions.get(key)
+    if name is None:
+        name = _decisions[key] = _decide(Problem(*fields), requested).chosen
+        BACKENDS[name].load()
+    return name
+
+
+_decisions: dict[tuple[tuple[Any, ...], str | None], str] = {}  # (fields of a problem, what was asked for) -> backend
 _refused: dict[tuple[str, Problem], str] = {}  # (backend, problem of any size) -> why
 _told: set[str] = set()
 
 
-def attempt(problem: Problem, requested: str | None, run: Callable[[str], _Result]) -> _Result:
+def attempt(fields: tuple[Any, ...], requested: str | None, run: Callable[[str], _Result]) -> _Result:
     """``run(name)`` by the backend that :func:`choose` names; where a card refuses its kernels, by the next, after one warning.
 
     A backend that was asked for by name raises what it met. So does a compiled graph, which holds its decision.
+
+    Args:
+        fields: of the :class:`Problem`, the first of them or all: a plain tuple, because it is made and looked up in every call.
+        requested: the backend that was asked for by name, or None.
+        run: does the work by the backend of that name.
     """
     if torch.compiler.is_compiling():
-        return run(choose(problem, requested))
+        return run(choose(Problem(*fields), requested))
     while True:
-        name = choose(problem, requested)
+        name = _remembered(fields, requested)
         try:
             return run(name)
         except Exception as error:
-            if not _hands_on(name, problem, requested, error):
+            if not _hands_on(name, Problem(*fields), requested, error):
                 raise
 
 
@@ -119,7 +129,7 @@ def _hands_on(name: str, problem: Problem, requested: str | None, error: Excepti
     words = " ".join(str(error).split())
     reason = f"{type(error).__name__}: {words[:300]}"
     _refused[name, kind] = f"failed here: {reason}"
-    for key in [key for key in _decisions if key[0]._replace(probes=0, slots=0) == kind]:
+    for key in [key for key in _decisions if Problem(*key[0])._replace(probes=0, slots=0) == kind]:
         del _decisions[key]
     try:
         instead = _decide(problem, None).chosen
