@@ -72,19 +72,6 @@ def test_independent_readers_read_what_is_written(tmp_path):
     assert [np.asarray(row["image"])[0, 0] for row in made] == [0, 10, 20, 30, 40, 50]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["recordio", "lmdb"])
-def test_a_run_trains_on_records_and_is_evaluated(faces, tmp_path, format, capsys):
-    pytest.importorskip("lmdb")
-    root, run = tmp_path / "made" / TARGETS[format], tmp_path / "run"
-    convert.convert(data.faces(faces), root, format)
-    assert main(["train", "--data.root", str(root), "--data.size", "32", "--data.channels", "1", "--data.workers", "1", "--epochs", "2",
-                 "--batch", "12", "--dim", "16", "--width", "0.125", "--queue_size", "12", "--device", "cpu", "--out", str(run)]) == 0  # fmt: skip
-    assert len((run / "metrics.csv").read_text().splitlines()) == 3
-    assert main(["eval", str(run), str(root)]) == 0
-    assert "rank-1" in capsys.readouterr().out
-
-
 def test_several_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "SHARD", 5000)
     convert.convert(data.faces(as_folder(tmp_path)), tmp_path / "out", "webdataset")

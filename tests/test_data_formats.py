@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import tarfile
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from sst_fast import data
 from sst_fast.data import index, recordio, tars
 from sst_fast.data.store import Strings
+from sst_fast.train.cli import main
 
 PEOPLE = {"ann": 3, "bob": 1, "cyd": 2}
 
@@ -431,6 +433,82 @@ def test_any_map_style_dataset(tmp_path):
     dataset.targets, dataset.classes = torch.tensor([0, 1, 0, 1, 0, 1]), ["no", "yes"]
     assert data.from_dataset(dataset).names == ["no", "yes"]
     assert dataset.read == 0
+
+
+OWN = """
+import io
+from PIL import Image
+
+class Own:
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return Image.new("L", (8, 8), 10 * i), "aaabcc"[i]
+
+made = Own()
+number = 3
+
+def empty():
+    return []
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The working folder, with a module of datasets in it."""
+    (tmp_path / "own_datasets.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    yield tmp_path
+    sys.modules.pop("own_datasets", None)
+
+
+@pytest.mark.parametrize("path", ["own_datasets:Own", "own_datasets:made"])
+def test_a_dataset_by_its_import_path(own, path):
+    found = data.faces(path)
+    assert list(found.names) == ["a", "b", "c"]
+    assert found.counts.tolist() == [3, 1, 2]
+    np.testing.assert_allclose(
+        (data.all_images(found, 8, 1)[0] * data.STD + data.MEAN)[:, 0, 0, 0], range(0, 60, 10), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("own_datasets:none", "data.root: 'own_datasets:none' cannot be imported: .*no attribute 'none'"),
+        ("no_such_module:x", "data.root: 'no_such_module:x' cannot be imported: No module named 'no_such_module'"),
+        ("own_datasets:number", "'own_datasets:number' is neither a dataset nor a function that returns one, but 3"),
+        ("own_datasets:empty", "dataset must hold at least two identities, found 0"),
+    ],
+)
+def test_import_paths_of_no_dataset_are_named(own, path, message):
+    with pytest.raises(ValueError, match=message):
+        data.faces(path)
+
+
+TRAINS = ["--data.size", "32", "--data.channels", "1", "--epochs", "2", "--batch", "3", "--dim", "8", "--width", "0.125",
+          "--queue_size", "3", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", [*WRITERS, None], ids=lambda w: w.__name__ if w else "import path")
+@pytest.mark.filterwarnings("ignore:left out of")
+def test_every_format_trains_two_epochs_and_is_evaluated(own, write, one_thread, capsys):
+    """From the command line, with a process that reads, and verified on the same format while training."""
+    root, run = str(write(own)) if write else "own_datasets:Own", own / "run"
+    reads = ["--data.root", root, "--data.test_root", root, "--verify_every", "1", "--data.workers", "1"]
+    assert main(["train", *reads, *TRAINS, "--out", str(run)]) == 0
+    assert len((run / "metrics.csv").read_text().splitlines()) == 3
+    spectrum = np.loadtxt(run / "spectrum.csv", delimiter=",", skiprows=1)
+    assert spectrum[:, 0].tolist() == [1, 2]
+    np.testing.assert_allclose(spectrum[:, 1:].sum(1), 1, atol=1e-5)
+    capsys.readouterr()
+    assert main(["eval", str(run), root, "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "all pairs, identification" in shown
+    assert "rank-1" in shown
+    assert "Singular spectrum" in (run / "evaluation.html").read_text()
 
 
 def test_map_style_faults_are_named(tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import re
+from collections import Counter
 from dataclasses import asdict
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from torch import nn
 from sst_fast import data, evaluation
 from sst_fast.evaluation import targets
 from sst_fast.evaluation.folds import fold_numbers
+from sst_fast.train import evaluation_report, pages
 from sst_fast.train.cli import main
 from sst_fast.train.export import ProbeInfo
 
@@ -475,7 +479,9 @@ def test_what_is_no_target_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"target: .*none does not exist"):
         run(tmp_path / "none")
     (tmp_path / "x.zip").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"target: .* must be a folder, .bin, .mat, .txt, .lst or .csv"):
+    with pytest.raises(
+        ValueError, match=r"target: .*x.zip: expected a folder, a list .*, .rec, .lmdb or .tar, got a file .*'.zip'"
+    ):
         run(tmp_path / "x.zip")
 
 
@@ -490,10 +496,9 @@ def test_another_size_is_possible_or_refused(pictures):
         targets.evaluate_targets(Fixed(), 32, 1, [str(pictures)], targets.Options(size=16))
 
 
-def test_json_holds_everything(pictures, tmp_path):
+def test_json_holds_everything(pictures):
     found = run(pictures)
-    targets.write_json(tmp_path / "out.json", "a run", [found], targets.Options())
-    content = json.loads((tmp_path / "out.json").read_text())
+    content = json.loads(json.dumps(targets.as_json("a run", [found], targets.Options()), allow_nan=False))
     assert content["results"][0]["figures"] == found.figures
     assert content["results"][0]["details"]["intervals"].keys() == {"TAR at FAR 0.1", "TAR at FAR 0.01"}
     assert len(content["results"][0]["details"]["cmc"]) == 100
@@ -530,3 +535,111 @@ def test_eval_refuses_a_hostile_file_in_one_line(probe, tmp_path, capsys):
     assert "the pickle wants os.system, which is not admitted" in said
     assert "\n" not in said
     assert not (tmp_path / "evaluation.json").exists()
+
+
+@pytest.fixture
+def report(pictures, probe, tmp_path):
+    """The page and the JSON of two targets."""
+    bin_file(pictures, tmp_path / "set.bin")
+    assert main(["eval", str(probe), str(pictures), str(tmp_path / "set.bin"), "--json", str(tmp_path / "a.json")]) == 0
+    return (tmp_path / "a.html").read_text(), json.loads((tmp_path / "a.json").read_text())
+
+
+class Elements(HTMLParser):
+    """Which elements a page has, those that lie outside of a box that scrolls, and what it would load."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tables, self.found, self.loads = [], [], Counter(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.found[tag] += 1
+        self.found[attributes.get("aria-label")] += 1
+        self.loads += [
+            v
+            for name, v in attributes.items()
+            if name in ("src", "href", "xlink:href") and not v.startswith(("#", "data:"))
+        ]
+        if tag == "table":
+            self.tables.append(self.open[-1] == ("div", "wide"))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append((tag, attributes.get("class")))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag  # all that is opened is closed in its turn
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+
+def test_the_report_draws_what_was_found(report):
+    page, content = report
+    elements = Elements(page)
+    assert not elements.open
+    assert elements.loads == []  # self-contained
+    assert elements.tables
+    assert all(elements.tables)  # wide ones scroll in their own box
+    for title, count in {
+        "Receiver operating characteristic": 3,  # each target, and both together
+        "Detection error trade-off": 3,
+        "Cosines of genuine and impostor pairs": 2,
+        "Cumulative match characteristic": 1,
+        "Singular spectrum of the centred embeddings": 1,
+        "Accuracy of each fold": 1,
+    }.items():
+        assert elements.found[title] == count, title
+    for result in content["results"]:
+        for name, value in result["figures"].items():
+            assert f"<td>{name}</td><td>{targets.shown(name, value)}</td>" in page
+    assert "@media (prefers-color-scheme: dark)" in page
+    drawn = page[page.index("<svg") :]
+    assert not {light for light, _ in pages.PALETTE.values()} & set(re.findall("#[0-9a-f]{6}", drawn))  # all by name
+
+
+def test_the_report_of_a_run_has_its_training(report, tmp_path):
+    _, content = report
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.csv").write_text("epoch,step,loss,effective_rank,accuracy\n1,3,5.5,8.1,\n2,6,4.5,7.9,0.75\n")
+    (run / "spectrum.csv").write_text("epoch,1,2\n1,0.75,0.25\n2,0.5,0.5\n")
+    evaluation_report.write(tmp_path / "b.html", content | {"run": str(run)})
+    found = Elements((tmp_path / "b.html").read_text()).found
+    assert found["Loss"] == found["Effective rank"] == found["Singular spectrum"] == 1
+    assert found["Balanced accuracy on the test identities"] == 1
+    assert found["Uniformity (lower: more uniform)"] == 0
+
+
+def test_names_in_the_report_are_no_markup(report, tmp_path):
+    _, content = report
+    content["results"][0]["target"] = content["run"] = "<b>&"
+    evaluation_report.write(tmp_path / "b.html", content)
+    assert "<b>" not in (tmp_path / "b.html").read_text()
+    assert "&lt;b&gt;&amp;" in (tmp_path / "b.html").read_text()
+
+
+def test_degenerate_results_are_drawn_and_valid_json(tmp_path):
+    """A network that sees no difference: all scores tie, thresholds are infinite, the spectrum is zero."""
+
+    class Blind(nn.Module):
+        def forward(self, x):
+            return torch.ones(len(x), 4)
+
+    for i in range(12):
+        (tmp_path / "set" / str(i // 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(tmp_path / "set" / str(i // 2) / f"{i}.png")
+    results = targets.evaluate_targets(Blind(), 8, 1, [str(tmp_path / "set")], targets.Options(device="cpu"))
+    content = json.loads(json.dumps(targets.as_json("x", results, targets.Options()), allow_nan=False))
+    assert content["results"][0]["details"]["thresholds at FAR"]["0.1"] is None
+    evaluation_report.write(tmp_path / "b.html", content | {"versions": {}})
+    assert Elements((tmp_path / "b.html").read_text()).found["Detection error trade-off"] == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("x.txt", "json must end in .json"), ("none/x.json", "json: .*none is not a folder")]
+)
+def test_where_results_cannot_go_is_said_before_the_work(probe, tmp_path, out, message, capsys):
+    assert main(["eval", str(probe), "nowhere", "--json", str(tmp_path / out)]) == 1
+    assert re.search(message, capsys.readouterr().err)

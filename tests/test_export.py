@@ -152,14 +152,17 @@ def test_a_broken_image_stops_or_is_skipped(run, tmp_path, capsys):
     assert "1.png cannot be read as an image" in capsys.readouterr().err
     assert main(["embed", str(run), str(faces), str(tmp_path / "e.npy"), "--on_error", "skip"]) == 0
     captured = capsys.readouterr()
-    assert "left out: " in captured.err
+    assert f"1 images could not be read and were skipped: {tmp_path / 'e.npy.unreadable.txt'}" in captured.err
+    assert (
+        (tmp_path / "e.npy.unreadable.txt").read_text().startswith(f"{faces / 'p0/1.png'} cannot be read as an image")
+    )
     assert "5 embeddings" in captured.out
     assert (tmp_path / "e.txt").read_text().split() == ["p0/0.png", "p0/2.png", "p1/0.png", "p1/1.png", "p1/2.png"]
     assert len(np.load(tmp_path / "e.npy")) == 5
     for image in faces.rglob("*.png"):
         image.write_bytes(b"no picture")
     assert main(["embed", str(run), str(faces), str(tmp_path / "f.npy"), "--on_error", "skip"]) == 1
-    assert "no image below" in capsys.readouterr().err
+    assert "none of 6 images could be read: " in capsys.readouterr().err
 
 
 def test_names_of_any_bytes(run, tmp_path, capsys):

@@ -147,7 +147,9 @@ def test_demo_writes_one_self_contained_page(tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert "AT&amp;T Laboratories Cambridge" in page
     assert 'src="http' not in page
-    assert page.count("data:image/svg") == 3
+    assert page.count("<svg") == 12  # nine of the training, a ROC, two histograms
+    for title in ("Effective rank of the test embeddings", "Singular spectrum of the test embeddings"):
+        assert f'aria-label="{title}"' in page
     assert page.count("data:image/png") == 16
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from sst_fast.data import lists, lmdb_store, objects, recordio, tars
@@ -23,28 +25,41 @@ def faces(root: str | os.PathLike[str]) -> Faces:
     - LMDB: its folder (with ``data.mdb``) or its file (.lmdb, .mdb);
     - WebDataset: a ``.tar``, a folder of them, or a pattern, ``train-{000..099}.tar`` or ``train-*.tar``;
     - a folder that Hugging Face's ``Dataset.save_to_disk`` has written;
+    - ``package.module:name``: a dataset of (image, label) or a function that returns one, see
+      :func:`sst_fast.data.from_dataset`;
     - a folder with a sub-folder for each identity.
 
     Raises:
         FileNotFoundError: there is nothing of that name. ValueError: it cannot be read as what it is, or has fewer than two
             identities. ImportError: the format needs a package.
     """
+    return opener(root)()
+
+
+def opener(root: str | os.PathLike[str]) -> Callable[[], Faces]:
+    """What :func:`faces` will do, as far as the name alone says it: nothing has been opened yet.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name. ValueError: it is nothing of the above.
+    """
     if os.fspath(root) == "orl":
-        return orl()
+        return orl
     path = Path(root)
     suffix = path.suffix.lower()
     if suffix == ".tar" and not path.is_dir():
-        return _shards(path)
+        return partial(_shards, path)
     if not path.exists():
+        if objects.is_import_path(os.fspath(root)):
+            return partial(objects.open_imported, os.fspath(root))
         raise FileNotFoundError(f"{printable(path)} does not exist")
     if path.is_dir():
-        return _folder(path)
+        return partial(_folder, path)
     if suffix in lists.SUFFIXES:
-        return listing(path)
+        return partial(listing, path)
     if suffix == ".rec":
-        return recordio.open_records(path)
+        return partial(recordio.open_records, path)
     if suffix in (".lmdb", ".mdb"):
-        return lmdb_store.open_lmdb(path)
+        return partial(lmdb_store.open_lmdb, path)
     raise ValueError(
         f"{printable(path)}: expected a folder, a list ({', '.join(lists.SUFFIXES)}), .rec, .lmdb or .tar, got a file with the suffix "
         f"{suffix!r}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,3 +150,40 @@ def open_saved(root: Path) -> Faces:
         ImportError: datasets is not installed. ValueError: see :func:`from_dataset`.
     """
     return from_dataset(package().load_from_disk(str(root)))
+
+
+def is_import_path(text: str) -> bool:
+    """Whether this reads like ``package.module:name``."""
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", text) is not None
+
+
+def imported(path: str, option: str) -> Any:
+    """What ``package.module:name`` stands for. Modules in the working folder are found too, after all others.
+
+    Raises:
+        ValueError: it cannot be imported; names ``option``.
+    """
+    module, _, name = path.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:  # an installed command does not look there
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option}: {path!r} cannot be imported: {error}") from error
+    return found
+
+
+def open_imported(path: str) -> Faces:
+    """The dataset that ``package.module:name`` is, or that it returns when called without arguments.
+
+    Raises:
+        ValueError: it cannot be imported, or see :func:`from_dataset`.
+    """
+    found = imported(path, "data.root")
+    if isinstance(found, type) or not hasattr(found, "__getitem__"):
+        if not callable(found):
+            raise ValueError(f"data.root: {path!r} is neither a dataset nor a function that returns one, but {found!r}")
+        found = found()
+    return found if isinstance(found, Faces) else from_dataset(found)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import importlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image, ImageOps
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sst_fast.data.identities import Faces, flat
 from sst_fast.data.images import DataError, square, to_tensor
+from sst_fast.data.objects import imported
 from sst_fast.data.store import Selected, load
 
 OnError = Literal["stop", "skip"]
@@ -67,17 +67,11 @@ def augmentation(name: str) -> Augment:
     """
     if name in AUGMENTATIONS:
         return AUGMENTATIONS[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(
             f"data.augment must be {', '.join(map(repr, AUGMENTATIONS))} or 'module:function', got {name!r}"
         )
-    try:
-        found: Any = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"data.augment: {name!r} cannot be imported: {error}") from error
+    found = imported(name, "data.augment")
     if not callable(found):
         raise ValueError(f"data.augment: {name!r} is no function but {found!r}")
     return found  # type: ignore[no-any-return]
@@ -231,15 +225,22 @@ def image_batches(
     Args:
         skipped: where to note images that cannot be read, which are then left out; without it one raises :class:`DataError`.
         kept: gets the places in ``paths`` of the images that come.
+
+    Raises:
+        DataError: see above, or none of the images can be read.
     """
+    some = False
     images = _Numbered(Images(paths, size, channels), skipped)
     for places, found in torch.utils.data.DataLoader(
         images, batch, num_workers=workers, generator=torch.Generator(), collate_fn=_stacked
     ):
         if found is not None:
+            some = True
             if kept is not None:
                 kept += places
             yield found
+    if skipped is not None and not some:
+        raise DataError(f"none of {len(images)} images could be read: {skipped.path}")
 
 
 def all_images(faces: Faces, size: int, channels: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from sst_fast.evaluation.binfile import BinFile, read_bin
 from sst_fast.evaluation.blocked import Comparisons, Found, all_pairs, cmc, pair_scores, search
-from sst_fast.evaluation.collapse import Collapse, collapse, effective_rank
+from sst_fast.evaluation.collapse import Collapse, collapse, effective_rank, singular_spectrum
 from sst_fast.evaluation.distribution import FARS, PairScores, Rate
 from sst_fast.evaluation.folds import Folds, PairList, read_pairs, verify_in_folds
 from sst_fast.evaluation.identification import (
@@ -52,6 +52,7 @@ __all__ = [
     "read_pairs",
     "roc",
     "search",
+    "singular_spectrum",
     "template_identification",
     "template_verification",
     "verify_in_folds",

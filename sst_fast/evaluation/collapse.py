@@ -54,13 +54,15 @@ class Collapse:
 
 
 @torch.no_grad()
-def collapse(embeddings: Tensor, labels: Tensor) -> Collapse:
+def collapse(embeddings: Tensor, labels: Tensor, spectrum: NDArray[np.float64] | None = None) -> Collapse:
     """Diagnostics of unit ``embeddings`` [M, D] with identity ``labels`` [M]; memory beside them does not grow with M.
+
+    ``spectrum``: of these embeddings, where :func:`singular_spectrum` has been called already.
 
     Raises:
         ValueError: an embedding is not finite.
     """
-    spectrum = _spectrum(embeddings)
+    spectrum = singular_spectrum(embeddings) if spectrum is None else spectrum
     numbers, counts = torch.unique(labels.to(embeddings.device), return_inverse=True, return_counts=True)[1:]
     # Sums of cosines follow from sums of embeddings: |sum x|^2 = sum |x|^2 + 2 (sum over pairs).
     total = torch.zeros(embeddings.shape[1], dtype=torch.float64, device=embeddings.device)
@@ -81,7 +83,7 @@ def collapse(embeddings: Tensor, labels: Tensor) -> Collapse:
     impostor_pairs = m * (m - 1) - genuine_pairs
     inter = float((total * total).sum() - within) / impostor_pairs if impostor_pairs else math.nan
     alignment = 2 * (norms / m - intra)
-    return Collapse(spectrum, _entropy_rank(spectrum), intra, inter, alignment, _uniformity(embeddings))
+    return Collapse(spectrum, rank_of(spectrum), intra, inter, alignment, _uniformity(embeddings))
 
 
 def effective_rank(embeddings: Tensor) -> float:
@@ -91,17 +93,23 @@ def effective_rank(embeddings: Tensor) -> float:
     Raises:
         ValueError: an embedding is not finite.
     """
-    return _entropy_rank(_spectrum(embeddings))
+    return rank_of(singular_spectrum(embeddings))
 
 
-def _entropy_rank(spectrum: NDArray[np.float64]) -> float:
+def rank_of(spectrum: NDArray[np.float64]) -> float:
+    """:func:`effective_rank` of what :func:`singular_spectrum` gave."""
     shares = spectrum[spectrum > 0]
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 @torch.no_grad()
-def _spectrum(embeddings: Tensor) -> NDArray[np.float64]:
-    """Singular values of the centred embeddings as shares of their sum; the R of a QR decomposition row by row has them."""
+def singular_spectrum(embeddings: Tensor) -> NDArray[np.float64]:
+    """Singular values [min(M, D)] of the centred embeddings [M, D], descending, as shares of their sum.
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    # The R of a QR decomposition has them; it is made a few thousand rows at a time.
     chunks = embeddings.split(CHUNK)
     if not all(bool(torch.isfinite(chunk).all()) for chunk in chunks):
         raise ValueError("embeddings are not finite: the network has diverged; lower lr or enlarge batch")

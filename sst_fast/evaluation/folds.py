@@ -129,12 +129,16 @@ class PairList:
 
 
 def is_pair_list(path: Path) -> bool:
-    """Whether a text file is a list of pairs: its name begins with 'pairs', or a line of three or four fields says so."""
+    """Whether a text file is a list of pairs: its name begins with 'pairs', or its lines have the form of one pair each."""
     if path.name.lower().startswith("pairs"):
         return True
     with path.open(encoding="utf-8", errors="replace") as file:
         lines = [line.split() for line, _ in zip(file, range(20), strict=False) if line.strip()]
-    return bool(lines) and all(len(line) in (3, 4) for line in lines[1:] or lines)
+    try:
+        pairs = [_one_line(path, 0, line) for line in lines[1:] or lines]
+    except ValueError:
+        return False
+    return bool(pairs)
 
 
 def read_pairs(path: str | Path) -> PairList:

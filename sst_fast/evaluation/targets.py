@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sst_fast import data
+from sst_fast.data import lists
+from sst_fast.data.formats import opener
 from sst_fast.evaluation import identification, templates
 from sst_fast.evaluation.binfile import read_bin
 from sst_fast.evaluation.blocked import pair_scores
@@ -47,7 +48,8 @@ class Options:
         batch: images at a time.
         workers: processes that read images.
         device: where the network runs; 'auto': a GPU if there is one.
-        json: file for the results; else ``evaluation.json`` in the run's folder or beside its file.
+        json: file for the results (.json), beside which the report stands (.html); else ``evaluation.json`` in the run's
+            folder or beside its file.
     """
 
     flip: bool = False
@@ -79,10 +81,11 @@ class Result:
         lines = [f"{self.target}: {self.protocol}"]
         intervals = self.details.get("intervals", {})
         for name, value in self.figures.items():
-            shown = f"{value:10.4f}" if name in PLAIN else f"{100 * value:9.3f}%"
+            line = f"  {name:<34}{shown(name, value):>10}"
             if name in intervals:
-                shown += f"  [{100 * intervals[name][0]:.3f}, {100 * intervals[name][1]:.3f}]"
-            lines.append(f"  {name:<34}{shown}")
+                low, high = intervals[name]
+                line += f"  [{100 * low:.3f}, {100 * high:.3f}]"
+            lines.append(line)
         if self.skipped:
             more = f" and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
             lines.append(f"  skipped, unreadable: {', '.join(self.skipped[:5])}{more}")
@@ -91,6 +94,13 @@ class Result:
 
 # Figures that are no shares.
 PLAIN = {"effective rank", "intra-class cosine", "inter-class cosine", "alignment", "uniformity"}
+BINS = 80  # of the histograms
+
+
+def shown(name: str, value: float) -> str:
+    """A figure for people: rates in percent."""
+    return f"{value:.4f}" if name in PLAIN else f"{100 * value:.3f}%"
+
 
 Source = str | Path | bytes
 Evaluator = Callable[["Embedder", Path, Options], Result]
@@ -221,29 +231,39 @@ def protocol_of(target: str) -> Evaluator:
     - ``.bin``: insightface's verification set; a text file of pairs: verification in folds;
     - ``.mat``: BLUFR's configuration;
     - a folder with ``*_face_tid_mid.txt`` (or with ``meta`` that has it): IJB-B or IJB-C;
-    - 'orl', a folder of one sub-folder per identity, a list of images with labels: all pairs, identification.
+    - anything that :func:`sst_fast.data.faces` opens: all pairs, identification.
 
     Raises:
         FileNotFoundError: it does not exist. ValueError: it is nothing of these.
     """
     path = Path(target)
-    if target == "orl":
-        return _identities
-    if path.is_dir():
-        return _ijb if templates.meta_folder(path) else _identities
-    if not path.is_file():
-        raise FileNotFoundError(f"target: {target} does not exist")
-    if path.suffix in (".bin", ".mat"):
-        return _bin if path.suffix == ".bin" else _blufr
-    if path.suffix in (".txt", ".lst", ".csv"):
-        return _pair_list if is_pair_list(path) else _identities
-    raise ValueError(f"target: {target} must be a folder, .bin, .mat, .txt, .lst or .csv")
+    if path.is_dir() and templates.meta_folder(path):
+        return _ijb
+    if path.is_file():
+        if path.suffix in (".bin", ".mat"):
+            return _bin if path.suffix == ".bin" else _blufr
+        if path.suffix.lower() in lists.SUFFIXES and is_pair_list(path):
+            return _pair_list
+    try:
+        opener(target)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"target: {error}") from None
+    return _identities
 
 
-def write_json(path: Path, run: str, results: Sequence[Result], options: Options) -> None:
-    """Writes everything that was found to ``path``."""
-    content = {"run": run, "options": asdict(options), "results": [asdict(result) for result in results]}
-    path.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+def as_json(run: str, results: Sequence[Result], options: Options) -> dict[str, Any]:
+    """Everything that was found, in what JSON knows: numbers that are not finite become None."""
+    return _plain({"run": run, "options": asdict(options), "results": [asdict(result) for result in results]})  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
 
 
 def _identities(embedder: Embedder, path: Path, options: Options) -> Result:
@@ -253,7 +273,7 @@ def _identities(embedder: Embedder, path: Path, options: Options) -> Result:
     x, labels = x[kept.to(x.device)], labels[kept]
     scores = evaluate(x, labels, FARS, progress=sys.stderr.isatty())
     rates, details = _rates(scores.pairs)
-    features = collapse(x, labels)
+    features = collapse(x, labels, scores.spectrum)
     figures = {"balanced accuracy": scores.accuracy, **rates, "rank-1": scores.rank1, "rank-5": scores.rank5}
     if options.distractors:
         root = Path(options.distractors)
@@ -262,8 +282,9 @@ def _identities(embedder: Embedder, path: Path, options: Options) -> Result:
             raise ValueError(f"distractors: no image below {root}")
         far, bad = embedder.embed(others, [str(p) for p in others])
         far = far[torch.from_numpy(~bad).to(far.device)]
-        for n, rate in identification.rank1_among_distractors(x, labels, far).items():
-            figures[f"rank-1 among {n} distractors"] = rate
+        found = identification.rank1_among_distractors(x, labels, far, progress=sys.stderr.isatty())
+        figures |= {f"rank-1 among {n:,} distractors": rate for n, rate in found.items()}
+        details["distractors"] = found
         details["skipped distractors"] = _names(others, bad)
     details |= {"images": len(x), "cmc": scores.cmc.tolist(), "singular spectrum": features.spectrum.tolist()}
     return Result(str(path), "all pairs, identification", figures | features.figures(), details, _names(paths, missing))
@@ -348,7 +369,7 @@ def _ijb(embedder: Embedder, path: Path, options: Options) -> Result:
 
 
 def _rates(pairs: PairScores) -> tuple[dict[str, float], dict[str, Any]]:
-    """Equal error rate and TAR at every FAR that allows at least one impostor pair; intervals and the ROC for the JSON."""
+    """Equal error rate and TAR at every FAR that allows at least one impostor pair; intervals, ROC and histograms."""
     impostors = int(pairs.check().impostor.sum())
     rates = {far: rate for far, rate in pairs.tar_at(FARS).items() if far * impostors >= 1}
     figures = {"equal error rate": pairs.eer()} | {f"TAR at FAR {far:g}": rate.value for far, rate in rates.items()}
@@ -360,8 +381,18 @@ def _rates(pairs: PairScores) -> tuple[dict[str, float], dict[str, Any]]:
         "intervals": {f"TAR at FAR {far:g}": [rate.low, rate.high] for far, rate in rates.items()},
         "thresholds at FAR": {f"{far:g}": rate.threshold for far, rate in rates.items()},
         "roc": {"far": grid, "tar": [rate.value for rate in pairs.tar_at(grid).values()]},
+        "histogram": _histogram(pairs),
     }
     return figures, details
+
+
+def _histogram(pairs: PairScores) -> dict[str, list[float]]:
+    """How many pairs of each kind have a cosine between two ``edges``."""
+    edges = np.linspace(min(-0.2, float(pairs.scores[0])), max(1.0, float(pairs.scores[-1])), BINS + 1)
+    kinds = {
+        kind: np.histogram(pairs.scores, edges, weights=getattr(pairs, kind))[0] for kind in ("genuine", "impostor")
+    }
+    return {"edges": edges.tolist()} | {kind: counts.tolist() for kind, counts in kinds.items()}
 
 
 def _names(names: Sequence[object], missing: NDArray[np.bool_]) -> list[str]:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sst_fast.evaluation.blocked import all_pairs
-from sst_fast.evaluation.collapse import effective_rank
+from sst_fast.evaluation.collapse import rank_of, singular_spectrum
 from sst_fast.evaluation.distribution import PairScores, Rate
 
 
@@ -24,7 +24,7 @@ class Scores:
         eer: equal error rate.
         rates: true accept rate at each false accept rate asked for, with its interval, see :meth:`PairScores.tar_at`.
         cmc: float64 [100], identification among all other images at rank 1, 2, ...; see :func:`cmc`.
-        effective_rank: see :func:`effective_rank`.
+        spectrum: float64 [min(M, D)], see :func:`singular_spectrum`.
     """
 
     pairs: PairScores
@@ -32,7 +32,7 @@ class Scores:
     eer: float
     rates: dict[float, Rate]
     cmc: NDArray[np.float64]
-    effective_rank: float
+    spectrum: NDArray[np.float64]
 
     @property
     def tar(self) -> dict[float, float]:
@@ -48,6 +48,11 @@ class Scores:
     def rank5(self) -> float:
         """Share of images with fewer than five impostors nearer than the nearest image of the same identity."""
         return float(self.cmc[4])
+
+    @property
+    def effective_rank(self) -> float:
+        """See :func:`effective_rank`."""
+        return rank_of(self.spectrum)
 
     def roc(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """False and true accept rates over all thresholds."""
@@ -74,5 +79,5 @@ def evaluate(
     found = all_pairs(embeddings, labels, fars, progress=progress)
     pairs = found.pairs
     return Scores(
-        pairs, pairs.accuracy(), pairs.eer(), pairs.tar_at(fars), found.cmc(), effective_rank(embeddings)
+        pairs, pairs.accuracy(), pairs.eer(), pairs.tar_at(fars), found.cmc(), singular_spectrum(embeddings)
     )  # fmt: skip

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,18 +50,23 @@ def evaluate(
         width: of plain weights: factor on MobileFaceNet's channel counts
         channels: of plain weights: 1 (gray) or 3 (RGB)
     """
-    from sst_fast.evaluation.targets import evaluate_targets, write_json
-    from sst_fast.train import config, export
+    from sst_fast.evaluation.targets import as_json, evaluate_targets
+    from sst_fast.train import checkpoint, config, evaluation_report, export, pages
 
+    path = Path(run)
+    out = Path(options.json) if options.json else (path if path.is_dir() else path.parent) / "evaluation.json"
+    export.target(out, ".json", option="json")
     wanted = _wanted(backbone, dim, width, options.size or 112, channels)
     options = replace(options, device=str(config.device_named(options.device)), size=0 if backbone else options.size)
     network, info = export.load_probe(run, wanted)
     results = evaluate_targets(network, info.size, info.channels, targets, options)
     print("\n\n".join(result.table() for result in results))
-    path = Path(run)
-    out = Path(options.json) if options.json else (path if path.is_dir() else path.parent) / "evaluation.json"
-    write_json(out, run, results, options)
-    print(f"\n{out}")
+    content = as_json(run, results, options) | {"versions": pages.versions(), "date": date.today().isoformat()}
+    page = out.with_suffix(".html")
+    with checkpoint.replacing(out) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    evaluation_report.write(page, content)
+    print(f"\n{out}\n{page}")
 
 
 def embed(
@@ -75,7 +81,7 @@ def embed(
         out: a .npy (paths beside it as .txt) or .parquet file
         device: where the network runs: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
         workers: processes that read images
-        on_error: what an image that cannot be read does: 'stop' all, or 'skip' itself
+        on_error: what an image that cannot be read does: 'stop' all, or 'skip', which notes it in OUT.unreadable.txt
         backbone: of plain weights: 'mobilefacenet' or 'timm:NAME'
         dim: of plain weights: size of the embedding
         width: of plain weights: factor on MobileFaceNet's channel counts
@@ -85,11 +91,11 @@ def embed(
     from sst_fast.train import export
 
     wanted = _wanted(backbone, dim, width, size, channels)
-    count, left_out = export.embed_folder(
+    count, skipped = export.embed_folder(
         run, root, out, device=device, workers=workers, on_error=on_error, wanted=wanted
     )
-    for reason in left_out:
-        print(f"left out: {reason}", file=sys.stderr)
+    if skipped:
+        print(f"{len(skipped)} images could not be read and were skipped: {skipped.path}", file=sys.stderr)
     print(f"{count} embeddings in {out}")
 
 
@@ -141,7 +147,7 @@ def info(
 
     import sst_fast
     from sst_fast.arguments import QUEUE_DTYPES
-    from sst_fast.train.report import versions
+    from sst_fast.train.pages import versions
 
     names = {str(known).removeprefix("torch."): known for known in QUEUE_DTYPES}
     for option, name in (("dtype", dtype), ("queue_dtype", queue_dtype or dtype)):

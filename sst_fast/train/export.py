@@ -155,7 +155,7 @@ def export(run: str | Path, out: str | Path, wanted: ProbeInfo | None = None) ->
     Raises:
         ValueError: another suffix. ImportError: what the format needs is not installed.
     """
-    out = _target(out, ".safetensors", ".pt2", ".onnx")
+    out = target(out, ".safetensors", ".pt2", ".onnx")
     if out.suffix == ".safetensors":
         safetensors = _safetensors()
     if out.suffix == ".onnx":
@@ -208,21 +208,21 @@ def _quiet_onnx() -> Iterator[None]:
 def embed_folder(
     run: str | Path, root: str | Path, out: str | Path, *, device: str = "auto", batch: int = 256, workers: int = 0,
     on_error: OnError = "stop", wanted: ProbeInfo | None = None,
-) -> tuple[int, list[str]]:  # fmt: skip
+) -> tuple[int, data.Unreadable | None]:  # fmt: skip
     """Writes the unit embeddings of all images below ``root``, in order of path.
 
     ``out``: .npy, float32 [M, D], beside it .txt with the paths relative to ``root``, a line each, in the file system's own
     bytes; or .parquet with the columns path and embedding.
 
     Returns:
-        How many were written, and why others were left out (``on_error`` 'skip').
+        How many were written, and with ``on_error`` 'skip' the others, which OUT.unreadable.txt names with the reason.
 
     Raises:
         FileNotFoundError: no run, no folder. ValueError: no image, another suffix, an image that cannot be read or a name
             that the output cannot hold. ImportError: Parquet without pyarrow.
     """
     place = device_named(device)
-    root, out = Path(root), _target(out, ".npy", ".parquet")
+    root, out = Path(root), target(out, ".npy", ".parquet")
     if not root.is_dir():
         raise FileNotFoundError(f"root: {root} is not a folder")
     if out.suffix == ".parquet":
@@ -234,38 +234,27 @@ def embed_folder(
     found = data.images_below(root)
     if not found:
         raise ValueError(f"root: no image below {root}")
-    paths, left_out = [], []
-    for path in found:
-        if reason := _unfit_name(path.relative_to(root).as_posix(), out.suffix):
-            if on_error == "stop":
-                raise ValueError(f"root: {reason}")
-            left_out.append(reason)
-        else:
-            paths.append(path)
     network, info = load_probe(run, wanted)
     network.to(place)
-    read: list[Path] = []
-
-    def batches() -> Iterator[Tensor]:
-        images = _Tried(data.Images(paths, info.size, info.channels))
-        loader = torch.utils.data.DataLoader(images, batch, num_workers=workers, collate_fn=list)
-        for number, tried in enumerate(loader):
-            for path, image in zip(paths[number * batch :], tried, strict=False):
-                if isinstance(image, str):
-                    if on_error == "stop":
-                        raise ValueError(image)
-                    left_out.append(image)
-                else:
-                    read.append(path)
-            if images_read := [image for image in tried if not isinstance(image, str)]:
-                yield torch.stack(images_read)
-        if not read:
-            raise ValueError(f"root: no image below {root} could be read: {left_out[0]}")
-
-    embeddings = backbones.embed(network, batches()).cpu().numpy()
+    skipped = data.Unreadable(f"{out}.unreadable.txt") if on_error == "skip" else None
+    if skipped:
+        skipped.path.unlink(missing_ok=True)  # of another time
+    paths: list[Path] = []
+    kept: list[int] = []
+    for path in found:
+        if not (reason := _unfit_name(path.relative_to(root).as_posix(), out.suffix)):
+            paths.append(path)
+        elif skipped:
+            skipped.add(data.DataError(reason))
+        else:
+            raise ValueError(f"root: {reason}")
+    batches = data.image_batches(
+        paths, info.size, info.channels, batch=batch, workers=workers, skipped=skipped, kept=kept
+    )
+    embeddings = backbones.embed(network, batches).cpu().numpy()
     if not np.isfinite(embeddings).all():
         raise ValueError(f"run: {run} gives embeddings that are not finite: the network has diverged")
-    names = [path.relative_to(root).as_posix() for path in read]
+    names = [paths[number].relative_to(root).as_posix() for number in kept]
     with replacing(out) as temporary:
         if out.suffix == ".npy":
             with temporary.open("wb") as file:
@@ -279,23 +268,7 @@ def embed_folder(
     if out.suffix == ".npy":
         with replacing(out.with_suffix(".txt")) as temporary:
             temporary.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in names))
-    return len(names), left_out
-
-
-class _Tried(torch.utils.data.Dataset[Tensor | str]):
-    """Images, or in words why one cannot be read."""
-
-    def __init__(self, images: data.Images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return self.images[index]
-        except (ValueError, OSError) as error:
-            return str(error)
+    return len(names), skipped
 
 
 def _unfit_name(name: str, suffix: str) -> str:
@@ -309,13 +282,15 @@ def _unfit_name(name: str, suffix: str) -> str:
     return ""
 
 
-def _target(out: str | Path, *suffixes: str) -> Path:
+def target(out: str | Path, *suffixes: str, option: str = "out") -> Path:
     """``out`` as a path that can be written, as far as can be said before the work."""
     out = Path(out)
     if out.suffix not in suffixes:
-        raise ValueError(f"out must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}, got {out}")
+        raise ValueError(
+            f"{option} must end in {' or '.join(filter(None, (', '.join(suffixes[:-1]), suffixes[-1])))}, got {out}"
+        )
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"out: {out.parent} is not a folder")
+        raise FileNotFoundError(f"{option}: {out.parent} is not a folder")
     return out
 
 

@@ -110,8 +110,8 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
     """Trains as ``config`` says and verifies the last state on ``test_faces``; resumes what it finds in ``config.out``.
 
     Under ``torchrun`` every process calls it; they share the batch, and rank 0 writes and verifies. The folder then holds
-    ``checkpoint.pt``, ``config.yaml``, ``metrics.csv`` (a row an epoch), ``scores.json`` (of the last state) and
-    ``tensorboard``.
+    ``checkpoint.pt``, ``config.yaml``, ``metrics.csv`` and ``spectrum.csv`` (a row an epoch), ``scores.json`` (of the last
+    state) and ``tensorboard``.
 
     Raises:
         ValueError: the configuration is impossible, another process trains into the folder, or its checkpoint cannot go on.
@@ -169,7 +169,8 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
                 state.sampler.set_epoch(epoch + 1)
                 state.sums, state.count = [0.0] * len(METRICS), 0
                 if rank == 0:
-                    row |= collapse(backbones.embed(state.model.probe, watched.split(256)), numbers[kept]).row()
+                    seen = collapse(backbones.embed(state.model.probe, watched.split(256)), numbers[kept])
+                    row |= seen.row()
                     if test_faces and config.verify_every and ((epoch + 1) % config.verify_every == 0 or last):
                         scores = verify(state.model.probe, test_faces, *crops, workers=workers, skipped=skipped)
                         row["accuracy"], row["tar_at_far_1e-3"] = scores.accuracy, scores.tar[0.001]
@@ -178,7 +179,8 @@ def train(config: Config, train_faces: data.Faces, test_faces: data.Faces | None
                         state.best = max(state.best, scores.accuracy)
                 state.history.append(row)
                 state.seconds.append(before + progress.seconds)
-                progress.epoch(state.history, state.seconds)
+                if rank == 0:
+                    progress.epoch(state.history, state.seconds, seen.spectrum)
                 better = bool(distributed.from_first(torch.tensor(better)))
                 if isinstance(state.model, SemiSiamese) and not config.shard:
                     distributed.assert_same(dict(state.model.criterion.queue.named_buffers()))

@@ -8,11 +8,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from sst_fast import distributed
 from sst_fast.train.checkpoint import replacing
+
+SPECTRUM = "spectrum.csv"  # in a run's folder
 
 
 def say(text: str) -> None:
@@ -83,8 +87,9 @@ class Progress:
             f"{self.label}: epoch {epoch:.2f}/{self.epochs}, step {self.step}, {told}, {rate:.0f} images/s, ETA {eta:.0f} s"
         )
 
-    def epoch(self, history: list[dict[str, float]], seconds: list[float]) -> None:
-        """An epoch is done, the last row of ``history``; ``seconds`` trained at the end of each."""
+    def epoch(self, history: list[dict[str, float]], seconds: list[float], spectrum: NDArray[np.float64]) -> None:
+        """An epoch is done, the last row of ``history``; ``seconds`` trained at the end of each, and the singular spectrum of
+        the embeddings that are watched."""
         if self.writer is None:
             return
         for name, value in history[-1].items():
@@ -94,3 +99,15 @@ class Progress:
             table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), restval="")
             table.writeheader()
             table.writerows(rows)
+        self._log_spectrum(len(history), [f"{share:.6g}" for share in spectrum])
+
+    def _log_spectrum(self, epoch: int, spectrum: list[str]) -> None:
+        """One more row; those of epochs that a resumed run trains again are left out."""
+        file, rows = self.out / SPECTRUM, []
+        if file.exists():
+            with file.open(encoding="utf-8", newline="") as opened:
+                rows = [row for row in csv.reader(opened) if row and row[0].isdigit() and int(row[0]) < epoch]
+        rows.append([str(epoch), *spectrum])
+        columns = max(map(len, rows))
+        with replacing(file) as path, path.open("w", encoding="utf-8", newline="") as opened:
+            csv.writer(opened).writerows([["epoch", *range(1, columns)], *rows])

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import base64
 import io
-import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date
-from importlib import resources
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import jinja2
-import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
-import sst_fast
 from sst_fast import data
 from sst_fast.evaluation import PairScores, Scores
-from sst_fast.train.checkpoint import replacing
+from sst_fast.train import pages
 from sst_fast.train.config import Method
 
-COLOURS: dict[str, str] = {"sst": "#0b6e4f", "conventional": "#c8553d"}
+COLOURS: dict[str, str] = {"sst": pages.COLOURS["green"], "conventional": pages.COLOURS["red"]}
 NAMES: dict[str, str] = {"sst": "Semi-Siamese Training", "conventional": "Conventional (learned class weights)"}
+CURVES = {
+    "loss": "Loss",
+    "target_cosine": "Cosine with the target prototype",
+    "hardest_cosine": "Cosine with the hardest negative",
+    "effective_rank": "Effective rank of the test embeddings",
+    "intra_class_cosine": "Mean cosine of test images of one identity",
+    "inter_class_cosine": "Mean cosine of test images of two identities",
+    "alignment": "Alignment of the test embeddings (lower: closer)",
+    "uniformity": "Uniformity of the test embeddings (lower: more uniform)",
+}
 
 
 @dataclass
@@ -91,98 +96,67 @@ def write(
     notes: list[str],
 ) -> None:
     """Writes the report to ``path``, replacing it in one step."""
-    matplotlib.rcParams.update(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
-    )
-    curves = {
-        "loss": "Loss",
-        "target_cosine": "Cosine with the target prototype",
-        "hardest_cosine": "Cosine with the hardest negative",
-        "effective_rank": "Effective rank of the test embeddings",
-        "intra_class_cosine": "Mean cosine of test images of one identity",
-        "uniformity": "Uniformity of the test embeddings (lower: more uniform)",
-    }
-    template = jinja2.Template(
-        resources.files("sst_fast.train").joinpath("templates/report.html").read_text(), autoescape=True
-    )
-    html = template.render(
+    pages.render(
+        "report.html",
+        path,
         rows={NAMES[m]: row for m, row in table(results).items()},
-        training=_picture(lambda axes: _training(axes, results, curves), 3, 2, (9, 8.4)),
-        roc=_picture(lambda axes: _roc(axes[0], results), 1, 1, (4.6, 3.8)),
-        histograms=_picture(lambda axes: _histograms(axes, results), 1, len(results), (9, 3)),
+        training=[
+            *(pages.figure(title, partial(_by_epoch, results, name)) for name, title in CURVES.items()),
+            pages.figure("Singular spectrum of the test embeddings", partial(_spectra, results)),
+        ],
+        verification=[
+            pages.figure("Receiver operating characteristic", partial(_roc, results)),
+            *(pages.figure(NAMES[method], partial(_histogram, method, folds)) for method, folds in results.items()),
+        ],
         samples=[
             {"a": _image(s.images[0]), "b": _image(s.images[1]), "genuine": s.genuine,
              "cosines": {NAMES[m]: c for m, c in s.cosines.items()}}
             for s in samples
         ],
         settings=settings,
-        versions=versions(),
+        versions=pages.versions(),
         notes=notes,
         folds=len(next(iter(results.values()))),
-        date=date.today().isoformat(),
     )  # fmt: skip
-    with replacing(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
 
 
-def versions() -> dict[str, str]:
-    """What ran this: versions, device, backends."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    chosen = ", ".join(f"{name}: {choice.chosen}" for name, choice in sst_fast.backends().items())
-    return {
-        "sst-fast": sst_fast.__version__, "Python": platform.python_version(), "PyTorch": torch.__version__,
-        "numpy": np.__version__, "device": device, "backends": chosen, "platform": platform.platform(),
-    }  # fmt: skip
+def _by_epoch(results: Mapping[Method, list[Result]], name: str, axes: Axes) -> None:
+    for method, folds in results.items():
+        values = np.array([[row.get(name, np.nan) for row in fold.history] for fold in folds])
+        _line_and_band(axes, method, np.arange(1, values.shape[1] + 1), values)
+    axes.set_xlabel("epoch")
+    if name == next(iter(CURVES)):
+        axes.legend()
 
 
-def _training(axes: list[Axes], results: Mapping[Method, list[Result]], curves: dict[str, str]) -> None:
-    for axis, (key, title) in zip(axes, curves.items(), strict=True):
-        for method, folds in results.items():
-            values = np.array([[row.get(key, np.nan) for row in fold.history] for fold in folds])
-            x = np.arange(1, values.shape[1] + 1)
-            axis.plot(x, values.mean(0), color=COLOURS[method], label=NAMES[method])
-            axis.fill_between(x, values.min(0), values.max(0), color=COLOURS[method], alpha=0.15, linewidth=0)
-        axis.set_title(title, loc="left")
-        axis.set_xlabel("epoch")
-    axes[0].legend(frameon=False)
+def _spectra(results: Mapping[Method, list[Result]], axes: Axes) -> None:
+    for method, folds in results.items():
+        values = np.array([fold.scores.spectrum for fold in folds])
+        _line_and_band(axes, method, np.arange(1, values.shape[1] + 1), values)
+    axes.set(yscale="log", ylim=(1e-5, 1), xlabel="singular value", ylabel="share of their sum")
 
 
-def _roc(axis: Axes, results: Mapping[Method, list[Result]]) -> None:
+def _roc(results: Mapping[Method, list[Result]], axes: Axes) -> None:
     grid = np.logspace(-3, 0, 200)
     for method, folds in results.items():
-        curves = [np.interp(grid, *fold.scores.roc()) for fold in folds]
-        axis.plot(grid, np.mean(curves, 0), color=COLOURS[method], label=NAMES[method])
-        axis.fill_between(grid, np.min(curves, 0), np.max(curves, 0), color=COLOURS[method], alpha=0.15, linewidth=0)
-    axis.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.02))
-    axis.legend(frameon=False, loc="lower right")
+        _line_and_band(axes, method, grid, np.array([np.interp(grid, *fold.scores.roc()) for fold in folds]))
+    axes.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.02))
+    axes.legend(loc="lower right")
 
 
-def _histograms(axes: list[Axes], results: Mapping[Method, list[Result]]) -> None:
+def _line_and_band(axes: Axes, method: Method, x: NDArray[Any], values: NDArray[Any]) -> None:
+    """Mean of the folds (rows), and from the smallest to the largest."""
+    axes.plot(x, values.mean(0), color=COLOURS[method], label=NAMES[method])
+    axes.fill_between(x, values.min(0), values.max(0), color=COLOURS[method], alpha=0.15, linewidth=0)
+
+
+def _histogram(method: Method, folds: list[Result], axes: Axes) -> None:
+    pairs = PairScores.together([fold.scores.pairs for fold in folds])
     bins = np.linspace(-0.6, 1, 60).tolist()
-    for axis, (method, folds) in zip(axes, results.items(), strict=True):
-        for kind, colour in (("impostor", "#8d99ae"), ("genuine", COLOURS[method])):
-            pairs = PairScores.together([f.scores.pairs for f in folds])
-            axis.hist(
-                pairs.scores,
-                bins,
-                weights=getattr(pairs, kind),
-                density=True,
-                alpha=0.7,
-                color=colour,
-                label=kind,
-            )
-        axis.set_title(NAMES[method], loc="left")
-        axis.set_xlabel("cosine")
-        axis.set_yticks([])
-        axis.legend(frameon=False)
-
-
-def _picture(draw: Callable[[list[Axes]], None], rows: int, columns: int, size: tuple[float, float]) -> str:
-    figure = Figure(figsize=size, layout="constrained")
-    draw(list(np.ravel(figure.subplots(rows, columns, squeeze=False))))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    for kind, colour in (("impostor", pages.COLOURS["gray"]), ("genuine", COLOURS[method])):
+        axes.hist(pairs.scores, bins, weights=getattr(pairs, kind), density=True, alpha=0.7, color=colour, label=kind)
+    axes.set(xlabel="cosine", yticks=[])
+    axes.legend()
 
 
 def _image(image: Tensor) -> str:
