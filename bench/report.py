@@ -189,6 +189,7 @@ SUITES: dict[str, tuple[str, str, str, Callable[[list[Row]], str] | None]] = {
     "evaluation": ("Comparing all pairs of images", "bare products, M x M", OURS, None),
     "scaling": ("Several processes", BARE, OURS, rates),
     "data": ("Reading images", "Pillow's decoding", OURS, None),
+    "opening": ("Opening data sets", "ours (with its index)", "ours (with its index)", None),
 }
 
 

@@ -102,9 +102,10 @@ class IdentitySampler(Sampler[list[int]]):
             self.epoch, self.recent = 0, []
             self.order = self._draw()
         while self.epoch < epoch:
-            # The newest occurrence of each identity counts.
-            drawn = dict.fromkeys(reversed(self.recent + self.order))
-            self.recent = list(drawn)[: self.queue_size][::-1]
+            # The newest occurrence of each identity counts. An epoch has each once, and a long one fills the queue alone.
+            drawn = self.order if len(self.order) >= self.queue_size else self.recent + self.order
+            drawn = drawn[max(0, len(drawn) - self.queue_size - len(self.recent)) :]
+            self.recent = list(dict.fromkeys(reversed(drawn)))[: self.queue_size][::-1]
             self.epoch += 1
             self.order = self._draw()
         self.done = 0
@@ -141,10 +142,12 @@ class IdentitySampler(Sampler[list[int]]):
         if self.scheme == "left_out":
             away = []
         rng.shuffle(pool)
+        if not away:
+            return pool[::-1]
         order = []
         # Each draw frees the oldest of those kept away.
         for freed in [*away, *([None] * len(pool))]:
-            at = rng.randrange(len(pool)) if away else -1
+            at = rng.randrange(len(pool))
             pool[at], pool[-1] = pool[-1], pool[at]
             order.append(pool.pop())
             if freed is not None:

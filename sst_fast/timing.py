@@ -15,12 +15,17 @@ _LONGEST = 0.02  # seconds that a device is kept waiting for the host
 
 
 def race(
-    contenders: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, least: int = 5, most: int = 200
+    contenders: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    seconds: float,
+    least: int = 5,
+    most: int = 200,
+    warm_up: int = 2,
 ) -> dict[str, list[float]]:
     """Seconds of every call; contenders take turns, each round in another order, for about so long or ``most`` rounds.
 
     Each contender is a list of calls on different copies of the inputs, used in rotation, so that on a GPU nothing is found in
-    the cache. On CUDA the time is that between two events in the stream, elsewhere the clock's. The first two rounds warm up.
+    the cache. On CUDA the time is that between two events in the stream, elsewhere the clock's. The first ``warm_up`` rounds do not count.
 
     On an idle GPU two events measure how fast the host starts kernels. So the device is first given a sleep in which the host
     can start all of them: what is measured is the device's time. A call that itself waits for the device cannot hide that.
@@ -33,7 +38,7 @@ def race(
     gc.disable()
     try:
         begin, number = time.perf_counter(), 0
-        while number < least + 2 or (number < most + 2 and time.perf_counter() - begin < seconds):
+        while number < least + warm_up or (number < most + warm_up and time.perf_counter() - begin < seconds):
             turn = number % len(names)
             measured = []
             for name in names[turn:] + names[:turn]:
@@ -57,12 +62,12 @@ def race(
                 for name, (first, last) in measured:
                     times[name].append(first.elapsed_time(last) / 1e3)
             number += 1
-            if number == 2:
+            if number == warm_up:
                 begin = time.perf_counter()
     finally:
         if collecting:
             gc.enable()
-    return {name: values[2:] for name, values in times.items()}
+    return {name: values[warm_up:] for name, values in times.items()}
 
 
 def copies(tensors: Sequence[Tensor]) -> int:

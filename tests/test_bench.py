@@ -66,7 +66,19 @@ def run(tmp_path_factory):
 @pytest.mark.slow
 def test_suite_and_report(run, tmp_path):
     suites = {row.suite for row in report.Run.read(run).rows}
-    assert suites == {"loss", "heads", "partial_fc", "queue", "queues", "step", "host", "scaling", "evaluation", "data"}
+    assert suites == {
+        "loss",
+        "heads",
+        "partial_fc",
+        "queue",
+        "queues",
+        "step",
+        "host",
+        "scaling",
+        "evaluation",
+        "data",
+        "opening",
+    }
     assert report.main([str(run), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "## Training step" in text

@@ -489,7 +489,7 @@ def test_import_paths_of_no_dataset_are_named(own, path, message):
 
 
 TRAINS = ["--data.size", "32", "--data.channels", "1", "--epochs", "2", "--batch", "3", "--dim", "8", "--width", "0.125",
-          "--queue_size", "3", "--device", "cpu"]  # fmt: skip
+          "--queue_size", "3", "--lr", "0.001", "--device", "cpu"]  # fmt: skip
 
 
 @pytest.mark.parametrize("write", [*WRITERS, None], ids=lambda w: w.__name__ if w else "import path")

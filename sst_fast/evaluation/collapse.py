@@ -131,8 +131,9 @@ def _uniformity(embeddings: Tensor) -> float:
         embeddings, m = embeddings[chosen.to(embeddings.device)], MOST_FOR_UNIFORMITY
     x = embeddings.float()
     square = (x * x).sum(1)
-    sums = [
-        (2 * (2 * a @ x.T - s[:, None] - square)).exp_().sum(dtype=torch.float64)
-        for a, s in zip(x.split(1024), square.split(1024), strict=True)
-    ]
-    return math.log(max(float(torch.stack(sums).sum()) - m, 1e-300) / (m * (m - 1)))
+    total = 0.0
+    for first in range(0, m, 1024):  # each pair once: rows against those from the first of them on
+        rows = slice(first, first + 1024)
+        near = (2 * (2 * x[rows] @ x[first:].T - square[rows, None] - square[first:])).exp_()
+        total += 2 * float(near.sum(dtype=torch.float64)) - float(near[:, : len(near)].sum(dtype=torch.float64))
+    return math.log(max(total - m, 1e-300) / (m * (m - 1)))
