@@ -139,12 +139,11 @@ def _build(path: Path, idx: Path) -> index.Arrays:
         raise ValueError(
             f"{printable(idx)} does not belong to {printable(path)}: record {keys[(sizes < 32).argmax()]} lies outside of it"
         )
-    data = np.memmap(path, np.uint8, "r")
     by_key = np.argsort(keys)
     keys, begins, sizes = keys[by_key], begins[by_key], sizes[by_key]
-    labels = _from_ranges(data, keys, begins, path)
+    labels = _from_ranges(path, keys, begins)
     if labels is None:
-        headers = _headers(data, begins, path, keys)
+        headers = _headers(path, begins, keys)
         labels = np.where(headers["flag"] > 0, headers["labels"][:, 0], headers["label"])
         # Records of identities hold no image.
         kept = (headers["length"] >> 29 > 0) | (
@@ -183,11 +182,12 @@ def _places(idx: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return table[:, 0].copy(), table[:, 1].copy()
 
 
-def _headers(data: NDArray[np.uint8], begins: NDArray[np.int64], path: Path, keys: NDArray[np.int64]) -> NDArray[Any]:
+def _headers(path: Path, begins: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[Any]:
     """Image headers of records, HEADER [n]; what lies behind the end of the file is 0."""
     found = np.zeros(len(begins), HEADER)
     raw = found.view(np.uint8).reshape(len(begins), HEADER.itemsize)
     for at in range(0, len(begins), 1 << 16):
+        data = np.memmap(path, np.uint8, "r")  # anew each time, or the whole file would count as our memory
         places = begins[at : at + (1 << 16), None] + np.arange(HEADER.itemsize)
         raw[at : at + (1 << 16)] = data[np.minimum(places, len(data) - 1)]
     wrong = found["magic"] != MAGIC
@@ -198,21 +198,19 @@ def _headers(data: NDArray[np.uint8], begins: NDArray[np.int64], path: Path, key
     return found
 
 
-def _from_ranges(
-    data: NDArray[np.uint8], keys: NDArray[np.int64], begins: NDArray[np.int64], path: Path
-) -> NDArray[np.float32] | None:
+def _from_ranges(path: Path, keys: NDArray[np.int64], begins: NDArray[np.int64]) -> NDArray[np.float32] | None:
     """Labels of the images 1, 2 ..., from the records of identities, which say which images are whose, and from the first image
     of each: reading every image's header would touch the whole file.
 
     None where there are no such records or they do not agree with each other or the images; then every image must be asked.
     """
-    first = _headers(data, begins[:1], path, keys)
+    first = _headers(path, begins[:1], keys)
     if keys[0] != 0 or first["flag"][0] < 2 or not 1 < first["labels"][0, 0] < first["labels"][0, 1] < EXACT:
         return None
     end, last = (int(value) for value in first["labels"][0])
     if last > len(keys) or not np.array_equal(keys[:last], np.arange(last)):
         return None
-    ranges = _headers(data, begins[end:last], path, keys[end:last])["labels"].astype(np.int64)
+    ranges = _headers(path, begins[end:last], keys[end:last])["labels"].astype(np.int64)
     ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
     ranges = ranges[ranges[:, 1] > ranges[:, 0]]
     lengths = ranges[:, 1] - ranges[:, 0]
@@ -220,7 +218,7 @@ def _from_ranges(
         return None
     ends: list[NDArray[np.float32]] = []
     for key in (ranges[:, 0], ranges[:, 1] - 1):
-        headers = _headers(data, begins[key], path, key)
+        headers = _headers(path, begins[key], key)
         ends.append(np.where(headers["flag"] > 0, headers["labels"][:, 0], headers["label"]))
     if not np.array_equal(ends[0], ends[1]) or len(np.unique(ends[0])) != len(ranges):
         return None
