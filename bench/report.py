@@ -420,9 +420,14 @@ def _legend(figure: Figure) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
-def keep(source: Path, target: Path) -> None:
-    """The run without what the report does not read: pytest-benchmark's own statistics of the rounds."""
-    content = json.loads(source.read_text())
+def keep(sources: list[Path], target: Path) -> None:
+    """The runs of one machine together, without what the report does not read: pytest-benchmark's own statistics of the rounds."""
+    content, *more = (json.loads(source.read_text()) for source in sources)
+    for other in more:
+        for what in ("device", "threads", "torch", "python"):
+            if other["machine_info"][what] != content["machine_info"][what]:
+                raise SystemExit(f"{what} differs: {content['machine_info'][what]}, {other['machine_info'][what]}")
+        content["benchmarks"] += other["benchmarks"]
     for row in content["benchmarks"]:
         row["stats"] = {"data": [float(f"{seconds:.5g}") for seconds in row["stats"]["data"]]}
         row.pop("options", None)
@@ -439,7 +444,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compare", type=Path, help="an earlier run")
     options = parser.parse_args(arguments)
     if options.keep:
-        keep(options.run[0], options.keep)
+        keep(options.run, options.keep)
         return 0
     run = Run.read(options.run[0])
     for path in options.run[1:]:

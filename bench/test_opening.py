@@ -57,7 +57,8 @@ def measure(identities: int, format: str, rounds: int) -> list[dict[str, float]]
     """What each process has found; the first makes the index."""
     with tempfile.TemporaryDirectory() as folder:
         root = made(Path(os.environ.get("SST_FAST_BENCH_DATA", folder)) / f"{format}-{identities}", identities, format)
-        root.with_name(f".{root.name}.sst-fast-index.npz").unlink(missing_ok=True)
+        file = root / "train.rec" if format == "RecordIO" else root
+        file.with_name(f".{file.name}.sst-fast-index.npz").unlink(missing_ok=True)
         return [alone(root) for _ in range(1 + rounds)]
 
 
