@@ -18,7 +18,7 @@ from scipy.io import savemat
 from torch import nn
 
 from sst_fast import data, evaluation
-from sst_fast.evaluation import targets
+from sst_fast.evaluation import identification, targets
 from sst_fast.evaluation.folds import fold_numbers
 from sst_fast.train import evaluation_report, pages
 from sst_fast.train.cli import main
@@ -337,6 +337,39 @@ def test_alignment_puts_landmarks_where_they_belong():
     for x, y in targets.LANDMARKS:
         assert crop[round(y), round(x)] > 200
     assert (crop > 100).sum() < 5 * 30
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shuffling_images_and_identities_changes_no_protocol(seed):
+    """On exact cosines, of which very many tie: open-set search, distractors and BLUFR's trials."""
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy((rng.integers(0, 2, (120, 16)) - 0.5) / 2).float()
+    labels = rng.integers(0, 30, 120)
+    parts = [np.arange(0, 50), np.arange(50, 120)]  # gallery and probes
+
+    def found(x, labels, gallery, probe):
+        rows = [torch.from_numpy(part) for part in (probe, gallery)]
+        names = torch.from_numpy(labels)
+        searched = evaluation.search(*(x[r] for r in rows), *(names[r] for r in rows))
+        config = identification.Blufr([""] * len(x), labels, [np.sort(probe)], [gallery], [probe])
+        return (
+            evaluation.dir_at_far(searched, (0.3, 0.1, 0.01)),
+            evaluation.cmc(searched.rank).tolist(),
+            evaluation.blufr(x, config, (0.1,), (0.1,)).figures(),
+        )
+
+    order, names = rng.permutation(120), rng.permutation(1000)[:30]
+    back = np.argsort(order)  # where each image has gone
+    first = found(x, labels, *parts)
+    assert found(x[order], names[labels][order], *(rng.permutation(back[part]) for part in parts)) == first
+    mates, others = x[:60], x[60:]
+    shuffled = rng.permutation(60)
+    sizes = {"sizes": (60,)}  # the first so many are taken: all, or their order matters
+    assert evaluation.rank1_among_distractors(mates, torch.from_numpy(labels[:60]), others, **sizes) == (
+        evaluation.rank1_among_distractors(
+            mates[shuffled], torch.from_numpy(names[labels[:60]][shuffled]), others[shuffled], **sizes
+        )
+    )
 
 
 # --- eval on files ---

@@ -1,6 +1,5 @@
 """The gallery queue on every backend: state, rows that are not finite, bad input. test_fuzz.py sets it beside a plain list."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
