@@ -9,7 +9,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-settings.register_profile("fuzz", max_examples=2000, deadline=None, derandomize=False, print_blob=True)  # make fuzz
+usual = settings(deadline=None, print_blob=True)
+settings.register_profile("fuzz", usual, max_examples=2000, derandomize=False)  # make fuzz
+settings.register_profile("few", usual, max_examples=30)  # make sanitize
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 // The fused loss on the CPU: rows are prepared, (block, chunk) tasks handed to the sweep, their sums combined.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -13,6 +12,7 @@
 #include "../margin.h"
 #include "../ops.h"
 #include "combination.h"
+#include "parallel.h"
 #include "plan.h"
 #include "preparation.h"
 #include "sweep.h"
@@ -96,7 +96,7 @@ Results forward(const CheckedArguments& p) {
   };
   const auto sweep_all = [&](bool moments, bool again) {
     const bool last = again || !twice;
-    at::parallel_for(0, blocks.count * chunks.count, grain, [&](int64_t first_task, int64_t last_task) {
+    parallel_for(0, blocks.count * chunks.count, grain, [&](int64_t first_task, int64_t last_task) {
       const auto scratch = allocate(sweep.scratch_bytes(D, false));
       const auto own_moment = allocate(alone ? moment_bytes : 0);
       const auto finishing = allocate(alone && p.need_gradient ? sweep.finish_bytes(D) : 0);
@@ -120,7 +120,7 @@ Results forward(const CheckedArguments& p) {
     });
     if (alone) return;
     const int64_t finish_grain = 1 + 32768 / std::max<int64_t>(1, blocks.most() * chunks.count * D);
-    at::parallel_for(0, blocks.count, finish_grain, [&](int64_t first, int64_t end) {
+    parallel_for(0, blocks.count, finish_grain, [&](int64_t first, int64_t end) {
       const auto finishing = allocate(p.need_gradient ? sweep.finish_bytes(D) : 0);
       for (int64_t block = first; block < end; block++) finish(block, last, again, finishing.get());
     });
@@ -172,7 +172,7 @@ at::Tensor gradient_of_prototypes(
   const int64_t unit = row_unit(p.slots.sub_centers, 192), chunk = 192 / unit * unit;
   const Format format = format_of(gradient);
   void* out = gradient.mutable_data_ptr();
-  at::parallel_for(0, (K + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (K + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
     const auto scratch = allocate(sweep.scratch_bytes(D, true));
     for (int64_t c = begin; c < end; c++)
       sweep.run_prototypes(
@@ -221,7 +221,7 @@ at::Tensor scaled_rows(
   const Format from = format_of(gradient), to = format_of(out);
   const void* rows = gradient.const_data_ptr();
   void* scaled = out.mutable_data_ptr();
-  at::parallel_for(0, N, std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N, std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
     sweeps().rows.scaled_rows(rows, from, D, begin, end, &factor[begin], scaled, to, 0, N);
   });
   return out;

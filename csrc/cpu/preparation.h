@@ -2,8 +2,6 @@
 // double beside the sweep's 4 * N * K * D.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -12,6 +10,7 @@
 
 #include "../ring.h"
 #include "checked_arguments.h"
+#include "parallel.h"
 #include "plan.h"
 
 namespace sst_fast::cpu {
@@ -153,7 +152,7 @@ struct PackedProbes {
     const int64_t bytes = (sweep.pack_bytes(all.most(), D, for_prototypes) + 63) / 64 * 64;
     packed = allocate(all.count * bytes);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, all.most() * D));
-    at::parallel_for(0, all.count, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, all.count, grain, [&](int64_t first, int64_t last) {
       std::vector<double> scratch(2 * D);
       for (int64_t b = first; b < last; b++) {
         const Range range = all.rows(b);
@@ -199,7 +198,7 @@ struct SlotRows {
 
   static std::vector<T> inverse_norms(const void* features, int64_t count, const CheckedArguments& p) {
     std::vector<T> inverse(count);
-    at::parallel_for(
+    parallel_for(
         0, count, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, p.slots.D)), [&](int64_t begin, int64_t end) {
           std::vector<double> found(end - begin);
           sweeps().rows.norms(features, p.slots.format, p.slots.D, begin, end, found.data());

@@ -1,5 +1,4 @@
 // The gallery queue on the CPU: a ring written in place.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -13,6 +12,7 @@
 #include "../ops.h"
 #include "../ring.h"
 #include "format.h"
+#include "parallel.h"
 
 namespace sst_fast::cpu {
 
@@ -55,7 +55,7 @@ void enqueue(
   int64_t* to = queue_identities.mutable_data_ptr<int64_t>();
   std::vector<double> scale(B);
   std::atomic<int64_t> rejected{0};
-  at::parallel_for(0, B, rows_for_a_thread(D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, B, rows_for_a_thread(D), [&](int64_t begin, int64_t end) {
     rows.norms(features.const_data_ptr(), from_format, D, begin, end, &scale[begin]);
     for (int64_t b = begin; b < end; b++) {
       // A row that is not finite would make every later loss NaN: its slot stays empty.
@@ -121,7 +121,7 @@ WindowTensors window(
     TORCH_CHECK(features.size(0) == B && features.size(1) == D, "window: shapes disagree");
     const Format from = format_of(features);
     char* group = static_cast<char*>(unit.mutable_data_ptr()) + h * B * D * unit.element_size();
-    at::parallel_for(0, B, rows_for_a_thread(D), [&](int64_t begin, int64_t end) {
+    parallel_for(0, B, rows_for_a_thread(D), [&](int64_t begin, int64_t end) {
       std::vector<double> scale(end - begin);
       rows.norms(features.const_data_ptr(), from, D, begin, end, scale.data());
       for (int64_t b = begin; b < end; b++) {
