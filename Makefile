@@ -1,7 +1,7 @@
 # make demo   set up, then train and compare both methods on the embedded faces
 # make test   set up, then run the whole test suite
 # make docs   set up, then build the documentation in build/site
-# make sanitize   set up, then run the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer (needs gcc's)
+# make sanitize   set up, then run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (gcc's)
 # make fuzz   set up, then set every backend and instruction set beside the reference, 2,000 random problems each
 #
 # TORCH=torch==2.13.0   another PyTorch      PYTHON=python3.12   another Python      VENV=.venv   another place      JOBS=2   processes that run tests
@@ -23,11 +23,11 @@ test: $(VENV)/.ready
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# Every instruction set that this machine has; those that it has not are skipped.
+FUZZ = $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 fuzz: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
-	for set in generic avx2 avx512; do \
-	  SST_FAST_CPU=$$set $(BIN)/python -m pytest tests/test_fuzz.py -k "loss and cpu" --hypothesis-profile=fuzz || exit 1; \
-	done
+	$(FUZZ) -n $(JOBS) -k "not (loss and cpu)"
+	printf '%s\n' generic avx2 avx512 avx512bf16 | xargs -P $(JOBS) -I SET env SST_FAST_CPU=SET $(FUZZ) -k "loss and cpu"
 
 # The package with an instrumented extension lies in build/; Python itself is not instrumented, hence LD_PRELOAD. PyTorch is not either: one
 # thread is its share under ThreadSanitizer, and csrc/cpu/parallel.h makes ours.
@@ -52,6 +52,9 @@ sanitize-thread: $(VENV)/.ready
 	LD_PRELOAD="$(call LIBRARY,libtsan.so) $(call LIBRARY,libstdc++.so)" OMP_NUM_THREADS=1 \
 	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 PYTHONPATH=build/thread/lib \
 	  $(call OF_C,thread,tests/test_fuzz.py tests/test_operators.py tests/test_queue.py)
+	LD_PRELOAD="$(call LIBRARY,libtsan.so) $(call LIBRARY,libstdc++.so)" OMP_NUM_THREADS=1 SST_FAST_SANITIZE_SM90=thread \
+	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 history_size=0" \
+	  $(BIN)/python -m pytest -o cache_dir=build/thread/pytest tests/test_sweep_sm90.py -k "every_size or no_order"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

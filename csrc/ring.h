@@ -9,16 +9,13 @@ namespace sst_fast {
 // CUDA kernel's, 0 between launches; how many rows were rejected because they were not finite.
 constexpr int kPosition = 0, kFill = 1, kTickets = 2, kRejected = 3, kState = 4;
 
-// Position and fill where nobody can raise an exception: what lies outside the ring is taken as its nearest end.
-SST_HD int64_t ring_position(const volatile int64_t* state, int64_t K) {
-  const int64_t position = state[kPosition];
-  return position < 0 ? 0 : position < K ? position : K - 1;
-}
+// Where nobody can raise an exception: a number outside [0, count) is taken as the nearest in it.
+SST_HD int64_t held_in(int64_t number, int64_t count) { return number < 0 ? 0 : number < count ? number : count - 1; }
 
-SST_HD int64_t ring_fill(const volatile int64_t* state, int64_t K) {
-  const int64_t fill = state[kFill];
-  return fill < 0 ? 0 : fill < K ? fill : K;
-}
+// Position and fill likewise: what lies outside the ring is taken as its nearest end.
+SST_HD int64_t ring_position(const volatile int64_t* state, int64_t K) { return held_in(state[kPosition], K); }
+
+SST_HD int64_t ring_fill(const volatile int64_t* state, int64_t K) { return held_in(state[kFill], K + 1); }
 
 SST_HD int64_t ring_slot(int64_t start, int64_t offset, int64_t K) {
   const int64_t slot = start + offset;  // 0 <= start < K, 0 <= offset <= K

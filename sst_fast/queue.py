@@ -112,12 +112,20 @@ class GalleryQueue(nn.Module):
 
         Args:
             window: its rows are unit vectors in the queue's dtype already, so they are copied.
-            group: which of the H groups: a number, or a 0-d tensor that stays on the device.
+            group: which of the H groups: a number, or a 0-d int64 tensor that stays on the device.
+
+        Raises:
+            TypeError, ValueError: as :meth:`enqueue`.
+            IndexError: there is no such group (a tensor's value is checked on the CPU only; elsewhere the nearest is taken).
         """
-        if isinstance(group, int):
+        self._check(window.features[0], window.identities, QUEUE_DTYPES, count_only=True)
+        if isinstance(group, Tensor):
+            check_tensor("group", group, (), (torch.int64,), self.features.device)
+            self._write(window.features, window.identities, True, group)
+        elif is_integer(group) and 0 <= group < len(window.features):
             self._write(window.features[group], window.identities, True, None)
         else:
-            self._write(window.features, window.identities, True, group)
+            raise IndexError(f"group must be an integer in [0, {len(window.features)}), got {group!r}")
 
     def _write(self, features: Tensor, identities: Tensor, unit: bool, group: Tensor | None) -> None:
         ring, held = self._slots() if self.spare else (self.features, self.identities)

@@ -258,10 +258,12 @@ def enqueue(
     ``group``, 0-d: which of features [H, B, D] is written.
     """
     if group is not None:
+        if group.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= group < len(features):
+            raise IndexError(f"enqueue: group must be in [0, {len(features)}), got {int(group)}")
         moved = (
             features.view(torch.uint8) if features.dtype == torch.float8_e4m3fn else features
         )  # PyTorch moves its bytes only
-        features = moved.index_select(0, group.long().view(1))[0].view(features.dtype)
+        features = moved.index_select(0, group.view(1))[0].view(features.dtype)
     check_state("enqueue", state, len(queue))
     wide = features.to(
         torch.promote_types(features.dtype, torch.float32) if features.dtype != torch.float8_e4m3fn else torch.float32

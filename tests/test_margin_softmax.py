@@ -926,6 +926,29 @@ def test_float16_autocast_normalises_first(std):
         assert (found / 32768 - right).norm() <= 5e-3 * right.norm()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("margin", [CircleLoss(), ArcSoftmax(0.5)], ids=repr)
+def test_float16_embeddings_without_length(margin, backend):
+    """Their gradient goes as 1 / norm. It is the float64 one, and infinite, never NaN, where float16 has no such number."""
+    p = make(40, 60, 16, masks=False)
+    x = (F.normalize(p.embedding) * torch.logspace(-6, 0, 40, dtype=torch.float64)[:, None]).half()
+    found, exact = [], None
+    for dtype in (torch.float16, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        loss = margin_softmax(
+            leaf, p.prototypes.half().to(dtype), p.target, margin=margin, scale=64.0, reduction="sum", backend=backend
+        )
+        found += torch.autograd.grad(loss, leaf)
+    found, exact = found[0].double(), found[1]
+    beyond = exact.abs() > torch.finfo(torch.float16).max
+    assert beyond.any()
+    assert found[beyond].isinf().all()
+    assert (found[beyond] * exact[beyond] > 0).all()
+    rest = ~beyond & (exact.abs() < 60000)
+    assert (found - exact)[rest].abs().max() <= 2e-3 * exact[rest].abs().max()
+    assert found[rest].isfinite().all()
+
+
 def test_class_weights_that_are_no_unit_rows_are_warned_of_once():
     x, target = torch.randn(4, 8), torch.arange(4)
     w = (3 * F.normalize(torch.randn(10, 8))).requires_grad_()

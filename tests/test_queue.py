@@ -155,6 +155,34 @@ def test_bad_arguments_are_named(call, error, message):
         call(GalleryQueue(7, 4))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("group", "error", "message"),
+    [
+        (2, IndexError, r"group must be an integer in \[0, 2\), got 2"),
+        (-1, IndexError, r"group must be an integer in \[0, 2\), got -1"),
+        (torch.tensor(5), IndexError, r"group must be in \[0, 2\), got 5"),
+        (torch.tensor(-1), IndexError, r"group must be in \[0, 2\), got -1"),
+        (torch.tensor([], dtype=torch.int64), ValueError, r"group must have shape \[\], got \[0\]"),
+        (torch.tensor(1.0), TypeError, "group must be int64, got float32"),
+        (torch.tensor(1, device="meta"), ValueError, "group must be on cpu .*, got meta"),
+    ],
+)
+def test_a_group_that_the_window_has_not_is_refused(backend, group, error, message):
+    """By the queue, and by the operator, which C++ programs call."""
+    queue = GalleryQueue(7, 4, backend=backend)
+    window = queue.window(torch.ones(2, 3, 4), torch.arange(3))
+    with pytest.raises(error, match=message):
+        queue.enqueue_window(window, group)
+    if backend == "cpu" and isinstance(group, torch.Tensor) and group.device.type == "cpu":
+        buffers = (queue.features, queue.identities, queue.state)
+        with pytest.raises((IndexError, TypeError), match="enqueue: group must be"):
+            torch.ops.sst_fast.enqueue(window.features, window.identities, *buffers, True, group)
+    with pytest.raises(ValueError, match=r"features must have shape \[any, 4\], got \[3, 5\]"):
+        queue.enqueue_window(GalleryQueue(7, 5).window(torch.ones(2, 3, 5), torch.arange(3)))
+    assert len(queue) == 0
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
 def test_native_operators_serve_cpp_programs():
     """Registered in C++, found by schema through the dispatcher, as a C++ program finds them."""

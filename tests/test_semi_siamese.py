@@ -247,6 +247,33 @@ def test_works_under_autocast_with_accumulated_gradients(dtype):
         assert (a - b).norm() <= 0.1 * b.norm()
 
 
+def test_an_overflow_costs_one_step():
+    """In float16, of both networks: the scaler skips that step, and the next ones are as good as before."""
+    torch.manual_seed(0)
+    model = SemiSiamese(backbone(), criterion(), momentum=0.9)
+    optimizer = torch.optim.SGD(model.probe.parameters(), 0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step in range(6):
+        images = [torch.randn(4, 12) for _ in range(2)]
+        if step == 2:
+            images[0][1], images[1][1] = 1e6, 1e6
+        before = [p.clone() for p in model.probe.parameters()]
+        with torch.autocast("cpu", torch.float16):
+            loss = model(*images, torch.arange(4) + 4 * step)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        model.update_gallery()
+        assert loss.isfinite() == (step != 2)
+        moved = [not torch.equal(a, b) for a, b in zip(before, model.probe.parameters(), strict=True)]
+        assert any(moved) == (step != 2)
+    assert scaler.get_scale() == 32.0
+    queue = model.criterion.queue
+    assert queue.rejected == int((queue.identities[8:12] < 0).sum()) > 0
+    assert (queue.identities[12:24] >= 0).all()
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_compiled_once():
     """No step's number finds its way into the guards; several gallery networks take a compilation each."""

@@ -1,5 +1,6 @@
 """The Triton kernels, interpreted on the CPU, against the float64 reference; and compiled, though never run, for every GPU."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import problems
 import pytest
 import torch
 from problems import answer, make, make_sub_centers
+from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import sst_fast
@@ -336,6 +338,19 @@ def test_targets_near_one(kernels):
     step = torch.logspace(-4, -1, 12, dtype=torch.float64)[:, None]
     near = problem.prototypes[problem.target] + step * problem.embedding
     check(kernels, replace(problem, embedding=near).to(torch.float32), margin=ArcSoftmax(0.5), scale=64.0)
+
+
+@pytest.mark.parametrize("theta", [1e-6, 3e-5, 1e-3, math.pi - 1e-4])
+def test_gradients_next_to_the_target(kernels, theta):
+    """Each row's and each prototype's, where the slope of an angular margin goes as 1 / theta."""
+    problem = make(3, 8, 48, masks=False)
+    own, across = (normalize(t) for t in (problem.prototypes[problem.target], problem.embedding))
+    across = normalize(across - (across * own).sum(1, keepdim=True) * own)
+    problem = replace(problem, embedding=3 * (math.cos(theta) * own + math.sin(theta) * across)).to(torch.float32)
+    found, exact = both(kernels, problem, margin=ArcSoftmax(0.5, beyond="cosine"), scale=8.0, prototypes=True,
+                        normalize_prototypes=True)  # fmt: skip
+    for a, b in zip(found[2], exact[2], strict=True):
+        assert ((a.double() - b).norm(dim=1) <= 1e-5 * b.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize(

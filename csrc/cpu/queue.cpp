@@ -31,6 +31,18 @@ int64_t* ring_of(const at::Tensor& state, int64_t K, const char* operation) {
   return ring;
 }
 
+// The rows to write: all, or those of one group.
+at::Tensor rows_of(const at::Tensor& features, const OptionalTensor& group) {
+  if (!group) return features.contiguous();
+  TORCH_CHECK_TYPE(
+      group->scalar_type() == at::kLong && group->numel() == 1 && group->is_cpu(),
+      "enqueue: group must be one int64 number on the cpu, got ", group->scalar_type(), " ", group->sizes(), " on ",
+      group->device());
+  const int64_t number = *group->const_data_ptr<int64_t>(), H = features.size(0);
+  TORCH_CHECK_INDEX(number >= 0 && number < H, "enqueue: group must be in [0, ", H, "), got ", number);
+  return features.select(0, number).contiguous();
+}
+
 int64_t rows_for_a_thread(int64_t D) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1)); }
 
 }  // namespace
@@ -38,8 +50,7 @@ int64_t rows_for_a_thread(int64_t D) { return std::max<int64_t>(1, 32768 / std::
 void enqueue(
     const at::Tensor& features_, const at::Tensor& identities_, at::Tensor& queue, at::Tensor& queue_identities,
     at::Tensor& state, bool unit, const OptionalTensor& group) {
-  const at::Tensor features =
-      (group ? features_.select(0, *group->to(at::kLong).const_data_ptr<int64_t>()) : features_).contiguous();
+  const at::Tensor features = rows_of(features_, group);
   const at::Tensor identities = identities_.contiguous();
   const int64_t B = features.size(0), D = features.size(1), K = queue.size(0);
   TORCH_CHECK(

@@ -57,14 +57,14 @@ __device__ __forceinline__ bool write_unit_row(
 template <typename From, typename To, int Width>
 __global__ void enqueue_kernel(
     const From* __restrict__ features, const int64_t* __restrict__ identities, To* __restrict__ queue,
-    int64_t* __restrict__ queue_identities, int64_t* state, unsigned* tickets, const int64_t* group, int64_t B,
-    int64_t D, int64_t K, bool unit) {
+    int64_t* __restrict__ queue_identities, int64_t* state, unsigned* tickets, const int64_t* group, int64_t groups,
+    int64_t B, int64_t D, int64_t K, bool unit) {
   const int64_t b = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   // Every block reads the position before the last one to finish moves it.
   const int64_t start = ring_position(state, K);
   if (b < B) {
     const int64_t slot = ring_slot(start, b, K);
-    const From* row = features + ((group ? *group * B : 0) + b) * D;
+    const From* row = features + ((group ? held_in(*group, groups) * B : 0) + b) * D;
     // A row that is not finite would make every later loss NaN: its slot stays empty and holds zeros.
     const bool finite = write_unit_row<From, To, Width>(row, queue + slot * D, D, unit, 0.0);
     if (threadIdx.x % kWarp == 0) {
@@ -164,9 +164,14 @@ void enqueue(
     at::Tensor& state, bool unit, const OptionalTensor& group) {
   const at::Tensor features = features_.contiguous(), identities = identities_.contiguous();
   const int64_t B = features.size(-2), D = features.size(-1), K = queue.size(0);
-  TORCH_CHECK(!group || group->scalar_type() == at::kLong, "enqueue: group must be int64");
+  TORCH_CHECK_TYPE(
+      !group || (group->scalar_type() == at::kLong && group->numel() == 1 && group->device() == queue.device()),
+      "enqueue: group must be one int64 number on the queue's device");
   TORCH_CHECK(
-      queue.is_contiguous() && queue.size(1) == D && B <= K && state.numel() == kState, "enqueue: shapes disagree");
+      features.dim() == (group ? 3 : 2) && queue.is_contiguous() && queue_identities.is_contiguous() &&
+          queue.size(1) == D && B <= K && identities.numel() == B && queue_identities.numel() == K &&
+          state.numel() == kState,
+      "enqueue: shapes disagree");
   if (B == 0) return;
   const c10::cuda::CUDAGuard guard(queue.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -177,8 +182,8 @@ void enqueue(
     enqueue_kernel<typename R::From, typename R::To, R::Width><<<blocks_of(B), kWarps * kWarp, 0, stream>>>(
         features.const_data_ptr<typename R::From>(), identities.const_data_ptr<int64_t>(),
         queue.mutable_data_ptr<typename R::To>(), queue_identities.mutable_data_ptr<int64_t>(), ring,
-        reinterpret_cast<unsigned*>(ring + kTickets), group ? group->const_data_ptr<int64_t>() : nullptr, B, D, K,
-        unit);
+        reinterpret_cast<unsigned*>(ring + kTickets), group ? group->const_data_ptr<int64_t>() : nullptr,
+        features.dim() == 3 ? features.size(0) : 1, B, D, K, unit);
   });
 }
 
