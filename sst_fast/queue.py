@@ -182,8 +182,8 @@ class GalleryQueue(nn.Module):
         for shard, state in enumerate(states):
             here = (mine[:, 1] == shard).nonzero().flatten().to(self.state.device)
             there = mine[mine[:, 1] == shard, 2]
-            taken = state["features"][there.to(state["features"].device)]
-            self.features[here] = taken.to(self.features.device).to(self.features.dtype)
+            features = reference.taken(state["features"], there.to(state["features"].device)).to(self.features)
+            self.features.view(torch.uint8)[here] = features.view(torch.uint8)
             self.identities[here] = state["identities"][there.to(state["identities"].device)].to(self.state.device)
         self.state[0], self.state[1] = len(mine) % self.size, len(mine)
         return min(len(newest), self.size * world), len(newest)

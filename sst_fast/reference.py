@@ -76,6 +76,13 @@ def nearest_rows(a: Arguments, unit: Tensor, target: Tensor) -> Tensor:
         return target * a.sub_centers + (rows @ unit[:, :, None]).squeeze(2).max(1).indices
 
 
+def taken(rows: Tensor, places: Tensor) -> Tensor:
+    """``rows[places]`` of a tensor of any dtype: older PyTorch moves only the bytes of float8."""
+    if rows.dtype == torch.float8_e4m3fn:
+        return rows.view(torch.uint8)[places].view(rows.dtype)
+    return rows[places]
+
+
 def target_rows(a: Arguments, unit: Tensor, target: Tensor) -> Tensor:
     """What the target cosine of ``unit`` probes is taken with, float64 [N, D] both, for ``target`` [N] within the slots.
 
@@ -84,12 +91,13 @@ def target_rows(a: Arguments, unit: Tensor, target: Tensor) -> Tensor:
     if a.positive is not None:
         rows = a.positive.double()
     else:
-        rows = a.prototypes[nearest_rows(a, unit, target)].double()
+        rows = taken(a.prototypes, nearest_rows(a, unit, target)).double()
         if a.window is not None:
             groups, b, _ = a.window.features.shape
             place = (target - a.window.start) % len(a.prototypes)
             group = torch.arange(len(target), device=target.device) // max(len(target) // groups, 1)
-            own = a.window.features[group, place.clamp_max(b - 1)].to(a.prototypes.dtype)  # as the queue will hold it
+            own = taken(a.window.features.flatten(0, 1), group * b + place.clamp_max(b - 1))
+            own = own.to(a.prototypes.dtype)  # as the queue will hold it
             rows = torch.where((place < b)[:, None], own.double(), rows)
     return normalize(rows) if a.normalize_prototypes else rows
 
@@ -260,10 +268,7 @@ def enqueue(
     if group is not None:
         if group.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= group < len(features):
             raise IndexError(f"enqueue: group must be in [0, {len(features)}), got {int(group)}")
-        moved = (
-            features.view(torch.uint8) if features.dtype == torch.float8_e4m3fn else features
-        )  # PyTorch moves its bytes only
-        features = moved.index_select(0, group.view(1))[0].view(features.dtype)
+        features = taken(features, group.view(1))[0]
     check_state("enqueue", state, len(queue))
     wide = features.to(
         torch.promote_types(features.dtype, torch.float32) if features.dtype != torch.float8_e4m3fn else torch.float32

@@ -62,6 +62,16 @@ def test_a_state_outside_the_queue_is_refused(backend, position, fill):
     assert all(torch.equal(buffer, state[name]) for name, buffer in queue.named_buffers())
 
 
+@pytest.mark.parametrize("dtype", QUEUE_DTYPES)
+@pytest.mark.parametrize("source", [torch.float32, torch.float8_e4m3fn])
+def test_the_newest_of_another_queue(dtype, source):
+    old, new = GalleryQueue(6, 4, source), GalleryQueue(3, 4, dtype)
+    old.enqueue(torch.randn(5, 4), torch.arange(5))
+    assert new.load_newest(old.state_dict()) == (3, 5)
+    assert new.identities.tolist() == [2, 3, 4]
+    assert torch.equal(new.features.float(), old.features.float()[2:5].to(dtype).float())
+
+
 def test_loads_a_state_from_before_rejected_rows_were_counted():
     queue, old = GalleryQueue(7, 4), GalleryQueue(7, 4)
     old.enqueue(torch.randn(3, 4), torch.arange(3))
@@ -82,7 +92,7 @@ def test_a_row_that_is_not_finite_is_nobodys_negative(backend, dtype, unit):
     assert queue.identities.tolist() == [0, -1, -1, 3, -1, -1]
     assert (len(queue), queue.rejected) == (4, 2)
     assert torch.equal(queue.features[1:3].float(), torch.zeros(2, 4))
-    assert torch.allclose(queue.features[[0, 3]].float(), rows[[0, 3]], atol=0.07)
+    assert torch.allclose(queue.features.float()[[0, 3]], rows[[0, 3]], atol=0.07)
     queue.enqueue(rows[:2], torch.arange(2))
     assert queue.rejected == 3
     queue.clear()

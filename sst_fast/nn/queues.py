@@ -40,7 +40,7 @@ from sst_fast.loss import RunningMargin
 from sst_fast.margins import MAX_SCALE, AMSoftmax, CircleLoss, Margin, Softmax
 from sst_fast.nn.ranks import OverRanks
 from sst_fast.queue import GalleryQueue
-from sst_fast.reference import normalize, window_slots
+from sst_fast.reference import normalize, taken, window_slots
 
 Form = Literal["outside", "inside"]
 PairReduction = Literal["mean", "nonzero", "sum"]
@@ -108,7 +108,7 @@ class Positives:
     def __init__(self, identity: Tensor, keys: Keys) -> None:
         found = torch.isin(keys.identity, identity).nonzero().flatten()
         self.slots = found[keys.identity[found].argsort(stable=True)]
-        rows = _take(keys.rows, self.slots)
+        rows = taken(keys.rows, self.slots)
         self.rows = rows.to(wide_dtype(rows))  # a copy: the queue changes
         self.held = keys.identity[self.slots]
         self.identity, self.keys = identity, keys
@@ -140,12 +140,6 @@ class Positives:
             probe, key = probe[other], key[other]
         cosine: Tensor = _PairCosines.apply(unit, self.rows.to(unit.dtype), probe, key)
         return cosine, probe
-
-
-def _take(rows: Tensor, places: Tensor) -> Tensor:
-    if rows.dtype == torch.float8_e4m3fn:  # PyTorch moves its bytes only
-        return rows.view(torch.uint8)[places].view(rows.dtype)
-    return rows[places]
 
 
 class _PairCosines(torch.autograd.Function):
