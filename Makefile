@@ -53,9 +53,6 @@ sanitize-thread: $(VENV)/.ready
 	LD_PRELOAD="$(call LIBRARY,libtsan.so) $(call LIBRARY,libstdc++.so)" OMP_NUM_THREADS=1 \
 	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 PYTHONPATH=build/thread/lib \
 	  $(call OF_C,thread,tests/test_fuzz.py tests/test_operators.py tests/test_queue.py)
-	LD_PRELOAD="$(call LIBRARY,libtsan.so) $(call LIBRARY,libstdc++.so)" OMP_NUM_THREADS=1 SST_FAST_SANITIZE_SM90=thread \
-	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 history_size=0" \
-	  $(BIN)/python -m pytest -o cache_dir=build/thread/pytest tests/test_sweep_sm90.py -k "every_size or no_order"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

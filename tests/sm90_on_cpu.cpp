@@ -6,10 +6,6 @@
 // are NaN; copies arrive late, in any order, and their places hold NaN from the moment they are asked for; a thread
 // reads a copy's place only after it has itself seen the copy's barrier; threads run in random order, some warps much
 // slower than others; and no block ends while a copy or an arrival is on its way to it.
-//
-// Built with -fsanitize=thread (make sanitize), ThreadSanitizer takes every fiber for a thread that only barriers
-// order, and so finds two CUDA threads that meet in shared or global memory unordered. It sees the kernels' own loads
-// and stores, not what is emulated here: `Unseen`.
 #include <setjmp.h>
 #include <ucontext.h>
 #define SST_FAST_SM90_H
@@ -29,16 +25,6 @@
 #include <string>
 #include <type_traits>
 #include <vector>
-
-#ifdef __SANITIZE_THREAD__
-#include <sanitizer/tsan_interface.h>
-extern "C" {
-void AnnotateIgnoreReadsBegin(const char*, int);
-void AnnotateIgnoreReadsEnd(const char*, int);
-void AnnotateIgnoreWritesBegin(const char*, int);
-void AnnotateIgnoreWritesEnd(const char*, int);
-}
-#endif
 
 #include "tiles.h"
 
@@ -63,31 +49,6 @@ namespace {
 constexpr int kFirst = 1040;  // shared memory does not begin at a multiple of 1,024
 constexpr size_t kStack = 256 << 10;
 
-// What ThreadSanitizer is told, if it is there.
-#ifdef __SANITIZE_THREAD__
-struct Unseen {  // while it lives
-  Unseen() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
-  ~Unseen() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
-  Unseen(const Unseen&) = delete;
-};
-void* current_racer() { return __tsan_get_current_fiber(); }
-void* new_racer() { return __tsan_create_fiber(0); }
-void end_racer(void* racer) { __tsan_destroy_fiber(racer); }
-void go_on_as(void* racer) { __tsan_switch_to_fiber(racer, __tsan_switch_to_fiber_no_sync); }
-void tell(void* whom) { __tsan_release(whom); }
-void hear(void* whom) { __tsan_acquire(whom); }
-#else
-struct Unseen {
-  Unseen() {}
-};
-void* current_racer() { return nullptr; }
-void* new_racer() { return nullptr; }
-void end_racer(void*) {}
-void go_on_as(void*) {}
-void tell(void*) {}
-void hear(void*) {}
-#endif
-
 enum class Digits { bf16, f16, e4m3 };
 
 struct Product {
@@ -105,7 +66,6 @@ struct Block;
 struct Fiber {
   ucontext_t begin;
   jmp_buf at;
-  void* racer = nullptr;
   bool begun = false, done = false;
   Block* block;
   int number, collectives = 0;  // in its block; of its warp, so far
@@ -128,13 +88,11 @@ uint32_t chance();
 struct Gate {  // lets its fibers go on once all have come
   int all, come = 0;
   std::vector<Fiber*> waiting;
-  char rounds[2]{};
-  int round = 0;
   template <typename F>
   void pass(F last) {
     if (++come == all) {
       last();
-      come = 0, round ^= 1;
+      come = 0;
       for (Fiber* fiber : waiting) wake(fiber);
       waiting.clear();
     } else {
@@ -144,13 +102,6 @@ struct Gate {  // lets its fibers go on once all have come
   }
   void pass() {
     pass([] {});
-  }
-  void order() {  // what was written before is seen after
-    const Unseen unseen;
-    char* here = &rounds[round];
-    tell(here);
-    pass();
-    hear(here);
   }
 };
 
@@ -173,7 +124,7 @@ struct Barrier {
 };
 
 struct Warp {
-  Gate gate{32};
+  Gate gate{32, 0, {}};
   uint64_t values[2][32];
   bool slow, late;
 };
@@ -182,7 +133,7 @@ struct Block {
   std::vector<unsigned char> memory;
   std::vector<Warp> warps;
   std::vector<Fiber> fibers;
-  Gate all, consumers{256};
+  Gate all, consumers{256, 0, {}};
   std::vector<std::unique_ptr<Barrier>> barriers;
   struct Arrival {  // which copy has written 1,024 bytes: seen once the barrier's phase is over
     Barrier* barrier = nullptr;
@@ -197,7 +148,7 @@ struct Block {
       : memory(kFirst + bytes, 0xff),
         warps(threads / 32),
         fibers(threads),
-        all{threads},
+        all{threads, 0, {}},
         written((kFirst + bytes) / 1024 + 1),
         at(at),
         rank(rank),
@@ -224,22 +175,17 @@ struct Launch {
   std::function<void()> kernel;
   uint64_t steps = 0;
   jmp_buf scheduler;
-  void* racer = nullptr;  // that of the scheduler
   std::string problem;
 };
 
 uint32_t chance() { return launch->random(); }
 void wake(Fiber* fiber) { launch->ready.push_back(fiber); }
-[[noreturn]] void back_to_scheduler(int why) {
-  go_on_as(launch->racer);
-  _longjmp(launch->scheduler, why);
-}
 void yield() {
-  if (!_setjmp(me->at)) back_to_scheduler(1);
+  if (!_setjmp(me->at)) _longjmp(launch->scheduler, 1);
 }
 void fault(const std::string& what) {
   launch->problem = what + ", thread " + std::to_string(me ? me->number : -1);
-  back_to_scheduler(2);
+  _longjmp(launch->scheduler, 2);
 }
 void Barrier::wait(uint32_t parity) {
   while ((phase & 1) == parity) {
@@ -247,7 +193,6 @@ void Barrier::wait(uint32_t parity) {
     yield();
   }
   seen[me->number] = phase;
-  hear(this);
 }
 
 Warp& warp() { return me->block->warps[me->number / 32]; }
@@ -389,19 +334,14 @@ T __ldcg(const T* at) {
 }
 int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 void __threadfence() {}
-unsigned atomicAdd(unsigned* at, unsigned value) {  // between two __threadfence()
-  const Unseen unseen;
-  tell(at), hear(at);
-  return std::exchange(*at, *at + value);
-}
-void __syncthreads() { me->block->all.order(); }
-void __syncwarp() { warp().gate.order(); }
+unsigned atomicAdd(unsigned* at, unsigned value) { return std::exchange(*at, *at + value); }
+void __syncthreads() { me->block->all.pass(); }
+void __syncwarp() { warp().gate.pass(); }
 
 // Every lane's value, as `read` wants it: the next collective of the warp uses the other half of `values`.
 template <typename T, typename F>
 auto exchanged(T value, F read) {
   static_assert(sizeof(T) <= 8);
-  const Unseen unseen;
   uint64_t* values = warp().values[me->collectives++ % 2];
   std::memcpy(&values[lane()], &value, sizeof(T));
   warp().gate.pass();
@@ -440,7 +380,7 @@ inline float power_of_two(float x) { return std::exp2(x); }
 template <int threads>
 void sync_threads() {
   static_assert(threads == 256);
-  me->block->consumers.order();
+  me->block->consumers.pass();
 }
 template <int count>
 void more_registers() {}
@@ -453,39 +393,28 @@ inline Block& block_of(uint32_t rank) {
   return block;
 }
 inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  const Unseen unseen;
   auto& barriers = me->block->barriers;
   barriers.push_back(std::make_unique<Barrier>(arrivals, int(me->block->fibers.size())));
   *barrier = reinterpret_cast<uint64_t>(barriers.back().get());
 }
 inline void barrier_init_done() {}
 inline void arrive_at(uint64_t* barrier, uint32_t block) {
-  const Unseen unseen;
-  Barrier& there = barrier_at(block_of(block), shared_address(barrier));
-  tell(&there);
-  there.add(1, 0);
+  barrier_at(block_of(block), shared_address(barrier)).add(1, 0);
 }
 inline void arrive(uint64_t* barrier) {
   if (me->unpublished) fault("what was written for products is announced before it is published");
   arrive_at(barrier, me->block->rank);
 }
 inline void arrive_and_expect(uint64_t* barrier, uint32_t bytes) {
-  const Unseen unseen;
-  Barrier& here = barrier_at(*me->block, shared_address(barrier));
-  tell(&here);
-  here.add(1, bytes);
+  barrier_at(*me->block, shared_address(barrier)).add(1, bytes);
 }
-inline void wait(uint64_t* barrier, uint32_t parity) {
-  const Unseen unseen;
-  barrier_at(*me->block, shared_address(barrier)).wait(parity);
-}
+inline void wait(uint64_t* barrier, uint32_t parity) { barrier_at(*me->block, shared_address(barrier)).wait(parity); }
 inline void publish() { me->unpublished = false; }
 inline uint32_t block_in_cluster() { return me->block->rank; }
-inline void sync_cluster() { launch->together->order(); }
+inline void sync_cluster() { launch->together->pass(); }
 
 inline void load_tile(
     void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, int panel, uint16_t blocks) {
-  const Unseen unseen;
   if (column != 0 || shared_address(to) % 1024) fault("a copy to where its permutation does not begin");
   for (uint32_t rank = 0; rank < launch->cluster.size(); rank++) {
     if (!(blocks >> rank & 1)) continue;
@@ -510,7 +439,6 @@ void wgmma(float (&o)[count], uint64_t left, uint64_t right, bool accumulate) {
                             : std::is_same_v<T, __half>      ? Digits::f16
                                                              : Digits::e4m3;
   static_assert(digits != Digits::e4m3 || !kColumns);
-  const Unseen unseen;
   if (!me->fenced) fault("products without a fence");
   if (lane() == 0) Operand(left, false).check(64), Operand(right, kColumns).check(2 * count);
   if (me->products.empty()) {
@@ -524,14 +452,12 @@ void wgmma(float (&o)[count], uint64_t left, uint64_t right, bool accumulate) {
 }
 
 inline void end_products() {
-  const Unseen unseen;
   me->fenced = false, me->committed = true;
   if (!warp().late) warp().gate.pass(run_products);
 }
 
 template <int count>
 void wait_for_products(float (&o)[count]) {
-  const Unseen unseen;
   if (!me->committed || me->sums != o) fault("products are awaited that were not begun");
   if (warp().late) warp().gate.pass(run_products);
   std::copy_n(me->hidden, count, o);
@@ -596,29 +522,15 @@ using namespace sst_fast::cuda;
 
 void begin_fiber() {
   launch->kernel();
-  {
-    const Unseen unseen;
-    tell(launch);
-    me->done = true;
-    if (--me->block->running == 0)
-      for (const Copy& copy : launch->copies)
-        if (copy.block == me->block) fault("a block ends while a copy into it is on its way");
-  }
-  back_to_scheduler(1);
+  me->done = true;
+  if (--me->block->running == 0)
+    for (const Copy& copy : launch->copies)
+      if (copy.block == me->block) fault("a block ends while a copy into it is on its way");
+  _longjmp(launch->scheduler, 1);
 }
 
 // Until every thread of the cluster has ended.
 void run_cluster(std::vector<std::unique_ptr<char[]>>& stacks) {
-  const Unseen unseen;
-  launch->racer = current_racer();
-  struct Ended {  // their stacks, and the memory that they wrote, go to those that come after
-    ~Ended() {
-      hear(launch);
-      if (!launch->problem.empty()) return;  // some are still within what is unseen
-      for (auto& block : launch->cluster)
-        for (Fiber& fiber : block->fibers) end_racer(fiber.racer);
-    }
-  } ended;
   size_t left = 0;
   for (auto& block : launch->cluster)
     for (Fiber& fiber : block->fibers) {
@@ -628,7 +540,6 @@ void run_cluster(std::vector<std::unique_ptr<char[]>>& stacks) {
       fiber.begin.uc_stack.ss_size = kStack;
       fiber.begin.uc_link = nullptr;
       makecontext(&fiber.begin, begin_fiber, 0);
-      fiber.racer = new_racer();
       wake(&fiber);
     }
   auto& ready = launch->ready;
@@ -661,7 +572,6 @@ void run_cluster(std::vector<std::unique_ptr<char[]>>& stacks) {
     ready.pop_back();
     const int back = _setjmp(launch->scheduler);
     if (back == 0) {
-      go_on_as(me->racer);
       if (me->begun) _longjmp(me->at, 1);
       me->begun = true;
       setcontext(&me->begin);
@@ -694,7 +604,7 @@ struct Threads {  // in the place of a GPU
         now.cluster.clear();
         for (int rank = 0; rank < cluster; rank++)
           now.cluster.push_back(std::make_unique<Block>(bytes, count, Index{x + rank, y}, rank));
-        now.together.reset(new Gate{cluster * count});
+        now.together.reset(new Gate{cluster * count, 0, {}});
         for (auto& block : now.cluster)
           for (int t = 0; t < count; t++) {
             Fiber& fiber = block->fibers[t];
