@@ -72,6 +72,24 @@ class AMSoftmax(Head):
         return self.scale * with_target(cosine, label, at_target(cosine, label) - self.margin)
 
 
+class AdamSoftmax(Head):
+    """FaceX-Zoo's Adam_Softmax; its second result added."""
+
+    name = "kernel"
+
+    def __init__(self, classes: int, dim: int, scale: float = 30.0, lamda: float = 70.0) -> None:
+        super().__init__(classes, dim, scale)
+        self.lamda = lamda
+        self.adam = nn.Parameter(torch.empty(1, classes).uniform_(0.3, 0.4))
+
+    def logits(self, cosine: Tensor, x: Tensor, label: Tensor) -> Tensor:
+        self.adam.data.clamp_(0, 1)
+        return self.scale * with_target(cosine, label, at_target(cosine, label) - self.adam[:, label].view(-1, 1))
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return super().forward(x, label) + self.lamda * (1 - self.adam.sum() / self.adam.numel())
+
+
 class ArcFace(Head):
     """FaceX-Zoo's: the sine of every class, one rule for angles beyond pi."""
 

@@ -76,6 +76,8 @@ PAIRS = {
     "FaceX-Zoo MV_Softmax, am": lambda: facex("MV_Softmax", "MVSoftmax", True),
     "FaceX-Zoo MV_Softmax, arc": lambda: facex("MV_Softmax", "MVSoftmax", False, 0.5, 1.2, 30.0),
     "FaceX-Zoo NPCFace": lambda: facex("NPCFace", "NPCFace"),
+    "FaceX-Zoo Adam_Softmax": lambda: facex("Adam_Softmax", "AdamSoftmax"),
+    "FaceX-Zoo Adam_Softmax, other numbers": lambda: facex("Adam_Softmax", "AdamSoftmax", 20.0, 3.0),
     "FaceX-Zoo AdaCos": lambda: facex("AdaCos", "AdaCos"),
     "insightface arc": lambda: partial_fc(64.0, 1.0, 0.5, 0.0, lr=0.001),
     "insightface cos": lambda: partial_fc(64.0, 1.0, 0.0, 0.4, lr=0.001),

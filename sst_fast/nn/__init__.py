@@ -11,6 +11,7 @@ from sst_fast.nn.convert import convert
 from sst_fast.nn.heads import (
     AdaCos,
     AdaFace,
+    AdaMSoftmax,
     ArcFace,
     ArcNegFace,
     CircleLoss,
@@ -33,6 +34,7 @@ __all__ = [
     "DCQ",
     "AdaCos",
     "AdaFace",
+    "AdaMSoftmax",
     "ArcFace",
     "ArcNegFace",
     "CLIPLoss",

@@ -27,8 +27,11 @@ KNOWN: dict[Source, dict[str, Entry]] = {
     "insightface": {"weight": CLASSES_FIRST},
     # losses/large_margin_softmax_loss.py, normalized_softmax_loss.py
     "pytorch-metric-learning": {"W": CLASSES_LAST},
-    # head/*.py: "kernel" of CurricularFace and NPCFace, "W" of AdaCos, "weight" of the others
-    "facex-zoo": {"weight": CLASSES_LAST, "kernel": CLASSES_LAST, "W": CLASSES_FIRST, "t": Entry("margin.t", 1)},
+    # head/*.py: "kernel" of CurricularFace, NPCFace and Adam_Softmax, "W" of AdaCos, "weight" of the others
+    "facex-zoo": {
+        "weight": CLASSES_LAST, "kernel": CLASSES_LAST, "W": CLASSES_FIRST, "t": Entry("margin.t", 1),
+        "adam": Entry("margins", 2),
+    },
     # head.py; its t never changes
     "adaface": {
         "kernel": CLASSES_LAST, "batch_mean": Entry("margin.mean", 1), "batch_std": Entry("margin.std", 1), "t": Entry("", 1),
@@ -88,7 +91,7 @@ def _convert(state: Mapping[str, Any], source: Source) -> dict[str, Tensor]:
         if entry.transposed:
             value = value.T
         if entry.name:
-            found[entry.name] = value if entry.dims == 2 else value.reshape(())
+            found[entry.name] = value.reshape({"weight": value.shape, "margins": (-1,)}.get(entry.name, ()))
     if "weight" not in found:
         weights = [name for name, entry in known.items() if entry.name == "weight"]
         raise ValueError(

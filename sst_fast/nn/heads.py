@@ -18,8 +18,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sst_fast import margins
-from sst_fast.arguments import is_number
+import torch
+from torch import Tensor, nn
+
+from sst_fast import functional, margins
+from sst_fast.arguments import check_embedding, check_tensor, is_number
 from sst_fast.loss import MarginSoftmaxHead
 from sst_fast.margins import ArcBeyond, CombinedBeyond, Parameter
 
@@ -138,6 +141,51 @@ class NPCFace(MarginSoftmaxHead):
     ) -> None:  # fmt: skip
         formula = margins.NPCFace(m0, m1, t, alpha, hard_margin, positive_only)
         super().__init__(classes, dim, formula, scale, **options)
+
+
+class AdaMSoftmax(MarginSoftmaxHead):
+    """A trained margin for each class, as large as the loss allows: AdaM-softmax (Liu et al., AdaptiveFace, CVPR 2019, eqs. 5 to 7).
+
+        loss = L(m) + penalty_weight (1 - mean of m),  L the loss of CosFace with margin m_y for class y
+
+    The paper has -mean of m; the 1, as in FaceX-Zoo, keeps the loss positive. ``margins`` are kept in [0, 1] in training. Optimizers that
+    decay weights should leave them out. ``reduction`` must be 'mean'.
+
+    Args:
+        penalty_weight: the paper's lambda; 70 as in FaceX-Zoo.
+        per_class: ``margins`` is [classes]; False: [1], one for all classes.
+        low, high: margins start evenly in between; 0.3 and 0.4 as in FaceX-Zoo.
+    """
+
+    def __init__(
+        self, classes: int, dim: int, scale: Parameter = 30.0, *, penalty_weight: float = 70.0, per_class: bool = True,
+        low: float = 0.3, high: float = 0.4, **options: Any,
+    ) -> None:  # fmt: skip
+        if not is_number(penalty_weight) or not penalty_weight >= 0:
+            raise ValueError(f"penalty_weight must be a number >= 0, got {penalty_weight!r}")
+        if not (is_number(low) and is_number(high) and 0 <= low <= high <= 1):
+            raise ValueError(f"low and high must be cosines with 0 <= low <= high <= 1, got {low!r} and {high!r}")
+        if options.get("reduction", "mean") != "mean":
+            raise ValueError(f"reduction must be 'mean', got {options['reduction']!r}")
+        super().__init__(classes, dim, margins.AMSoftmax(0.0), scale, **options)
+        self.margins = nn.Parameter(torch.empty(classes if per_class else 1).uniform_(low, high))
+        self.penalty_weight = float(penalty_weight)
+
+    def forward(self, embedding: Tensor, target: Tensor) -> Tensor:
+        """Loss of embeddings [N, D] with class numbers ``target``, int64 [N]."""
+        check_embedding("embedding", embedding)
+        check_tensor("target", target, (len(embedding),), (torch.int64,), self.weight.device)
+        if self.training:
+            with torch.no_grad():
+                self.margins.clamp_(0, 1)
+        # A wrong target is for the operator to name.
+        own = self.margins[target.clamp(0, len(self.margins) - 1)]
+        loss: Tensor
+        loss, self.statistics = functional.margin_softmax(
+            embedding, self.weight, target, margin=margins.AMSoftmax(own), scale=self.scale, return_statistics=True,
+            **self.options,
+        )  # fmt: skip
+        return loss + self.penalty_weight * (1 - self.margins.mean()).to(loss.dtype)
 
 
 class ArcNegFace(MarginSoftmaxHead):

@@ -1,16 +1,21 @@
-"""Losses of pairs of a batch in both directions, CLIP's and SigLIP's, without an N x N matrix of logits.
+"""Losses of pairs of a batch in both directions, CLIP's and SigLIP's, with no more than a block of the N x N logits at once.
+
+Rows of logits are made a block at a time by PyTorch's own products, so that what is done to each logit stays in the cache. CLIP's needs
+the sums of its rows and columns before any gradient: two passes over the same cosines, for both directions together. The cosines are kept
+from one to the other while they are few (:data:`KEPT`), and made again otherwise.
 
 Several processes (W ranks with a process group): every image is compared with every rank's texts and the other way round, with
-exact gradients; every rank must bring the same N. The value is the rank's own share such that the mean over ranks, which is what
-DistributedDataParallel's gradients are of, is the loss of the whole batch.
+exact gradients; every rank must bring the same N. Each rank computes the rows of its own images. The value is the rank's own share
+such that the mean over ranks, which is what DistributedDataParallel's gradients are of, is the loss of the whole batch. Features get
+the gradient of the sum over ranks; a scale or bias that of the logits which its rank computes, so that the mean over ranks is right.
 
 Sizes: N pairs, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +23,28 @@ from torch import Tensor, nn
 
 from sst_fast import distributed
 from sst_fast.arguments import check_embedding, check_scale, is_number, wide_dtype
-from sst_fast.functional import margin_softmax
-from sst_fast.margins import Softmax
 from sst_fast.nn.ranks import OverRanks
-from sst_fast.reference import normalize
+from sst_fast.reference import MIN_NORM
 
-LOGITS_AT_ONCE = 2**18  # so many of SigLIP's are in memory
+Gather = bool | Literal["ring"]
+
+LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}  # in memory, by kind of device: what fits into its cache
+KEPT = 2**22  # so many cosines at most are kept for the gradient, 16 MiB; with more, they are computed again
 SOFTPLUS_IS_LINEAR = 80.0  # beyond, to float64's last bit; PyTorch's own 20 is off by 2e-9
 
 
 class _Symmetric(OverRanks):
-    """The logit scale, and open_clip's way of calling a loss."""
+    """The logit scale, what happens to features before they meet, and open_clip's way of calling a loss."""
 
     def __init__(
-        self, init_logit_scale: float | None, gather: bool, group: distributed.Group, settings: dict[str, object]
+        self, init_logit_scale: float | None, gather: Gather, group: distributed.Group, settings: dict[str, object]
     ) -> None:
-        super().__init__(gather, group, settings)
+        if not isinstance(gather, bool) and gather != "ring":
+            raise ValueError(f"gather must be True, False or 'ring', got {gather!r}")
+        super().__init__(bool(gather), group, settings | {"gather": gather})
         if init_logit_scale is not None and not is_number(init_logit_scale):
             raise TypeError(f"init_logit_scale must be a number or None, got {init_logit_scale!r}")
+        self.ring = gather == "ring"
         self.logit_scale = None if init_logit_scale is None else nn.Parameter(torch.tensor(float(init_logit_scale)))
 
     def _scale(self, given: Tensor | float | None) -> Tensor | float:
@@ -50,7 +59,10 @@ class _Symmetric(OverRanks):
         check_scale(given)
         return given
 
-    def _features(self, image_features: Tensor, text_features: Tensor) -> None:
+    def _meet(
+        self, image_features: Tensor, text_features: Tensor, *numbers: Tensor | float
+    ) -> tuple[Tensor, Tensor, list[Tensor], Exchange]:
+        """Unit features, wide, and texts as they are multiplied; numbers as wide 0-d tensors; how ranks exchange them."""
         check_embedding("image_features", image_features)
         check_embedding("text_features", text_features)
         if image_features.shape != text_features.shape or image_features.dtype != text_features.dtype:
@@ -60,6 +72,14 @@ class _Symmetric(OverRanks):
             )
         if len(image_features) == 0:
             raise ValueError("image_features must have at least one row, got [0, D]")
+        exchange = Exchange(*self.meet(image_features), self.ring, self.group)
+        kind, wide = image_features.device.type, wide_dtype(image_features)
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image_features.dtype
+        # Where products of bfloat16 can give their sums in float32.
+        dtype = torch.bfloat16 if (narrow, wide, kind) == (torch.bfloat16, torch.float32, "cuda") else wide
+        image, text = (_Unit.apply(features.to(wide)) for features in (image_features, text_features))
+        wider = [torch.as_tensor(number, dtype=wide, device=image.device).reshape(()) for number in numbers]
+        return image, text.to(dtype), wider, exchange
 
 
 class CLIPLoss(_Symmetric):
@@ -67,14 +87,16 @@ class CLIPLoss(_Symmetric):
 
         loss = 1/2 mean_i [ -log softmax_j(s c_ij)_i - log softmax_j(s c_ji)_i ],  c_ij the cosine of image i and text j
 
-    Each direction is one sweep forward and one backward of :func:`sst_fast.functional.margin_softmax`; no N x N matrix is made.
-    Several processes: as open_clip with ``local_loss`` and ``gather_with_grad``.
+    The logits of both directions are the same, so each is made once forward, a block at a time, and at large N once more backward. A
+    batch with N x N cosines in at most 16 MiB (N <= 2,048) keeps them instead. Several processes: values as of open_clip with
+    ``local_loss`` and ``gather_with_grad``, for half the products.
 
     Args:
         init_logit_scale: None (default): ``logit_scale`` is given in each call, as to open_clip's. A number, log(1 / 0.07) in CLIP: the
             loss has a parameter ``logit_scale``, the logarithm of s, as open_clip's models have.
-        gather: with several processes, compare with all of them (default) or with this one alone.
-        group, backend: the process group (default: all); an implementation to force, see :func:`sst_fast.backends`.
+        gather: with several processes, compare with all of them, whose texts are gathered (True, default) or travel round the ring of
+            ranks, so that each holds two ranks' at a time ('ring'); or with this one alone (False).
+        group: the process group (default: all).
 
     Example:
         >>> criterion = sst_fast.nn.CLIPLoss()
@@ -82,11 +104,9 @@ class CLIPLoss(_Symmetric):
     """
 
     def __init__(
-        self, init_logit_scale: float | None = None, *, gather: bool = True, group: distributed.Group = None,
-        backend: str | None = None,
-    ) -> None:  # fmt: skip
+        self, init_logit_scale: float | None = None, *, gather: Gather = True, group: distributed.Group = None
+    ) -> None:
         super().__init__(init_logit_scale, gather, group, {"init_logit_scale": init_logit_scale})
-        self.backend = backend
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float | None = None,
@@ -104,27 +124,13 @@ class CLIPLoss(_Symmetric):
             TypeError, ValueError: a wrong type, shape, dtype, device or value, or ranks that bring different settings or batch sizes
                 (on every rank).
         """
-        self._features(image_features, text_features)
         scale = self._scale(logit_scale)
-        rank, world = self.meet(image_features)
-        count = len(image_features)
-        target = torch.arange(rank * count, (rank + 1) * count, device=image_features.device)
-        both = (image_features, text_features)
-        directions = [self._direction(x, other, target, scale, world) for x, other in (both, both[::-1])]
-        loss = (directions[0] + directions[1]) / 2
+        image, text, (s,), exchange = self._meet(image_features, text_features, scale)
+        with torch.autocast(image.device.type, enabled=False):
+            loss: Tensor = _SoftmaxPairs.apply(image, text, s, exchange)
         if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.sum()  # a gradient of zero: DistributedDataParallel waits for one
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def _direction(self, x: Tensor, other: Tensor, target: Tensor, scale: Tensor | float, world: int) -> Tensor:
-        rows = normalize(other.to(wide_dtype(other)))
-        if world > 1:
-            rows = distributed.gather_with_gradient(rows, self.group)
-        if isinstance(scale, Tensor):
-            # The scale's gradient: logits are s times products with the rows, so a factor of the rows is one of the scale.
-            rows = rows * (scale / scale.detach()).to(rows.dtype)
-            scale = scale.detach()
-        return margin_softmax(x, rows.to(x.dtype), target, margin=Softmax(), scale=scale, backend=self.backend)
 
 
 class SigLIPLoss(_Symmetric):
@@ -132,14 +138,13 @@ class SigLIPLoss(_Symmetric):
 
         loss = -1/N sum_ij log sigmoid(y_ij (s c_ij + b)),  y_ij = 1 for the pair i = j, -1 otherwise
 
-    A row of logits depends on no other, so they are made and forgotten a block at a time, and the gradients with them. Several
-    processes: texts travel round the ring of ranks, each rank holding two ranks' texts at a time, and in backward once more, their
-    gradient with them.
+    A logit depends on no other, so they are made and forgotten a block at a time, and the gradients with them. With several processes
+    they are made once more backward, for the gradient of other ranks' texts.
 
     Args:
         init_logit_scale, init_logit_bias: None (default): they are given in each call, as to open_clip's. Numbers, log(10) and -10 in the
             paper: the loss has parameters ``logit_scale``, the logarithm of s, and ``logit_bias``, as open_clip's models have.
-        gather: with several processes, compare with all of them (default) or with this one alone.
+        gather: as of :class:`CLIPLoss`; 'ring' (default) as in open_clip.
         group: the process group (default: all).
 
     Example:
@@ -148,7 +153,7 @@ class SigLIPLoss(_Symmetric):
     """
 
     def __init__(
-        self, init_logit_scale: float | None = None, init_logit_bias: float | None = None, *, gather: bool = True,
+        self, init_logit_scale: float | None = None, init_logit_bias: float | None = None, *, gather: Gather = "ring",
         group: distributed.Group = None,
     ) -> None:  # fmt: skip
         settings: dict[str, object] = {"init_logit_scale": init_logit_scale, "init_logit_bias": init_logit_bias}
@@ -173,107 +178,228 @@ class SigLIPLoss(_Symmetric):
             TypeError, ValueError: a wrong type, shape, dtype, device or value, or ranks that bring different settings or batch sizes
                 (on every rank).
         """
-        self._features(image_features, text_features)
         scale = self._scale(logit_scale)
         bias = self.logit_bias if logit_bias is None else logit_bias
         if bias is None:
             raise TypeError("logit_bias must be given unless init_logit_bias was, got None")
         if isinstance(bias, Tensor) and bias.numel() != 1:
             raise ValueError(f"logit_bias must be one number, got {list(bias.shape)}")
-        _, world = self.meet(image_features)
-        kind, wide = image_features.device.type, wide_dtype(image_features)
-        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image_features.dtype
-        dtype = torch.bfloat16 if narrow == torch.bfloat16 and wide == torch.float32 else wide
-        image, text = (normalize(features.to(wide)).to(dtype) for features in (image_features, text_features))
-        s, b = (
-            value.to(wide).reshape(()) if isinstance(value, Tensor) else image.new_tensor(value, dtype=wide)
-            for value in (scale, bias)
-        )
-        with torch.autocast(kind, enabled=False):
-            total: Tensor = _SigmoidPairs.apply(image, text, s, b, world, self.group)
+        image, text, (s, b), exchange = self._meet(image_features, text_features, scale, bias)
+        with torch.autocast(image.device.type, enabled=False):
+            total: Tensor = _SigmoidPairs.apply(image, text, s, b, exchange)
         loss = total / len(image)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
+class Exchange(NamedTuple):
+    """How this rank's images meet all ranks' texts: gathered, or a rank's at a time round the ring of ranks."""
+
+    rank: int
+    world: int
+    ring: bool
+    group: distributed.Group
+
+    def visit(
+        self, texts: Sequence[Tensor], found: Tensor | None,
+        work: Callable[[Sequence[Tensor], Tensor | None, int | None], None], together: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:  # fmt: skip
+        """Does ``work(texts, found, own)`` with the texts of all ranks; gives what all ranks found out about this rank's.
+
+        Args:
+            texts: tensors [N, ...] of this rank's texts, which go to all.
+            found: [N, ...], written to by ``work`` at each rank; None: nothing is.
+            own: to ``work``, the number of the text of this rank's first image; None: it is not among them.
+            together: what all ranks found, [W N, ...] each, as one.
+        """
+        if self.ring:
+            for step in range(self.world):
+                last = step == self.world - 1
+                arriving = [] if last else [distributed.begin_shift(text, self.group) for text in texts]
+                work(texts, found, 0 if step == 0 else None)
+                if found is not None and self.world > 1:
+                    found = distributed.begin_shift(found, self.group)()
+                texts = [end() for end in arriving]
+            return found
+        if self.world == 1:
+            work(texts, found, 0)
+            return found
+        count = len(texts[0])
+        if found is not None:
+            found = found.repeat(self.world, *[1] * (found.dim() - 1))
+        work([distributed.gather(text, self.group) for text in texts], found, self.rank * count)
+        return None if found is None else together(found).chunk(self.world)[self.rank]
+
+    def sum(self, found: Tensor) -> Tensor:
+        """Of all ranks'."""
+        return distributed.sum_of(found, self.group)
+
+    def log_sum_exp(self, found: Tensor) -> Tensor:
+        """Of all ranks'."""
+        return distributed.gather(found[None], self.group).logsumexp(0)
+
+
+class _SoftmaxPairs(torch.autograd.Function):
+    """This rank's share of CLIP's loss, of unit rows [N, D]: wide, 0-d."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, exchange: Exchange) -> Tensor:
+        count, scaled = len(image), image * scale
+        rows = scale.new_full((count,), -torch.inf)
+        keep = any(ctx.needs_input_grad) and exchange.world * count**2 <= KEPT
+        kept: list[Tensor] = []
+
+        def sums(texts: Sequence[Tensor], columns: Tensor | None, own: int | None) -> None:
+            assert columns is not None
+            for part, z in _blocks(scaled, texts[0]):
+                torch.logaddexp(rows[part], z.logsumexp(1), out=rows[part])
+                torch.logaddexp(columns, z.logsumexp(0), out=columns)
+                if keep:
+                    kept.append(z)
+
+        columns = exchange.visit([text], torch.full_like(rows, -torch.inf), sums, exchange.log_sum_exp)
+        assert columns is not None
+        ctx.save_for_backward(image, text, scale, rows, columns, *kept)
+        ctx.exchange = exchange
+        return ((rows + columns) / 2 - (scaled * text).sum(1)).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative("CLIPLoss")
+        image, text, scale, rows, columns, *kept = ctx.saved_tensors
+        exchange, scaled, known = ctx.exchange, image * scale, iter(kept)
+        for_image, for_text = torch.zeros_like(image), torch.zeros_like(image)
+        # Of a rank's share, what half a row's softmax counts, and a text's; they differ where ranks weigh their losses.
+        mine = grad / (2 * len(image))
+        wants_image = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        wants_text = ctx.needs_input_grad[1] or exchange.world > 1
+
+        def slopes(texts: Sequence[Tensor], for_text: Tensor | None, own: int | None) -> None:
+            assert for_text is not None
+            text, columns, theirs = texts
+            for part, z in ((part, next(known)) for part in _parts(scaled, text)) if kept else _blocks(scaled, text):
+                slope = (z - rows[part, None]).exp_().mul_(mine)
+                slope.addcmul_((z - columns).exp_(), theirs)
+                if own is not None:
+                    slope.diagonal(own + part.start).sub_(2 * mine)
+                if wants_image:
+                    _add_product(for_image[part], slope, text)
+                if wants_text:
+                    _add_product(for_text, slope.T, scaled[part].to(text.dtype))
+
+        for_text = exchange.visit([text, columns, mine.expand(len(image))], for_text, slopes, exchange.sum)
+        assert for_text is not None
+        # Each cosine is a product with its image, so the scale's sum over pairs is one over images.
+        return for_image * scale, for_text.to(text.dtype), (for_image * image).sum(), None
+
+
 class _SigmoidPairs(torch.autograd.Function):
-    """Sum over this rank's images and all ranks' texts of -log sigmoid(y (s c + b)), wide; unit rows [N, D].
+    """Sum over this rank's images and all ranks' texts of -log sigmoid(y (s c + b)), of unit rows [N, D]: wide, 0-d.
 
     The gradients of images, scale and bias are found in forward, that of the texts too where no other rank has any.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, world: int, group: distributed.Group
-    ) -> Tensor:
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, exchange: Exchange
+    ) -> Tensor:  # fmt: skip
+        scaled = image * scale
         total, for_bias = (torch.zeros_like(scale, dtype=torch.float64) for _ in range(2))
         wanted = any(ctx.needs_input_grad)
-        for_image, for_text = (torch.zeros_like(t, dtype=scale.dtype) if wanted else None for t in (image, text))
-        for step, texts in enumerate(_round(text, world, group)):
-            for part, z in _blocks(image, texts, scale, bias, own=step == 0):
-                total += F.softplus(z, threshold=SOFTPLUS_IS_LINEAR).sum()
-                if for_image is None or for_text is None:
-                    continue
-                slope = _slope(z, part, own=step == 0)
-                for_bias += slope.sum()
-                slope = slope.to(image.dtype)
-                for_image[part] += slope @ texts
-                if world == 1:
-                    for_text += slope.T @ image[part]
-        if for_image is not None and for_text is not None:
-            # Each cosine is a product with its image, so the scale's sum over pairs is one over images.
-            for_scale = (for_image * image).sum()
-            ctx.save_for_backward(
-                image, text, scale, bias, for_image * scale, for_text * scale, for_scale, for_bias.to(scale.dtype)
-            )
-        ctx.world, ctx.group = world, group
+        for_image, for_text = torch.zeros_like(image), torch.zeros_like(image) if exchange.world == 1 else None
+
+        def losses(texts: Sequence[Tensor], for_text: Tensor | None, own: int | None) -> None:
+            for part, z in _blocks(scaled, texts[0], bias, own):
+                total.add_(F.softplus(z, threshold=SOFTPLUS_IS_LINEAR).sum())
+                if wanted:
+                    slope = _slope(z, part, own)
+                    for_bias.add_(slope.sum())
+                    _add_product(for_image[part], slope, texts[0])
+                    if for_text is not None:
+                        _add_product(for_text, slope.T, scaled[part].to(texts[0].dtype))
+
+        exchange.visit([text], for_text, losses, exchange.sum)
+        if wanted:
+            ctx.save_for_backward(image, text, scale, bias, for_image, for_text, for_bias.to(scale.dtype))
+        ctx.exchange = exchange
         return total.to(scale.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph: without this the second derivative would lack this function's part
-            raise NotImplementedError("SigLIPLoss has no second derivative: its gradient is found in forward")
-        image, text, scale, bias, for_image, for_text, for_scale, for_bias = ctx.saved_tensors
-        if ctx.world > 1:  # every rank's part of it, times that rank's incoming gradient, meets the text on its way
-            for_text = torch.zeros_like(for_text)
-            for step, texts in enumerate(_round(text, ctx.world, ctx.group)):
-                for part, z in _blocks(image, texts, scale, bias, own=step == 0):
-                    for_text += (grad * scale * _slope(z, part, own=step == 0)).to(image.dtype).T @ image[part]
-                for_text = distributed.begin_shift(for_text, ctx.group)()
+        _refuse_second_derivative("SigLIPLoss")
+        image, text, scale, bias, for_image, for_text, for_bias = ctx.saved_tensors
+        if for_text is None:  # every rank's part of it is times that rank's incoming gradient
+            scaled = image * scale
+
+            def slopes(texts: Sequence[Tensor], found: Tensor | None, own: int | None) -> None:
+                assert found is not None
+                for part, z in _blocks(scaled, texts[0], bias, own):
+                    _add_product(found, _slope(z, part, own).mul_(grad).T, scaled[part].to(texts[0].dtype))
+
+            for_text = ctx.exchange.visit([text], torch.zeros_like(image), slopes, ctx.exchange.sum)
         else:
-            for_text = grad * for_text
-        return (
-            (grad * for_image).to(image.dtype),
-            for_text.to(text.dtype),
-            grad * for_scale,
-            grad * for_bias,
-            None,
-            None,
-        )
+            for_text = for_text * grad
+        for_scale = (for_image * image).sum()
+        return for_image * (scale * grad), for_text.to(text.dtype), for_scale * grad, for_bias * grad, None
 
 
-def _round(text: Tensor, world: int, group: distributed.Group) -> Iterator[Tensor]:
-    """The texts of all ranks, this rank's first, each sent on while it is used."""
-    for left in range(world - 1, -1, -1):
-        arriving = distributed.begin_shift(text, group) if left else None
-        yield text
-        if arriving is not None:
-            text = arriving()
+def _refuse_second_derivative(name: str) -> None:
+    if torch.is_grad_enabled():  # create_graph: without this the second derivative would lack this function's part
+        raise NotImplementedError(f"{name} has no second derivative: its gradient is computed block by block")
 
 
-def _blocks(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, own: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of images with their logits z against all the texts, whose softplus is the loss: s c + b, less it for pairs."""
-    step = max(1, LOGITS_AT_ONCE // len(text))
-    for begin in range(0, len(image), step):
-        part = slice(begin, begin + step)
-        z = (image[part] @ text.T).to(scale.dtype).mul_(scale).add_(bias)
-        if own:
-            z.diagonal(begin).neg_()
+def _parts(image: Tensor, text: Tensor) -> list[slice]:
+    """Rows of a block."""
+    step = max(1, LOGITS_AT_ONCE.get(image.device.type, LOGITS_AT_ONCE["cuda"]) // len(text))
+    return [slice(begin, min(begin + step, len(image))) for begin in range(0, len(image), step)]
+
+
+def _blocks(
+    image: Tensor, text: Tensor, bias: Tensor | None = None, own: int | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of scaled images and their logits with all the texts. With a bias: those whose softplus is SigLIP's loss."""
+    for part in _parts(image, text):
+        if image.dtype == text.dtype:
+            z = image[part] @ text.T
+        else:
+            z = torch.mm(image[part].to(text.dtype), text.T, out_dtype=image.dtype)
+        if bias is not None:
+            z.add_(bias)
+            if own is not None:
+                z.diagonal(own + part.start).neg_()
         yield part, z
 
 
-def _slope(z: Tensor, part: slice, own: bool) -> Tensor:
+def _slope(z: Tensor, part: slice, own: int | None) -> Tensor:
     """Derivative of softplus(z) in s c + b; takes the place of z."""
     slope = z.sigmoid_()
-    if own:
-        slope.diagonal(part.start).neg_()
+    if own is not None:
+        slope.diagonal(own + part.start).neg_()
     return slope
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, with the dtype of ``b`` for the factors."""
+    if a.dtype == b.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a.to(b.dtype) @ b
+
+
+class _Unit(torch.autograd.Function):
+    """:func:`sst_fast.reference.normalize` with a gradient in few passes: of what is normalised, [N, D], that takes as long as logits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+        unit = x / largest.masked_fill(largest == 0, 1.0)
+        norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+        tiny = norm * largest < MIN_NORM
+        unit.mul_(norm.reciprocal().masked_fill_(tiny, 0.0))
+        ctx.save_for_backward(unit, (norm * largest).reciprocal_().masked_fill_(tiny, 0.0))
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        unit, inverse = ctx.saved_tensors
+        along = torch.linalg.vecdot(unit, grad)[:, None]
+        return torch.addcmul(grad, unit, along, value=-1).mul_(inverse)

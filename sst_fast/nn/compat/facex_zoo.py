@@ -83,6 +83,13 @@ def NPCFace(
     )
 
 
+def Adam_Softmax(
+    feat_dim: int, num_class: int, scale: float = 30.0, lamda: float = 70.0, **options: Any
+) -> heads.AdaMSoftmax:
+    """Adam_Softmax.py; the loss holds its second result already."""
+    return heads.AdaMSoftmax(num_class, feat_dim, scale, penalty_weight=lamda, **{"init": unit_uniform} | options)
+
+
 def AdaCos(feat_dim: int, num_classes: int, **options: Any) -> heads.AdaCos:
     """AdaCos.py."""
     return heads.AdaCos(num_classes, feat_dim, **{"init": nn.init.xavier_uniform_} | options)
