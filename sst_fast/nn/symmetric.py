@@ -390,7 +390,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+        largest = x.abs().amax(1, keepdim=True)
         unit = x / largest.masked_fill(largest == 0, 1.0)
         norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
         tiny = norm * largest < MIN_NORM
@@ -401,5 +401,6 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         unit, inverse = ctx.saved_tensors
-        along = torch.linalg.vecdot(unit, grad)[:, None]
-        return torch.addcmul(grad, unit, along, value=-1).mul_(inverse)
+        along = (unit * grad).sum(1, keepdim=True)
+        found: Tensor = torch.addcmul(grad, unit, along, value=-1).mul_(inverse)
+        return found
