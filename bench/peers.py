@@ -90,6 +90,27 @@ class AdamSoftmax(Head):
         return super().forward(x, label) + self.lamda * (1 - self.adam.sum() / self.adam.numel())
 
 
+class UniFace(Head):
+    """CVI-SZU/UniFace's Unified_Cross_Entropy_Loss of all classes, without its clamps of logits."""
+
+    classes_last = False
+
+    def __init__(self, classes: int, dim: int, m: float = 0.4, s: float = 64.0, weight: float = 1.0) -> None:
+        super().__init__(classes, dim, s)
+        self.m, self.negative_weight = m, weight
+        self.bias = nn.Parameter(torch.tensor([math.log(classes * 10)]))
+
+    def fill(self, weight: Tensor) -> None:
+        nn.init.kaiming_normal_(weight, a=1)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        cosine = self.cosine(x)
+        near = torch.logaddexp(torch.zeros_like(cosine), self.bias - self.scale * (cosine - self.m))
+        far = self.negative_weight * torch.logaddexp(torch.zeros_like(cosine), self.scale * cosine - self.bias)
+        hot = F.one_hot(label, cosine.shape[1]).bool()
+        return torch.where(hot, near, far).sum(1).mean()
+
+
 class ArcFace(Head):
     """FaceX-Zoo's: the sine of every class, one rule for angles beyond pi."""
 

@@ -142,6 +142,15 @@ def circle_over(
     return F.softplus((p + n)[counts]).mean()
 
 
+def contrastive_over(
+    x: Tensor, label: Tensor, keys: Tensor, key_label: Tensor, own: Tensor | None, threshold: float
+) -> Tensor:
+    """The cross-batch memory paper's: positives are drawn near, negatives beyond the threshold away; the mean over probes."""
+    same, other = masks(label, key_label, own)
+    c = F.normalize(x) @ keys.T
+    return ((1 - c)[same].sum() + (c - threshold).relu()[other].sum()) / len(x)
+
+
 def clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """open_clip's ClipLoss on one process, of unit features."""
     logits = logit_scale * image @ text.T

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import sst_fast
 from bench import peers
 from sst_fast import margins
-from sst_fast.nn import convert, heads
+from sst_fast.nn import blocks, convert, heads
 from sst_fast.nn.compat import adaface, facex_zoo, insightface, pytorch_metric_learning
 
 C, D, N, STEPS = 40, 24, 16, 50
@@ -57,6 +58,15 @@ def partial_fc(*args, **rest):
     return pair_of(lambda: peers.PartialFC(C, D, *args), ours, "insightface", **rest)
 
 
+def uniface(m=0.4, s=64.0, weight=1.0, **rest):
+    return pair_of(
+        lambda: peers.UniFace(C, D, m, s, weight),
+        lambda: heads.UniFace(C, D, m, s, negative_weight=weight, init=partial(nn.init.kaiming_normal_, a=1)),
+        "uniface",
+        **rest,
+    )
+
+
 def ada_face(t_alpha):
     return pair_of(
         lambda: peers.AdaFace(C, D, t_alpha=t_alpha),
@@ -79,6 +89,8 @@ PAIRS = {
     "FaceX-Zoo Adam_Softmax": lambda: facex("Adam_Softmax", "AdamSoftmax"),
     "FaceX-Zoo Adam_Softmax, other numbers": lambda: facex("Adam_Softmax", "AdamSoftmax", 20.0, 3.0),
     "FaceX-Zoo AdaCos": lambda: facex("AdaCos", "AdaCos"),
+    "UniFace": lambda: uniface(lr=0.005),
+    "UniFace, other numbers": lambda: uniface(0.2, 16.0, 0.5),
     "insightface arc": lambda: partial_fc(64.0, 1.0, 0.5, 0.0, lr=0.001),
     "insightface cos": lambda: partial_fc(64.0, 1.0, 0.0, 0.4, lr=0.001),
     "insightface cos, filtered": lambda: partial_fc(64.0, 1.0, 0.0, 0.4, 0.3, lr=0.001),
@@ -206,6 +218,44 @@ def test_a_head_has_its_margins_arguments_and_defaults(head):
             assert parameter.default == fields[renamed.get(name, name)], name
     assert getattr(sst_fast.nn, head.__name__) is head
     assert head(5, 4)(torch.randn(3, 4), torch.arange(3)).isfinite()
+
+
+def test_trained_margins_grow_until_they_cost_as_much_as_they_earn():
+    """AdaM-softmax: of classes told apart easily they rise to 1 at most, and stay where they were in evaluation mode."""
+    torch.manual_seed(0)
+    head = heads.AdaMSoftmax(4, D, penalty_weight=100.0)
+    first = head.margins.detach().clone()
+    assert ((first >= 0.3) & (first <= 0.4)).all()
+    x, y = head.weight.detach().clone(), torch.arange(4)
+    optimizer = torch.optim.SGD([head.margins], 0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        head(x, y).backward()
+        optimizer.step()
+    head(x, y)
+    assert (head.margins > first).all()
+    assert head.margins.max() <= 1
+    with torch.no_grad():
+        head.margins.fill_(3.0)
+        head.eval()(x, y)
+    assert (head.margins == 3).all()
+    one = heads.AdaMSoftmax(4, D, per_class=False)
+    one(x, y).backward()
+    assert one.margins.grad.shape == (1,)
+    assert one.margins.grad != 0
+
+
+def test_sigmoids_are_taken_in_blocks_of_classes(monkeypatch):
+    torch.manual_seed(0)
+    head, x, y = heads.UniFace(C, D, scale=8.0).double(), torch.randn(N, D, dtype=torch.float64), torch.randint(C, (N,))
+    expected = [head(x, y), *torch.autograd.grad(head(x, y), list(head.parameters()))]
+    monkeypatch.setattr(blocks, "COLUMNS", 7)
+    monkeypatch.setitem(blocks.AT_ONCE, "cpu", 21)
+    found = [head(x, y), *torch.autograd.grad(head(x, y), list(head.parameters()))]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    head.eval()
+    assert not head(x.requires_grad_(False), y).isnan()
 
 
 def test_every_margin_has_a_head():
@@ -373,6 +423,15 @@ def test_states_that_cannot_be_converted(state, source, message):
     ("call", "error", "message"),
     [
         (lambda: heads.ArcFace(1, 4), ValueError, "classes must be an integer >= 2, got 1"),
+        (lambda: heads.AdaMSoftmax(5, 4, low=0.5, high=0.4), ValueError, "low and high must be cosines with 0 <= low <= high <= 1"),
+        (lambda: heads.AdaMSoftmax(5, 4, penalty_weight=-1), ValueError, "penalty_weight must be a number >= 0, got -1"),
+        (lambda: heads.AdaMSoftmax(5, 4, reduction="sum"), ValueError, "reduction must be 'mean', got 'sum'"),
+        (lambda: heads.AdaMSoftmax(5, 4)(torch.ones(2, 4), torch.tensor([0, 9])), IndexError, r"target\[1\] is 9"),
+        (lambda: heads.AdaMSoftmax(5, 4)(torch.ones(2, 4), torch.ones(2)), TypeError, "target must be int64"),
+        (lambda: heads.UniFace(5, 4)(torch.ones(2, 4), torch.tensor([0, 9])), IndexError, r"target\[1\] is 9"),
+        (lambda: heads.UniFace(5, 4)(torch.ones(2, 3), torch.tensor([0, 1])), ValueError, "embedding must have shape"),
+        (lambda: heads.UniFace(5, 4, scale=-1.0), ValueError, "scale must be a number >= 0, got -1.0"),
+        (lambda: heads.UniFace(5, 4, sub_centers=2), TypeError, "sub_centers is no option of UniFace"),
         (lambda: facex_zoo.ArcFace(4, 1), ValueError, "classes must be an integer >= 2, got 1"),
         (lambda: heads.ArcFace(5, 4)(torch.ones(3, 4), torch.tensor([0, 5, 1])), IndexError, r"target\[1\] is 5, .* \[0, 5\)"),
         (lambda: heads.ArcFace(5, 4)(torch.ones(3, 4), torch.tensor([0, -1, 1])), IndexError, r"target\[1\] is -1"),

@@ -1,6 +1,7 @@
 """Losses over queues and pairs: beside the peers' own or restated ones over free steps, over ranks, at the edges."""
 
 import copy
+import itertools
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import queue_peers as peers
 from sst_fast import CurricularFace, GalleryQueue, distributed, functional
-from sst_fast.nn import DCQ, CrossBatchMemory, MoCo, NTXent, PairCircle, SupCon, queues
+from sst_fast.nn import DCQ, Contrastive, CrossBatchMemory, MoCo, NTXent, PairCircle, SupCon, blocks, queues
 
 B, D, K = 8, 6, 32
 TOGETHER = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -155,7 +156,46 @@ for keys in (False, True):
             with_queue, make=partial(PairCircle, 0.25, 8.0), plain=partial(peers.circle_over, m=0.25, gamma=8.0),
             momentum_keys=keys,
         ),
+        f"Contrastive, {where}": partial(
+            with_queue, make=partial(Contrastive, 0.2), plain=partial(peers.contrastive_over, threshold=0.2), momentum_keys=keys
+        ),
     }  # fmt: skip
+
+
+def of_batch(dtype, ours, plain, momentum_keys):
+    """A loss with several positives over its batch alone, against one matrix of all logits."""
+
+    def theirs(q, k, v, label):
+        x, own = q(v[0]), None if momentum_keys else torch.arange(B)
+        return plain(x, label, F.normalize(k(v[1]).detach() if momentum_keys else x), label, own)
+
+    return [lambda q, k, v, label: ours(q(v[0]), label, k(v[1]).detach() if momentum_keys else None), theirs]
+
+
+def of_memory(dtype):
+    """The XBM paper's own loss over its memory, which the batch has entered."""
+    ours, ring, at = CrossBatchMemory(Contrastive(0.2), D, K, dtype=dtype), GalleryQueue(K, D, dtype), itertools.count()
+
+    def theirs(q, k, v, label):
+        x, own = q(v[0]), (next(at) * B + torch.arange(B)) % K
+        ring.enqueue(x, label)
+        return peers.contrastive_over(x, label, ring.features, ring.identities, own, 0.2)
+
+    return [lambda q, k, v, label: ours(q(v[0]), label), theirs]
+
+
+PAIRS["CrossBatchMemory, Contrastive"] = of_memory
+for keys in (False, True):
+    for name, ours, plain in (
+        ("SupCon outside", SupCon(0.2), partial(peers.sup_con_over, temperature=0.2)),
+        ("SupCon inside", SupCon(0.2, form="inside"), partial(peers.sup_con_over, temperature=0.2, inside=True)),
+        ("NTXent", NTXent(0.2), partial(peers.nt_xent_over, temperature=0.2)),
+        ("PairCircle", PairCircle(0.25, 8.0), partial(peers.circle_over, m=0.25, gamma=8.0)),
+        ("Contrastive", Contrastive(0.2), partial(peers.contrastive_over, threshold=0.2)),
+    ):
+        PAIRS[f"{name}, {'momentum keys' if keys else 'batch'}"] = partial(
+            of_batch, ours=ours, plain=plain, momentum_keys=keys
+        )
 for memory in (False, True):
     # gamma: torch's softplus, which theirs uses, is linear beyond 20, off by 2e-9.
     name = "CrossBatchMemory" if memory else "pytorch-metric-learning"
@@ -202,6 +242,7 @@ class Largest(TorchDispatchMode):
 
 
 LOSSES = [SupCon(), SupCon(form="inside"), NTXent(), PairCircle()]
+ALL_LOSSES = [*LOSSES, Contrastive()]
 
 
 def full_queue(size, dim=D, people=None, dtype=torch.float32):
@@ -229,13 +270,41 @@ def test_one_sweep_over_the_queue_and_no_matrix(one_thread, loss, monkeypatch):
     assert seen.numel <= k * D  # what N x K = 262,144 is far beyond
 
 
+@pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: f"{type(loss).__name__} {loss.extra_repr()}")
+@pytest.mark.parametrize("reduction", ["mean", "nonzero", "sum"])
+def test_a_batch_is_taken_in_blocks(one_thread, loss, reduction, monkeypatch):
+    """Nothing as large as its N x N cosines; the loss and gradient of one block, and those of a queue that holds the batch."""
+    n = 96
+    loss = copy.deepcopy(loss)
+    loss.reduction = reduction
+    x, label = torch.randn(n, D, dtype=torch.float64, requires_grad=True), torch.arange(n) % 11
+    label[0] = 50  # without a positive
+    key = x.detach().flip(1)
+    found = []
+    for at_once in (n * n, 8 * n):
+        monkeypatch.setitem(blocks.AT_ONCE, "cpu", at_once)
+        monkeypatch.setattr(queues, "COLUMNS", at_once // n)
+        with Largest() as seen:
+            value = loss(x, label, key)
+            found.append((value.detach(), torch.autograd.grad(value, x)[0]))
+    assert seen.numel <= 8 * n
+    queue = GalleryQueue(n, D, torch.float64)
+    queue.enqueue(key, label)
+    value = loss.over(x, label, [queues.Keys(queue.features, queue.identities)])
+    found.append((value.detach(), torch.autograd.grad(value, x)[0]))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_pairs_are_taken_in_parts(one_thread, monkeypatch):
     """Many more positives than fit at once: the same loss and gradient."""
     x, label = torch.randn(24, D, dtype=torch.float64, requires_grad=True), torch.arange(24) % 2
+    queue = full_queue(K, people=2, dtype=torch.float64)
     found = []
     for at_once in (queues.PAIRS_AT_ONCE, 5 * D):
         monkeypatch.setattr(queues, "PAIRS_AT_ONCE", at_once)
-        loss = NTXent()(x, label)
+        loss = NTXent(queue=queue).eval()(x, label)
         found.append((loss, *torch.autograd.grad(loss, x)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
@@ -244,7 +313,7 @@ def test_pairs_are_taken_in_parts(one_thread, monkeypatch):
 # --- edges -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{type(loss).__name__} {loss.extra_repr()}")
+@pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: f"{type(loss).__name__} {loss.extra_repr()}")
 @pytest.mark.parametrize(
     "label", [torch.arange(B), torch.zeros(B, dtype=torch.int64)], ids=["no positive", "no negative"]
 )
@@ -257,7 +326,12 @@ def test_what_has_no_positive_or_no_negative_gives_no_nan(one_thread, loss, labe
     found.backward()
     assert torch.isfinite(found)
     assert torch.isfinite(x.grad).all()
-    if label[1] == 1 or not isinstance(loss, SupCon):
+    if isinstance(loss, Contrastive):  # positives or negatives alone are compared too
+        x = F.normalize(x.detach())
+        cosines = (x @ x.T)[~torch.eye(B, dtype=torch.bool)]
+        alone = 1 - cosines if label[1] == 0 else (cosines - 0.5).relu()
+        torch.testing.assert_close(found.detach(), alone.sum() / B)
+    elif label[1] == 1 or not isinstance(loss, SupCon):
         assert found == 0
         assert not x.grad.any()
     else:  # the softmax over positives themselves
@@ -344,6 +418,7 @@ WRONG = {
     "base_temperature must be a number": lambda: SupCon(0.1, base_temperature=-1.0),
     "form must be one of 'outside', 'inside', got 'both'": lambda: SupCon(form="both"),
     "reduction must be one of 'mean', 'nonzero', 'sum', got 'none'": lambda: NTXent(reduction="none"),
+    "threshold must be a cosine": lambda: Contrastive(1.5),
     "m must be a number and gamma one in": lambda: PairCircle(gamma=2000.0),
     "CircleLoss: m must be": lambda: PairCircle(m=-0.1),
     "queue must be a GalleryQueue, got int": lambda: SupCon(queue=4096),
@@ -351,11 +426,11 @@ WRONG = {
     "margin must be one that does not follow the training": lambda: DCQ(GalleryQueue(K, D), CurricularFace()),
     "margin must be a margin": lambda: DCQ(GalleryQueue(K, D), 0.3),
     "scale must be": lambda: DCQ(GalleryQueue(K, D), scale=0.0),
-    "loss must be SupCon, NTXent or PairCircle without a queue, got one with a queue": lambda: CrossBatchMemory(
-        NTXent(queue=GalleryQueue(K, D)), D
+    "loss must be SupCon, NTXent, PairCircle or Contrastive without a queue, got one with a queue": lambda: (
+        CrossBatchMemory(NTXent(queue=GalleryQueue(K, D)), D)
     ),
-    "loss must be SupCon, NTXent or PairCircle without a queue, got CrossEntropyLoss": lambda: CrossBatchMemory(
-        nn.CrossEntropyLoss(), D
+    "loss must be SupCon, NTXent, PairCircle or Contrastive without a queue, got CrossEntropyLoss": lambda: (
+        CrossBatchMemory(nn.CrossEntropyLoss(), D)
     ),
     "embedding_size must be": lambda: CrossBatchMemory(NTXent(), 0),
     "query must have shape": lambda: MoCo(GalleryQueue(K, D))(X[0], X[0]),
@@ -403,6 +478,11 @@ def of_ranks(world):
         "NTXent": (lambda: NTXent(), lambda loss, x, key, label: loss(x, label)),
         "NTXent, views": (lambda: NTXent(), lambda loss, x, key, label: loss(x.view(-1, 2, D))),
         "PairCircle": (lambda: PairCircle(0.25, 16.0), lambda loss, x, key, label: loss(x, label)),
+        "Contrastive": (lambda: Contrastive(0.2), lambda loss, x, key, label: loss(x, label)),
+        "Contrastive, queue": (
+            lambda: Contrastive(0.2, queue=GalleryQueue(size, D)), lambda loss, x, key, label: loss(x, label, key),
+        ),
+        "SupCon, batch": (lambda: SupCon(0.2), lambda loss, x, key, label: loss(x, label)),
         "CrossBatchMemory": (
             lambda: CrossBatchMemory(NTXent(), D, size), lambda loss, x, key, label: loss(x, label),
         ),

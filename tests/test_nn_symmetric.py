@@ -12,7 +12,7 @@ from torch import nn
 
 from bench import queue_peers as peers
 from sst_fast import distributed
-from sst_fast.nn import CLIPLoss, SigLIPLoss, symmetric
+from sst_fast.nn import CLIPLoss, SigLIPLoss, blocks, symmetric
 
 N, D = 9, 6
 TOGETHER = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -72,7 +72,7 @@ def train(loss, dtype):
 )
 @pytest.mark.parametrize(("ours", "theirs"), [(CLIPLoss(), clip), (SigLIPLoss(), siglip)], ids=["CLIP", "SigLIP"])
 def test_free_steps_stay_together(one_thread, ours, theirs, dtype, at_once, kept, monkeypatch):
-    monkeypatch.setitem(symmetric.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(blocks.AT_ONCE, "cpu", at_once)
     monkeypatch.setattr(symmetric, "KEPT", kept)
     a, b = train(ours, dtype), train(theirs, dtype)
     start = torch.cat([p.detach().flatten() for p in Towers(dtype).parameters()])
@@ -104,7 +104,7 @@ def test_sigmoid_gradients_by_differences(one_thread):
 
 def test_no_matrix_of_logits(one_thread, monkeypatch):
     n = 512
-    monkeypatch.setitem(symmetric.LOGITS_AT_ONCE, "cpu", 8 * n)
+    monkeypatch.setitem(blocks.AT_ONCE, "cpu", 8 * n)
     monkeypatch.setattr(symmetric, "KEPT", n * n - 1)
     for loss in (CLIPLoss(2.0), SigLIPLoss(2.0, -1.0)):
         x, y = (torch.randn(n, D, requires_grad=True) for _ in range(2))
@@ -192,7 +192,7 @@ def check_gathered(rank, world):
     x, y = next(batches(torch.float32, 1, world * N))
     losses = [(CLIPLoss, peers.clip), (SigLIPLoss, peers.siglip)]
     for (make, plain), gather, kept in itertools.product(losses, (True, "ring"), (0, symmetric.KEPT)):
-        symmetric.KEPT, symmetric.LOGITS_AT_ONCE["cpu"] = kept, 4 * N  # in this process alone
+        symmetric.KEPT, blocks.AT_ONCE["cpu"] = kept, 4 * N  # in this process alone
         s, b = (torch.tensor(v, requires_grad=True) for v in (7.0, -2.0))
         more = (s, b) if make is SigLIPLoss else (s,)
         local = [t[mine].clone().requires_grad_() for t in (x, y)]

@@ -24,10 +24,11 @@ from sst_fast.nn.heads import (
     NPCFace,
     SphereFace,
     SubCenterArcFace,
+    UniFace,
 )
 from sst_fast.nn.optimizers import RowAdamW, RowSGD
 from sst_fast.nn.partial_fc import PartialFC, merge_state_dicts, split_state_dict
-from sst_fast.nn.queues import DCQ, CrossBatchMemory, MoCo, NTXent, PairCircle, SupCon
+from sst_fast.nn.queues import DCQ, Contrastive, CrossBatchMemory, MoCo, NTXent, PairCircle, SupCon
 from sst_fast.nn.symmetric import CLIPLoss, SigLIPLoss
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "CLIPLoss",
     "CircleLoss",
     "CombinedMargin",
+    "Contrastive",
     "CosFace",
     "CrossBatchMemory",
     "CurricularFace",
@@ -57,6 +59,7 @@ __all__ = [
     "SphereFace",
     "SubCenterArcFace",
     "SupCon",
+    "UniFace",
     "convert",
     "merge_state_dicts",
     "split_state_dict",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sst_fast.arguments import check_word
 
-Source = Literal["insightface", "pytorch-metric-learning", "facex-zoo", "adaface"]
+Source = Literal["insightface", "pytorch-metric-learning", "facex-zoo", "adaface", "uniface"]
 
 
 class Entry(NamedTuple):
@@ -32,6 +32,8 @@ KNOWN: dict[Source, dict[str, Entry]] = {
         "weight": CLASSES_LAST, "kernel": CLASSES_LAST, "W": CLASSES_FIRST, "t": Entry("margin.t", 1),
         "adam": Entry("margins", 2),
     },
+    # Unified_Cross_Entropy_Loss in backbone.py
+    "uniface": {"weight": CLASSES_FIRST, "bias": Entry("bias", 1), "weight_mom": Entry("", 2)},
     # head.py; its t never changes
     "adaface": {
         "kernel": CLASSES_LAST, "batch_mean": Entry("margin.mean", 1), "batch_std": Entry("margin.std", 1), "t": Entry("", 1),
@@ -45,7 +47,7 @@ def convert(state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]], source:
     Args:
         state_dict: of the head alone, or of a model whose head is called ``head`` (the network's tensors are then left out);
             a leading ``module.`` does not matter. From insightface also a list: of every rank's part, in the order of ranks.
-        source: 'insightface' (arcface_torch's partial FC), 'pytorch-metric-learning', 'facex-zoo' or 'adaface'.
+        source: 'insightface' (arcface_torch's partial FC), 'pytorch-metric-learning', 'facex-zoo', 'adaface' or 'uniface'.
 
     Returns:
         ``weight`` [classes, dim] and what the head follows the training with. Tensors are theirs, not copies.
@@ -91,7 +93,9 @@ def _convert(state: Mapping[str, Any], source: Source) -> dict[str, Tensor]:
         if entry.transposed:
             value = value.T
         if entry.name:
-            found[entry.name] = value.reshape({"weight": value.shape, "margins": (-1,)}.get(entry.name, ()))
+            found[entry.name] = value.reshape(
+                {"weight": value.shape, "margins": (-1,), "bias": (1,)}.get(entry.name, ())
+            )
     if "weight" not in found:
         weights = [name for name, entry in known.items() if entry.name == "weight"]
         raise ValueError(

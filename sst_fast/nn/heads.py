@@ -16,15 +16,20 @@ Raises, as the margin and the head do: TypeError or ValueError that names the ar
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from sst_fast import functional, margins
-from sst_fast.arguments import check_embedding, check_tensor, is_number
+from sst_fast.arguments import check_embedding, check_tensor, is_number, wide_dtype
 from sst_fast.loss import MarginSoftmaxHead
 from sst_fast.margins import ArcBeyond, CombinedBeyond, Parameter
+from sst_fast.nn import blocks
+from sst_fast.nn.blocks import unit_rows
 
 
 class ArcFace(MarginSoftmaxHead):
@@ -186,6 +191,62 @@ class AdaMSoftmax(MarginSoftmaxHead):
             **self.options,
         )  # fmt: skip
         return loss + self.penalty_weight * (1 - self.margins.mean()).to(loss.dtype)
+
+
+class UniFace(MarginSoftmaxHead):
+    """One threshold for all pairs of an embedding and a class: the unified cross-entropy (Zhou et al., UniFace, ICCV 2023, eqs. 11 and 12).
+
+        loss_i = log(1 + exp(b - s (c_iy - m))) + negative_weight * sum over other classes j of log(1 + exp(s c_ij - b))
+
+    A sigmoid for each pair takes the place of the softmax: blocks of classes are made and forgotten, gradients with them. Their code
+    clamps logits to [-s, s], where a far target has no gradient; this does not. The loss is the mean.
+
+    Args:
+        margin: m, a cosine; scale: s.
+        negative_weight: the paper's lambda.
+        bias: what the trained ``bias``, b, [1], starts from; None: log(10 classes), as in their code.
+        init: as of :class:`sst_fast.MarginSoftmaxHead`.
+    """
+
+    def __init__(
+        self, classes: int, dim: int, margin: float = 0.4, scale: float = 64.0, *, negative_weight: float = 1.0,
+        bias: float | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        for name, value in (("margin", margin), ("scale", scale), ("negative_weight", negative_weight)):
+            if not is_number(value) or not value >= 0:
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        unknown = sorted(set(options) - {"init"})
+        if unknown:
+            raise TypeError(f"{unknown[0]} is no option of UniFace, expected init")
+        super().__init__(classes, dim, margins.AMSoftmax(margin), scale, **options)
+        self.bias = nn.Parameter(torch.tensor([math.log(10 * classes) if bias is None else float(bias)]))
+        self.m, self.negative_weight = float(margin), float(negative_weight)
+
+    def forward(self, embedding: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of embeddings [N, D] with class numbers ``target``, int64 [N]; NaN with a wrong one where it is not on the CPU."""
+        check_embedding("embedding", embedding)
+        check_tensor("embedding", embedding, (None, self.weight.shape[1]), (embedding.dtype,), self.weight.device)
+        check_tensor("target", target, (len(embedding),), (torch.int64,), self.weight.device)
+        wrong = (target < 0) | (target >= len(self.weight))
+        if target.device.type == "cpu" and bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise IndexError(f"target[{at}] is {int(target[at])}, expected a class number in [0, {len(self.weight)})")
+        wide = wide_dtype(embedding, self.weight)
+        with torch.autocast(embedding.device.type, enabled=False):
+            x, w = unit_rows(embedding.to(wide)), unit_rows(self.weight.to(wide))
+            share = partial(self._share, target)
+            total = blocks.sum_over_blocks(x, w, share, blocks.COLUMNS, self.bias.to(wide))
+        # Another device would have to be waited for.
+        return total.masked_fill(wrong.any(), torch.nan) / max(1, len(embedding))
+
+    def _share(self, target: Tensor, c: Tensor, i: slice, j: slice, bias: Tensor) -> Tensor:
+        own = target[i]
+        row = ((own >= j.start) & (own < j.stop)).nonzero().flatten()
+        place = row, own[row] - j.start
+        z = self.scale * c - bias
+        near = softplus(self.scale * self.m - z[place], threshold=blocks.SOFTPLUS_IS_LINEAR)
+        far = softplus(z.index_put(place, z.new_tensor(-torch.inf)), threshold=blocks.SOFTPLUS_IS_LINEAR)
+        return near.sum() + self.negative_weight * far.sum()
 
 
 class ArcNegFace(MarginSoftmaxHead):

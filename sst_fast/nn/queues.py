@@ -1,10 +1,13 @@
 """Losses over a queue of keys, or over the batch itself, that other projects write with an N x K matrix of logits.
 
-:class:`MoCo` and :class:`DCQ` have one positive a probe, given by a second network; :class:`SupCon`, :class:`NTXent` and
-:class:`PairCircle` have as many as there are keys of the probe's identity, in the batch, in a queue or in both.
+:class:`MoCo` and :class:`DCQ` have one positive a probe, given by a second network; :class:`SupCon`, :class:`NTXent`,
+:class:`PairCircle` and :class:`Contrastive` have as many as there are keys of the probe's identity, in the batch, in a queue or in both.
 :class:`CrossBatchMemory` puts the latter over a memory that the batch has entered.
 
-Several positives need no kernel of their own. The log-sum-exp over a probe's keys, those of its own identity masked or not, is one
+Where keys are the batch alone, on the CPU, the cosines are made a block of probes at a time, and with them the block's share of the
+loss and of both gradients (:func:`sst_fast.nn.blocks.sum_over_blocks`).
+
+Over a queue, several positives need no kernel of their own. The log-sum-exp over a probe's keys, those of its own identity masked or not, is one
 call of :func:`sst_fast.functional.margin_softmax` (:func:`log_sum_exp`): one sweep over the queue. Positives are few, found by their
 identities, and their cosines are taken one by one. What is materialised is the rows of the M keys whose identity occurs
 among the probes, [M, D], and one number for each pair of a probe and a positive; never N x K.
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -38,6 +42,7 @@ from sst_fast.arguments import (
 )
 from sst_fast.loss import RunningMargin
 from sst_fast.margins import MAX_SCALE, AMSoftmax, CircleLoss, Margin, Softmax
+from sst_fast.nn.blocks import COLUMNS, sum_over_blocks, unit_rows
 from sst_fast.nn.ranks import OverRanks
 from sst_fast.queue import GalleryQueue
 from sst_fast.reference import normalize, taken, window_slots
@@ -177,6 +182,13 @@ def _sum_exp_of_pairs(logit: Tensor, probe: Tensor, probes: int) -> Tensor:
     total = torch.zeros_like(top).index_add(0, probe, (logit - top[probe]).exp())
     nothing = total == 0
     return (top + total.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -torch.inf)
+
+
+def _masked_log_sum_exp(z: Tensor, mask: Tensor) -> Tensor:
+    """log of the sum of exp over the entries of each row of z that ``mask`` has, [N]; -inf, with gradient 0, where it has none."""
+    nothing = ~mask.any(1)
+    total = z.masked_fill(~mask, -torch.inf).masked_fill(nothing[:, None], 0.0).logsumexp(1)
+    return total.masked_fill(nothing, -torch.inf)
 
 
 class _QueueLoss(OverRanks):
@@ -391,7 +403,7 @@ class PairLoss(_QueueLoss):
             identity = torch.arange(count // views, device=device) + rank * (count // views)
         check_identity(identity, count // views, device)
         identity = identity.repeat_interleave(views)
-        rows = normalize((embedding if key is None else key).to(wide_dtype(embedding)))
+        rows = unit_rows((embedding if key is None else key).to(wide_dtype(embedding)))
         names, own = identity, torch.arange(count, device=device) + rank * count
         if world > 1:
             rows, names = distributed.gather_with_gradient(rows, self.group), distributed.gather(identity, self.group)
@@ -405,16 +417,47 @@ class PairLoss(_QueueLoss):
 
     def over(self, embedding: Tensor, identity: Tensor, blocks: Sequence[Keys]) -> Tensor:
         """Loss of probes [N, D] with identities int64 [N] against the keys of all blocks together."""
-        loss, counts = self._each(embedding, identity, blocks)
-        if self.reduction == "nonzero":
-            counts = counts & (loss != 0)
-        total = torch.where(counts, loss, 0).sum()
+        total, number = self._total(embedding, identity, blocks)
         if self.reduction == "sum":
             return total
-        number = counts.sum().to(total.dtype)
+        number = number.to(total.dtype)
         if self.gather:
             number = distributed.mean(number, self.group)
         return total / torch.where(number == 0, 1, number)
+
+    def _total(self, embedding: Tensor, identity: Tensor, blocks: Sequence[Keys]) -> tuple[Tensor, Tensor]:
+        """Sum of the losses that count, and their number."""
+        if len(blocks) == 1 and blocks[0].rows.requires_grad and embedding.device.type == "cpu":
+            return self._of_batch(embedding, identity, blocks[0])
+        return self._reduced(*self._each(embedding, identity, blocks))
+
+    def _reduced(self, loss: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reduction == "nonzero":
+            counts = counts & (loss != 0)
+        return torch.where(counts, loss, 0).sum(), counts.sum()
+
+    def _of_batch(self, embedding: Tensor, identity: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+        """The same by blocks of probes, for which all keys are at hand."""
+        rows = keys.rows
+        itself = keys.own is not None and len(rows) == len(embedding)  # not of several ranks
+        unit, number = rows if itself else unit_rows(embedding.to(rows.dtype)), identity.new_zeros(())
+
+        def share(c: Tensor, i: slice, j: slice) -> Tensor:
+            same = identity[i, None] == keys.identity
+            other = ~same & (keys.identity >= 0)
+            if keys.own is not None:
+                same.scatter_(1, keys.own[i, None], value=False)
+            total, found = self._reduced(*self._rows(c, same, other))
+            number.add_(found)
+            return total
+
+        with torch.autocast(unit.device.type, enabled=False):
+            total = sum_over_blocks(unit, rows, share)
+        return total, number
+
+    def _rows(self, c: Tensor, same: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`_each` for n probes' cosines c with all keys: bool [n, K], which are positives and which negatives."""
+        raise NotImplementedError
 
     def _each(self, embedding: Tensor, identity: Tensor, blocks: Sequence[Keys]) -> tuple[Tensor, Tensor]:
         """Losses of probes or pairs, and which of them count."""
@@ -480,6 +523,16 @@ class SupCon(PairLoss):
             near = _sum_exp_of_pairs(self.scale * cosine, probe, len(unit)) - number.log()
         return self.factor * torch.where(count > 0, every - near, 0), count > 0
 
+    def _rows(self, c: Tensor, same: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        count, z = same.sum(1), self.scale * c
+        number = count.clamp_min(1).to(z.dtype)
+        every = _masked_log_sum_exp(z, same | other)
+        if self.form == "outside":
+            near = torch.where(same, z, 0).sum(1) / number
+        else:
+            near = _masked_log_sum_exp(z, same) - number.log()
+        return self.factor * torch.where(count > 0, every - near, 0), count > 0
+
 
 class NTXent(PairLoss):
     """Normalised temperature-scaled cross-entropy (Chen et al., SimCLR, ICML 2020, eq. 1), with any number of positives.
@@ -512,6 +565,12 @@ class NTXent(PairLoss):
         pairs = [Positives(identity, keys).cosines(unit) for keys in blocks]
         cosine, probe = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         excess = negatives[probe] - self.scale * cosine
+        return torch.logaddexp(excess, torch.zeros_like(excess)), torch.ones_like(probe, dtype=torch.bool)
+
+    def _rows(self, c: Tensor, same: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        negatives = _masked_log_sum_exp(self.scale * c, other)
+        probe, key = same.nonzero().unbind(1)
+        excess = negatives[probe] - self.scale * c[probe, key]
         return torch.logaddexp(excess, torch.zeros_like(excess)), torch.ones_like(probe, dtype=torch.bool)
 
 
@@ -550,10 +609,68 @@ class PairCircle(PairLoss):
         unit = normalize(embedding.to(negatives.dtype))
         pairs = [Positives(identity, keys).cosines(unit) for keys in blocks]
         cosine, probe = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        positives = _sum_exp_of_pairs(-self.gamma * self.margin.psi(cosine), probe, len(unit))
+        return self._both(negatives, _sum_exp_of_pairs(-self.gamma * self.margin.psi(cosine), probe, len(unit)))
+
+    def _rows(self, c: Tensor, same: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        far = _masked_log_sum_exp(self.gamma * self.margin.phi(c, c[:, :1], c[:, :1]), other)
+        return self._both(far, _masked_log_sum_exp(-self.gamma * self.margin.psi(c), same))
+
+    def _both(self, negatives: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
         both = negatives + positives
         counts = both > -torch.inf
         return torch.logaddexp(both.where(counts, 0), torch.zeros_like(both)), counts
+
+
+class Contrastive(PairLoss):
+    """Contrastive loss of cosines, that of the paper on cross-batch memory (Wang et al., CVPR 2020, eq. 4).
+
+        loss_i = sum over positives of (1 - c) + sum over negatives of [c - threshold]+
+
+    The paper has -c for 1 - c, its code c for [c - threshold]+: other values of the same gradient. Keys are taken a block at a time, in
+    the queue too.
+
+    Args:
+        threshold: cosine, in [-1, 1], up to which a negative is far enough; 0.5 as in the authors' code.
+        reduction: 'mean' is over all probes, as there; see :class:`PairLoss`.
+        queue, gather, group: as :class:`PairLoss`.
+
+    Example:
+        >>> criterion = sst_fast.nn.CrossBatchMemory(sst_fast.nn.Contrastive(), embedding_size=128, memory_size=8192)
+        >>> loss = criterion(embedding, identity)
+    """
+
+    def __init__(
+        self, threshold: float = 0.5, *, queue: GalleryQueue | None = None, reduction: PairReduction = "mean",
+        gather: bool = True, group: distributed.Group = None,
+    ) -> None:  # fmt: skip
+        if not is_number(threshold) or not -1 <= threshold <= 1:
+            raise ValueError(f"threshold must be a cosine in [-1, 1], got {threshold!r}")
+        super().__init__(queue, reduction, gather, group, None, {"threshold": threshold})
+        self.threshold = float(threshold)
+
+    def _total(self, embedding: Tensor, identity: Tensor, blocks: Sequence[Keys]) -> tuple[Tensor, Tensor]:
+        unit = unit_rows(embedding.to(wide_dtype(embedding)))
+        each = unit.new_zeros(len(unit))
+        total = each.sum()
+        for keys in blocks:
+            own = torch.full_like(identity, -1) if keys.own is None else keys.own
+            with torch.autocast(unit.device.type, enabled=False):
+                total = total + sum_over_blocks(
+                    unit, keys.rows, partial(self._share, each, identity, keys.identity, own), COLUMNS
+                )
+        counts = each != 0 if self.reduction == "nonzero" else torch.ones_like(each)
+        return total, counts.sum()
+
+    def _share(
+        self, each: Tensor, identity: Tensor, key_identity: Tensor, own: Tensor, c: Tensor, i: slice, j: slice
+    ) -> Tensor:
+        names = key_identity[j]
+        same = identity[i, None] == names
+        far = (c - self.threshold).clamp_min(0).masked_fill(same | (names < 0), 0)
+        same &= own[i, None] != torch.arange(j.start, j.stop, device=c.device)
+        loss = torch.where(same, 1 - c, far).sum(1)
+        each[i] += loss.detach()
+        return loss.sum()
 
 
 class CrossBatchMemory(_QueueLoss):
@@ -564,7 +681,8 @@ class CrossBatchMemory(_QueueLoss):
     are in the state dict, so that a run resumes.
 
     Args:
-        loss: one of this module's with several positives, without a queue: :class:`SupCon`, :class:`NTXent`, :class:`PairCircle`.
+        loss: one of this module's with several positives, without a queue: :class:`SupCon`, :class:`NTXent`, :class:`PairCircle`,
+            :class:`Contrastive`.
         embedding_size: D; memory_size: number of embeddings K, at least the batch of all ranks.
         dtype, device: of the memory, as of :class:`sst_fast.GalleryQueue`.
 
@@ -581,7 +699,7 @@ class CrossBatchMemory(_QueueLoss):
     ) -> None:  # fmt: skip
         if not isinstance(loss, PairLoss) or loss.queue is not None:
             what = "one with a queue" if isinstance(loss, PairLoss) else type(loss).__name__
-            raise TypeError(f"loss must be SupCon, NTXent or PairCircle without a queue, got {what}")
+            raise TypeError(f"loss must be SupCon, NTXent, PairCircle or Contrastive without a queue, got {what}")
         size, dim = check_count("memory_size", memory_size, 1), check_count("embedding_size", embedding_size, 1)
         queue = GalleryQueue(size, dim, dtype, device=device)
         super().__init__(queue, loss.gather, loss.group, loss.backend, {})

@@ -23,14 +23,12 @@ from torch import Tensor, nn
 
 from sst_fast import distributed
 from sst_fast.arguments import check_embedding, check_scale, is_number, wide_dtype
+from sst_fast.nn.blocks import SOFTPLUS_IS_LINEAR, refuse_second_derivative, slices, unit_rows
 from sst_fast.nn.ranks import OverRanks
-from sst_fast.reference import MIN_NORM
 
 Gather = bool | Literal["ring"]
 
-LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}  # in memory, by kind of device: what fits into its cache
 KEPT = 2**22  # so many cosines at most are kept for the gradient, 16 MiB; with more, they are computed again
-SOFTPLUS_IS_LINEAR = 80.0  # beyond, to float64's last bit; PyTorch's own 20 is off by 2e-9
 
 
 class _Symmetric(OverRanks):
@@ -77,7 +75,7 @@ class _Symmetric(OverRanks):
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image_features.dtype
         # Where products of bfloat16 can give their sums in float32.
         dtype = torch.bfloat16 if (narrow, wide, kind) == (torch.bfloat16, torch.float32, "cuda") else wide
-        image, text = (_Unit.apply(features.to(wide)) for features in (image_features, text_features))
+        image, text = (unit_rows(features.to(wide)) for features in (image_features, text_features))
         wider = [torch.as_tensor(number, dtype=wide, device=image.device).reshape(()) for number in numbers]
         return image, text.to(dtype), wider, exchange
 
@@ -264,7 +262,7 @@ class _SoftmaxPairs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative("CLIPLoss")
+        refuse_second_derivative()
         image, text, scale, rows, columns, *kept = ctx.saved_tensors
         exchange, scaled, known = ctx.exchange, image * scale, iter(kept)
         for_image, for_text = torch.zeros_like(image), torch.zeros_like(image)
@@ -276,7 +274,11 @@ class _SoftmaxPairs(torch.autograd.Function):
         def slopes(texts: Sequence[Tensor], for_text: Tensor | None, own: int | None) -> None:
             assert for_text is not None
             text, columns, theirs = texts
-            for part, z in ((part, next(known)) for part in _parts(scaled, text)) if kept else _blocks(scaled, text):
+            for part, z in (
+                ((part, next(known)) for part in slices(len(scaled), len(text), scaled.device))
+                if kept
+                else _blocks(scaled, text)
+            ):
                 slope = (z - rows[part, None]).exp_().mul_(mine)
                 slope.addcmul_((z - columns).exp_(), theirs)
                 if own is not None:
@@ -325,7 +327,7 @@ class _SigmoidPairs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative("SigLIPLoss")
+        refuse_second_derivative()
         image, text, scale, bias, for_image, for_text, for_bias = ctx.saved_tensors
         if for_text is None:  # every rank's part of it is times that rank's incoming gradient
             scaled = image * scale
@@ -342,22 +344,11 @@ class _SigmoidPairs(torch.autograd.Function):
         return for_image * (scale * grad), for_text.to(text.dtype), for_scale * grad, for_bias * grad, None
 
 
-def _refuse_second_derivative(name: str) -> None:
-    if torch.is_grad_enabled():  # create_graph: without this the second derivative would lack this function's part
-        raise NotImplementedError(f"{name} has no second derivative: its gradient is computed block by block")
-
-
-def _parts(image: Tensor, text: Tensor) -> list[slice]:
-    """Rows of a block."""
-    step = max(1, LOGITS_AT_ONCE.get(image.device.type, LOGITS_AT_ONCE["cuda"]) // len(text))
-    return [slice(begin, min(begin + step, len(image))) for begin in range(0, len(image), step)]
-
-
 def _blocks(
     image: Tensor, text: Tensor, bias: Tensor | None = None, own: int | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of scaled images and their logits with all the texts. With a bias: those whose softplus is SigLIP's loss."""
-    for part in _parts(image, text):
+    for part in slices(len(image), len(text), image.device):
         if image.dtype == text.dtype:
             z = image[part] @ text.T
         else:
@@ -383,24 +374,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a.to(b.dtype) @ b
-
-
-class _Unit(torch.autograd.Function):
-    """:func:`sst_fast.reference.normalize` with a gradient in few passes: of what is normalised, [N, D], that takes as long as logits."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        largest = x.abs().amax(1, keepdim=True)
-        unit = x / largest.masked_fill(largest == 0, 1.0)
-        norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
-        tiny = norm * largest < MIN_NORM
-        unit.mul_(norm.reciprocal().masked_fill_(tiny, 0.0))
-        ctx.save_for_backward(unit, (norm * largest).reciprocal_().masked_fill_(tiny, 0.0))
-        return unit
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        unit, inverse = ctx.saved_tensors
-        along = (unit * grad).sum(1, keepdim=True)
-        found: Tensor = torch.addcmul(grad, unit, along, value=-1).mul_(inverse)
-        return found
