@@ -139,7 +139,7 @@ def circle_over(
     p = (-gamma * (1 + m - c.detach()).relu() * (c - (1 - m))).masked_fill(~same, -torch.inf).logsumexp(1)
     n = (gamma * (c.detach() + m).relu() * (c - m)).masked_fill(~other, -torch.inf).logsumexp(1)
     counts = same.any(1) & other.any(1)
-    return F.softplus((p + n)[counts]).mean()
+    return F.softplus((p + n)[counts], threshold=80.0).mean()
 
 
 def contrastive_over(

@@ -60,11 +60,13 @@ class Keys(NamedTuple):
         rows: [K, D], of norm 1; with a gradient where they are a batch.
         identity: int64 [K]; -1 marks an empty slot.
         own: int64 [N] or None: the number of the key that is the probe itself, and no key of it.
+        batch: they are the batch's, few and none of them empty.
     """
 
     rows: Tensor
     identity: Tensor
     own: Tensor | None = None
+    batch: bool = False
 
 
 def log_sum_exp(
@@ -136,9 +138,7 @@ class Positives:
     def cosines(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine of each of the P pairs of a probe and a positive, [P], with gradient, and its probe's number, int64 [P]."""
         count = self.count if self.keys.own is None else self.count + 1
-        probe = torch.arange(len(count), device=count.device).repeat_interleave(count)
-        # Pairs of a probe follow each other: their place among them is counted from the probe's first.
-        place = torch.arange(len(probe), device=probe.device) - (count.cumsum(0) - count)[probe]
+        probe, place = _pairs(count)
         key = self.first[probe] + place
         if self.keys.own is not None:
             other = self.slots[key] != self.keys.own[probe]
@@ -175,6 +175,34 @@ def _parts(pairs: int, features: int) -> list[slice]:
     return [slice(begin, begin + step) for begin in range(0, pairs, step)]
 
 
+def _pairs(count: Tensor) -> tuple[Tensor, Tensor]:
+    """For ``count``, int64 [N], pairs of each probe: the probe's number and the pair's among its own, int64 [P] both, in order."""
+    probe = torch.arange(len(count), device=count.device).repeat_interleave(count)
+    return probe, torch.arange(len(probe), device=count.device) - (count.cumsum(0) - count)[probe]
+
+
+class _LogSumExp(torch.autograd.Function):
+    """log of the sum of exp over each row of z [N, K] but for the entries ``row``, ``column`` [P]; -inf, with gradient 0, if no other is.
+
+    Keeps the exponentials, which PyTorch's own takes twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        z = z.index_put((row, column), z.new_tensor(-torch.inf))
+        top = z.amax(1, keepdim=True)
+        nothing = top == -torch.inf
+        total = z.sub_(top.masked_fill_(nothing, 0)).exp_().sum(1, keepdim=True)
+        ctx.save_for_backward(z, total.reciprocal().masked_fill_(nothing, 0))
+        found: Tensor = (top + total.log()).squeeze(1)  # log 0 = -inf where there is nothing
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        z, inverse = ctx.saved_tensors
+        return z * (grad[:, None] * inverse), None, None
+
+
 def _sum_exp_of_pairs(logit: Tensor, probe: Tensor, probes: int) -> Tensor:
     """log of the sum of exp of the logits [P] of each probe, [N]; -inf where it has none."""
     top = logit.new_full((probes,), -torch.inf).scatter_reduce(0, probe, logit.detach(), "amax")
@@ -182,13 +210,6 @@ def _sum_exp_of_pairs(logit: Tensor, probe: Tensor, probes: int) -> Tensor:
     total = torch.zeros_like(top).index_add(0, probe, (logit - top[probe]).exp())
     nothing = total == 0
     return (top + total.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -torch.inf)
-
-
-def _masked_log_sum_exp(z: Tensor, mask: Tensor) -> Tensor:
-    """log of the sum of exp over the entries of each row of z that ``mask`` has, [N]; -inf, with gradient 0, where it has none."""
-    nothing = ~mask.any(1)
-    total = z.masked_fill(~mask, -torch.inf).masked_fill(nothing[:, None], 0.0).logsumexp(1)
-    return total.masked_fill(nothing, -torch.inf)
 
 
 class _QueueLoss(OverRanks):
@@ -407,7 +428,7 @@ class PairLoss(_QueueLoss):
         names, own = identity, torch.arange(count, device=device) + rank * count
         if world > 1:
             rows, names = distributed.gather_with_gradient(rows, self.group), distributed.gather(identity, self.group)
-        blocks = [Keys(rows, names, own if key is None else None)]
+        blocks = [Keys(rows, names, own if key is None else None, batch=True)]
         if self.queue is not None:
             blocks.append(self._slots())
         loss = self.over(embedding, identity, blocks)
@@ -427,7 +448,7 @@ class PairLoss(_QueueLoss):
 
     def _total(self, embedding: Tensor, identity: Tensor, blocks: Sequence[Keys]) -> tuple[Tensor, Tensor]:
         """Sum of the losses that count, and their number."""
-        if len(blocks) == 1 and blocks[0].rows.requires_grad and embedding.device.type == "cpu":
+        if len(blocks) == 1 and blocks[0].batch and embedding.device.type == "cpu":
             return self._of_batch(embedding, identity, blocks[0])
         return self._reduced(*self._each(embedding, identity, blocks))
 
@@ -442,12 +463,15 @@ class PairLoss(_QueueLoss):
         itself = keys.own is not None and len(rows) == len(embedding)  # not of several ranks
         unit, number = rows if itself else unit_rows(embedding.to(rows.dtype)), identity.new_zeros(())
 
+        names, order = keys.identity.sort(stable=True)
+        first = torch.searchsorted(names, identity)
+        count = torch.searchsorted(names, identity, right=True) - first
+
         def share(c: Tensor, i: slice, j: slice) -> Tensor:
-            same = identity[i, None] == keys.identity
-            other = ~same & (keys.identity >= 0)
-            if keys.own is not None:
-                same.scatter_(1, keys.own[i, None], value=False)
-            total, found = self._reduced(*self._rows(c, same, other))
+            probe, place = _pairs(count[i])
+            key = order[first[i][probe] + place]
+            other = torch.ones_like(probe, dtype=torch.bool) if keys.own is None else key != keys.own[i][probe]
+            total, found = self._reduced(*self._rows(c, probe, key, other))
             number.add_(found)
             return total
 
@@ -455,8 +479,13 @@ class PairLoss(_QueueLoss):
             total = sum_over_blocks(unit, rows, share)
         return total, number
 
-    def _rows(self, c: Tensor, same: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`_each` for n probes' cosines c with all keys: bool [n, K], which are positives and which negatives."""
+    def _rows(self, c: Tensor, probe: Tensor, key: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`_each` for n probes' cosines c [n, K] with all keys.
+
+        Args:
+            probe, key: int64 [P]: rows and columns of c whose key has the probe's identity.
+            other: bool [P]: those which are not the probe itself: its positives.
+        """
         raise NotImplementedError
 
     def _each(self, embedding: Tensor, identity: Tensor, blocks: Sequence[Keys]) -> tuple[Tensor, Tensor]:
@@ -523,14 +552,16 @@ class SupCon(PairLoss):
             near = _sum_exp_of_pairs(self.scale * cosine, probe, len(unit)) - number.log()
         return self.factor * torch.where(count > 0, every - near, 0), count > 0
 
-    def _rows(self, c: Tensor, same: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        count, z = same.sum(1), self.scale * c
-        number = count.clamp_min(1).to(z.dtype)
-        every = _masked_log_sum_exp(z, same | other)
+    def _rows(self, c: Tensor, probe: Tensor, key: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.scale * c
+        every = _LogSumExp.apply(z, probe[~other], key[~other])
+        probe, key = probe[other], key[other]
+        count = torch.bincount(probe, minlength=len(c))
+        number, near = count.clamp_min(1).to(c.dtype), z[probe, key]
         if self.form == "outside":
-            near = torch.where(same, z, 0).sum(1) / number
+            near = torch.zeros_like(number).index_add(0, probe, near) / number
         else:
-            near = _masked_log_sum_exp(z, same) - number.log()
+            near = _sum_exp_of_pairs(near, probe, len(c)) - number.log()
         return self.factor * torch.where(count > 0, every - near, 0), count > 0
 
 
@@ -567,10 +598,11 @@ class NTXent(PairLoss):
         excess = negatives[probe] - self.scale * cosine
         return torch.logaddexp(excess, torch.zeros_like(excess)), torch.ones_like(probe, dtype=torch.bool)
 
-    def _rows(self, c: Tensor, same: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        negatives = _masked_log_sum_exp(self.scale * c, other)
-        probe, key = same.nonzero().unbind(1)
-        excess = negatives[probe] - self.scale * c[probe, key]
+    def _rows(self, c: Tensor, probe: Tensor, key: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.scale * c
+        negatives = _LogSumExp.apply(z, probe, key)
+        probe, key = probe[other], key[other]
+        excess = negatives[probe] - z[probe, key]
         return torch.logaddexp(excess, torch.zeros_like(excess)), torch.ones_like(probe, dtype=torch.bool)
 
 
@@ -611,9 +643,10 @@ class PairCircle(PairLoss):
         cosine, probe = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return self._both(negatives, _sum_exp_of_pairs(-self.gamma * self.margin.psi(cosine), probe, len(unit)))
 
-    def _rows(self, c: Tensor, same: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        far = _masked_log_sum_exp(self.gamma * self.margin.phi(c, c[:, :1], c[:, :1]), other)
-        return self._both(far, _masked_log_sum_exp(-self.gamma * self.margin.psi(c), same))
+    def _rows(self, c: Tensor, probe: Tensor, key: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        far = (c.detach() + self.m).clamp_min_(0).mul_(self.gamma) * (c - self.m)  # the margin's phi
+        near = -self.gamma * self.margin.psi(c[probe[other], key[other]])
+        return self._both(_LogSumExp.apply(far, probe, key), _sum_exp_of_pairs(near, probe[other], len(c)))
 
     def _both(self, negatives: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
         both = negatives + positives
