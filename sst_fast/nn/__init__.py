@@ -4,7 +4,8 @@ One name, two places: the package itself has *margins*, formulas without weights
 *modules*, with the class weights or the queue that they need, which give a loss. ``sst_fast.CurricularFace(0.5)`` is the formula,
 ``sst_fast.nn.CurricularFace(classes, dim, 0.5)`` the head that uses it.
 
-Everything here is a thin layer over the one operator, :func:`sst_fast.functional.margin_softmax`, and needs torch alone.
+Everything here is a thin layer over the one operator, :func:`sst_fast.functional.margin_softmax`, or, where a batch is compared with
+itself or with its other side, over blocks of PyTorch's own products, and needs torch alone.
 """
 
 from sst_fast.nn.convert import convert

@@ -264,7 +264,7 @@ class _SoftmaxPairs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         image, text, scale, rows, columns, *kept = ctx.saved_tensors
-        exchange, scaled, known = ctx.exchange, image * scale, iter(kept)
+        exchange, scaled, known = ctx.exchange, image * scale, iter(kept) if kept else None
         for_image, for_text = torch.zeros_like(image), torch.zeros_like(image)
         # Of a rank's share, what half a row's softmax counts, and a text's; they differ where ranks weigh their losses.
         mine = grad / (2 * len(image))
@@ -274,11 +274,7 @@ class _SoftmaxPairs(torch.autograd.Function):
         def slopes(texts: Sequence[Tensor], for_text: Tensor | None, own: int | None) -> None:
             assert for_text is not None
             text, columns, theirs = texts
-            for part, z in (
-                ((part, next(known)) for part in slices(len(scaled), len(text), scaled.device))
-                if kept
-                else _blocks(scaled, text)
-            ):
+            for part, z in _blocks(scaled, text, known=known):
                 slope = (z - rows[part, None]).exp_().mul_(mine)
                 slope.addcmul_((z - columns).exp_(), theirs)
                 if own is not None:
@@ -345,11 +341,13 @@ class _SigmoidPairs(torch.autograd.Function):
 
 
 def _blocks(
-    image: Tensor, text: Tensor, bias: Tensor | None = None, own: int | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of scaled images and their logits with all the texts. With a bias: those whose softplus is SigLIP's loss."""
+    image: Tensor, text: Tensor, bias: Tensor | None = None, own: int | None = None, known: Iterator[Tensor] | None = None
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    """Blocks of scaled images and their logits with all the texts, made or ``known``. With a bias: those whose softplus is SigLIP's loss."""
     for part in slices(len(image), len(text), image.device):
-        if image.dtype == text.dtype:
+        if known is not None:
+            z = next(known)
+        elif image.dtype == text.dtype:
             z = image[part] @ text.T
         else:
             z = torch.mm(image[part].to(text.dtype), text.T, out_dtype=image.dtype)
