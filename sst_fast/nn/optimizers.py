@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 4096  # rows that are copied out of the weights and their state at a time
+BLOCK = 512  # rows that are copied out of the weights and their state at a time
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
