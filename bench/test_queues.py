@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import providers, queue_peers, timing
 from bench.timing import REPLAY
 from sst_fast import GalleryQueue
-from sst_fast.nn import DCQ, CLIPLoss, CrossBatchMemory, MoCo, NTXent, PairCircle, SigLIPLoss, SupCon
+from sst_fast.nn import DCQ, CLIPLoss, Contrastive, CrossBatchMemory, MoCo, NTXent, PairCircle, SigLIPLoss, SupCon
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY, disable_gc=False)
 BARE, OURS, PLAIN, LIBRARY = "bare products", "ours", "plain", "pytorch-metric-learning"
@@ -41,14 +41,15 @@ def cases(size: str, device: torch.device) -> list[Case]:
     wanted = {
         "MoCo": [(256, 65536, 128)],
         "DCQ": [(128, 8192, 512)],
-        "SupCon": [(2048, 0, 128)],
+        "SupCon": [(2048, 0, 128), (1024, 0, 512)],
         "SupCon inside": [(2048, 0, 128)],
         "NTXent": [(2048, 0, 128)],
         "PairCircle": [(1024, 0, 512)],
         "CrossBatchMemory SupCon": [(128, 16384, 128), (128, 65536, 128)],
+        "CrossBatchMemory Contrastive": [(128, 16384, 128)],
         "CrossBatchMemory NTXent": [(32, 2048, 128), (128, 16384, 128)],
-        "CLIP": [(1024, 0, 512), (4096, 0, 512)],
-        "SigLIP": [(1024, 0, 512), (4096, 0, 512)],
+        "CLIP": [(256, 0, 512), (1024, 0, 512), (4096, 0, 512)],
+        "SigLIP": [(256, 0, 512), (1024, 0, 512), (4096, 0, 512)],
     }
     if size == "smoke":
         wanted = {loss: [(16, 64 * (sizes[0][1] > 0), 32)] for loss, sizes in wanted.items()}
@@ -161,6 +162,7 @@ def several_positives(loss: str, n: int, k: int, d: int, device: torch.device) -
         "PairCircle": (
             PairCircle(), functools.partial(queue_peers.circle_over, m=0.4, gamma=80.0), "CircleLoss", {"m": 0.4, "gamma": 80.0},
         ),
+        "Contrastive": (Contrastive(), functools.partial(queue_peers.contrastive_over, threshold=0.5), "", {}),
     }[kind]  # fmt: skip
     library = None
     # NTXentLoss makes a row of all negative pairs for each positive one.
