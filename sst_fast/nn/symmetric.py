@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sst_fast import distributed
@@ -307,9 +306,11 @@ class _SigmoidPairs(torch.autograd.Function):
 
         def losses(texts: Sequence[Tensor], for_text: Tensor | None, own: int | None) -> None:
             for part, z in _blocks(scaled, texts[0], bias, own):
-                total.add_(F.softplus(z, threshold=SOFTPLUS_IS_LINEAR).sum())
+                # softplus(z) and its derivative from one exponential.
+                power = z.clamp_max(SOFTPLUS_IS_LINEAR).exp_()
+                total.add_(power.log1p().sum() + z.sub_(SOFTPLUS_IS_LINEAR).clamp_min_(0).sum())
                 if wanted:
-                    slope = _slope(z, part, own)
+                    slope = _signed(power.div_(power + 1), part, own)
                     for_bias.add_(slope.sum())
                     _add_product(for_image[part], slope, texts[0])
                     if for_text is not None:
@@ -331,7 +332,7 @@ class _SigmoidPairs(torch.autograd.Function):
             def slopes(texts: Sequence[Tensor], found: Tensor | None, own: int | None) -> None:
                 assert found is not None
                 for part, z in _blocks(scaled, texts[0], bias, own):
-                    _add_product(found, _slope(z, part, own).mul_(grad).T, scaled[part].to(texts[0].dtype))
+                    _add_product(found, _signed(z.sigmoid_(), part, own).mul_(grad).T, scaled[part].to(texts[0].dtype))
 
             for_text = ctx.exchange.visit([text], torch.zeros_like(image), slopes, ctx.exchange.sum)
         else:
@@ -358,9 +359,8 @@ def _blocks(
         yield part, z
 
 
-def _slope(z: Tensor, part: slice, own: int | None) -> Tensor:
-    """Derivative of softplus(z) in s c + b; takes the place of z."""
-    slope = z.sigmoid_()
+def _signed(slope: Tensor, part: slice, own: int | None) -> Tensor:
+    """Derivative of softplus(z) in s c + b from that in z, whose place it takes."""
     if own is not None:
         slope.diagonal(own + part.start).neg_()
     return slope
