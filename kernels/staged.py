@@ -20,6 +20,7 @@ from sst_fast.kernels.margin_softmax import (
     LIVE,
     NEVER,
     PHI_SUM,
+    SCALE,
     SHIFT,
     SLOT,
     SUM,
@@ -70,8 +71,8 @@ def weigh_kernel(
     unit, w, inverse, start, own_rows, identity, ids, rows, cosine, shifts, incoming, target_slope, weights, partial, counts,
     N, K, D, B, rows_in_group, blocks_in_group, first, count, row, stride, T, C, fresh, lift,
     KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, OF_WINDOW: tl.constexpr, SEEN: tl.constexpr,
-    STORE: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr, GIVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+    STORE: tl.constexpr, KEEP: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr, GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """A tile of probes and slots: product 1 and what follows it. Slots [first, first + count) of the queue, or of the window
     (OF_WINDOW), which begin at row ``row`` of ``w``, or of the group's ``stride`` rows of it.
@@ -79,7 +80,8 @@ def weigh_kernel(
     Product 1 is made here, or was made into ``weights`` (GIVEN). SEEN: partial sums and statistics. STORE: ``weights`` [N, C], times
     the slope of phi and the prototype's inverse norm: exp(logit - shift) with the shift of ``shifts`` [N], or None: the common
     one; minus the even share of label smoothing (EVEN), times exp(lift). For the prototypes' own gradient ``incoming`` [N] and
-    the scale multiply them, targets get ``target_slope`` (None: explicit positives), and nothing the inverse norm.
+    the scale multiply them, targets get ``target_slope`` (None: explicit positives), and nothing the inverse norm. KEEP: for
+    backward, which may leave out a row that is not a number: its weights are 0.
     """
     block, tile = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -181,6 +183,8 @@ def weigh_kernel(
                 at_target = tl.load(target_slope + i, mask=real, other=0.0)
                 p = tl.where(counts_here[None, :] & (slot[None, :] == y[:, None]), (at_target * factor)[:, None], p)
             p = tl.where((factor == 0)[:, None], 0.0, p)
+        if KEEP:
+            p = tl.where(p == p, p, 0.0)
         tl.store(weights + at_weight, p.to(weights.dtype.element_ty), mask=inside)
     if SEEN:
         tl.store(partial + SUM * field + out, total, mask=real)
@@ -253,11 +257,12 @@ def gather_kernel(
 @triton.jit
 def _sweep_again(
     base, ids, norms, begin, of_window, last, unit, i, real, y, mine, identity, scale, r0, r1, r2, r3, shift, even, lift,
-    total, moment, start, K, D, B, columns,
+    total, moment, start, kept, anew, stride, K, D, B, columns,
     KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Adds slots [0, last) of the queue or the window to ``total`` and, for some columns, ``moment``."""
+    """Adds slots [0, last) of the queue or the window to ``total`` and, for some columns, ``moment``; weights of rows ``anew`` go to
+    ``kept`` [N, stride], if that is not None."""
     for j0 in range(0, last, BLOCK_K):
         j = j0 + tl.arange(0, BLOCK_K)
         there = j < last
@@ -283,6 +288,15 @@ def _sweep_again(
         p = tl.where(shown != NEVER, p - even[:, None], 0.0) * tl.exp(scale * 0.0 + lift)[:, None]
         if not (STRAIGHT or phi_is_identity(KIND)):
             p *= slope
+        if kept is not None:
+            weighed = p
+            if norms is not None:
+                weighed *= norm[None, :]
+            tl.store(
+                kept + i[:, None] * stride + j[None, :],
+                weighed.to(kept.dtype.element_ty),
+                mask=anew[:, None] & (j < last)[None, :],
+            )
         summed = tl.load(
             base + j.to(tl.int64)[:, None] * D + columns[None, :],
             mask=held[:, None] & (columns < D)[None, :],
@@ -299,7 +313,7 @@ def _sweep_again(
 @triton.jit(do_not_specialize=COUNTS)
 def again_kernel(
     again, unit, w, window, inverse, start, own_rows, identity, slot_identity, window_identity, rows, shifts, partial, moment,
-    N, K, D, B, rows_in_group, blocks_in_group, lift,
+    kept, N, K, D, B, rows_in_group, blocks_in_group, stride, lift,
     KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -307,7 +321,7 @@ def again_kernel(
 
     Those are the ones that ``again`` names (None: nobody), whose sum and moment are taken anew, relative to the shift in
     ``shifts``; and those whose moment is NaN though their sum is not: an empty slot was not finite, which the library's product
-    does not know, and the moment is taken anew without it.
+    does not know, and the moment is taken anew without it. ``kept`` [N, stride], if not None, gets the weights of the former.
     """
     block = tl.program_id(0)
     group = block // blocks_in_group
@@ -342,7 +356,7 @@ def again_kernel(
     found = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
     sums, found = _sweep_again(
         w, slot_identity, inverse, begin, begin < 0, K, unit, i, real, y, mine, identity, scale, r0, r1, r2, r3, shift, even,
-        lift, sums, found, start, K, D, B, columns,
+        lift, sums, found, start, kept, (anew > 0) & (r * 0 + tl.program_id(1) == 0), stride, K, D, B, columns,
         KIND, MASK_EMPTY, STRAIGHT, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
     )  # fmt: skip
     if window is not None:
@@ -354,7 +368,7 @@ def again_kernel(
             ids = window_identity
         sums, found = _sweep_again(
             window + group.to(tl.int64) * B * D, ids, norms, begin, begin >= 0, B, unit, i, real, y, mine, identity, scale, r0,
-            r1, r2, r3, shift, even, lift, sums, found, start, K, D, B, columns,
+            r1, r2, r3, shift, even, lift, sums, found, start, None, anew > 0, stride, K, D, B, columns,
             KIND, MASK_EMPTY, STRAIGHT, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
         )  # fmt: skip
     tl.store(moment + at, found, mask=inside & (wanting > 0)[:, None])
@@ -362,12 +376,48 @@ def again_kernel(
         tl.store(partial + SUM * N + i, sums, mask=real & (anew > 0) & (r * 0 + tl.program_id(1) == 0))
 
 
+@triton.jit(do_not_specialize=["N", "K", "B", "stride", "words"])
+def keep_kernel(
+    rows, own_rows, exact_cosine, inverse, start, lse, shifts, target_slope, kept, kept_words, N, K, B, stride, words, lift,
+    TARGETS: tl.constexpr, PARALLEL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Completes what forward keeps of a block of probes: ``kept`` [N, stride] are weights relative to ``shifts`` [N] less ``lift``.
+
+    The last of a row's words, float32 [N, words], becomes what turns its weights into derivatives of the row's loss in cosines. The
+    target's weight is such that this holds for it too (TARGETS: unless these are explicit positives), or 0: where it would exceed the
+    range, and where probe and prototype are nearly parallel (:meth:`split_parallel`). Backward adds these apart.
+    """
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    real = i < N
+    scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0).to(tl.float64)
+    shift = tl.load(shifts + i, mask=real, other=0.0).to(tl.float64)
+    over = shift - lift - tl.load(lse + i, mask=real, other=0.0)
+    over = tl.where(over > -LEAST, -LEAST, over)  # only of a row without negatives, all of whose weights are 0
+    each = scale * tl.exp(over)
+    tl.store(kept_words + i * words + words - 1, each.to(tl.float32), mask=real)
+    if TARGETS:
+        y = tl.load(own_rows + i, mask=real, other=-1)
+        known = real & (y >= 0)
+        if start is not None:
+            known = known & (_since(y, tl.load(start).to(tl.int32), K) >= B)
+        p = tl.load(target_slope + i, mask=real, other=0.0) / each
+        HALF: tl.constexpr = kept.dtype.element_ty == tl.float16
+        most = 6e4 if HALF else 1e37
+        if inverse is not None:
+            if not HALF:
+                p *= tl.load(inverse + y, mask=known, other=0.0)
+            sine = tl.load(exact_cosine + 1 + N + i, mask=real, other=0.0)
+            p = tl.where(sine < PARALLEL, 0.0, p)
+        p = tl.where(tl.abs(p) <= most, p, 0.0)
+        tl.store(kept + i * stride + y, p.to(tl.float32).to(kept.dtype.element_ty), mask=known)
+
+
 @triton.jit(do_not_specialize=["first", "count"])
 def finish_prototypes_kernel(
-    sums, w, inverse, factor, gradient, first, count, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    sums, w, inverse, factor, gradient, first, count, D, WEIGHED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of the prototypes' gradient from ``sums`` [count, D], float32: divided by ``factor`` [1] and taken through the
-    normalisation, where there are such."""
+    normalisation, where there are such. WEIGHED: the inverse norm is in the sums already."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = n < count
     d = tl.arange(0, BLOCK_D)
@@ -378,5 +428,7 @@ def finish_prototypes_kernel(
     at = (first + n).to(tl.int64)[:, None] * D + d[None, :]
     if inverse is not None:
         norm = tl.load(inverse + first + n, mask=there, other=0.0)
+        if WEIGHED:
+            result *= tl.where(norm == 0, 0.0, 1.0 / norm)[:, None]
         result = through_norm(result, tl.load(w + at, mask=inside, other=0.0).to(tl.float32), norm)
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)

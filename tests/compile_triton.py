@@ -19,14 +19,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sst_fast.backends.staged import AGAIN, COLUMNS, PIECE_BYTES, weigh_tile
-from sst_fast.backends.triton import Blocks, blocks_for
+from sst_fast.backends.triton import PARALLEL, Blocks, blocks_for
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 TENSOR = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UTCQMMA|UTCOMMA|HMMA", 120: "HMMA"}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
 DIMS = (64, 128, 256, 512, 1024)
 SWEEPS = ("sweep_kernel", "prototypes_kernel")
-STAGED = ("weigh_kernel", "again_kernel", "gather_kernel", "finish_prototypes_kernel")
+STAGED = ("weigh_kernel", "again_kernel", "gather_kernel", "keep_kernel", "finish_prototypes_kernel")
 # What a sm_90's issue slots allow a tile of the staged sweep at D = 512 in bfloat16: share of the time of both products at the tensor
 # cores' full rate. The loop alone must allow all of it.
 LEAST_SHARE = 0.48
@@ -41,7 +41,7 @@ NUMBERS = {
 FLOATS = {
     "inverse", "cosine", "rows", "lse", "partial", "moment", "moment_out", "row_weight", "target_slope", "grad_loss",
     "shifts", "incoming", "partial_out", "sums", "factor", "loss_out", "lse_out", "hardest_out", "residual_out", "slope_out", "gradient_out",
-    "scale_slope_out",
+    "scale_slope_out", "kept_words",
 }  # fmt: skip
 DOUBLES = {"exact_cosine", "margin_rows", "scale_rows"}
 SCALARS = {"lift", "label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
@@ -64,7 +64,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
         "LOSS": True, "TARGETS": True, "EACH": 0, "P": 6, "PRECISION": "tf32" if dtype == "tf32" else "ieee",
         "BLOCK_N": blocks.rows, "BLOCK_K": blocks.slots, "BLOCK_D": dim, "ROWS": max(1, 512 // dim),
         "NORMALIZE": kernel == "prepare_kernel", "positive": None, "SCALE_SLOPE": False, "SUB": 1, "PADDED": 1,
-        "OF_WINDOW": False, "SEEN": True, "STORE": True, "EVEN": False,
+        "OF_WINDOW": False, "SEEN": True, "STORE": True, "KEEP": False, "EVEN": False, "WEIGHED": True, "PARALLEL": PARALLEL,
         "GIVEN": dtype == "ieee", "COMMON": True, "TILES": 32, "COLUMNS": min(dim, COLUMNS),
         "PIECE": min(dim, PIECE_BYTES // DTYPES[{"tf32": "fp32", "ieee": "fp32"}.get(dtype, dtype)]),
     }  # fmt: skip
@@ -80,6 +80,8 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
         constants |= {"BLOCK_N": AGAIN, "BLOCK_K": 32, "PIECE": 32}
     if kernel == "gather_kernel":
         constants["BLOCK_N"] = 32
+    if kernel == "keep_kernel":
+        constants["BLOCK_N"] = 128
     if kernel == "finish_prototypes_kernel":
         constants["ROWS"] = max(1, 4096 // dim)
     constants = {name: value for name, value in (constants | changes).items() if name in function.arg_names}
@@ -104,7 +106,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
             signature[name] = "*i64"
         elif name in ("w", "window"):
             signature[name] = f"*{stored}"
-        elif name in ("unit", "x", "weight", "weights", "gradient"):
+        elif name in ("unit", "x", "weight", "weights", "gradient", "kept"):
             signature[name] = f"*{multiplied}"
         else:
             signature[name] = "i32"
@@ -201,6 +203,7 @@ def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
     work += [("weigh_kernel", sm, "bf16", 2048, 1, {}), ("weigh_kernel", sm, "bf16", 512, 8, {})]
     work += [
         ("weigh_kernel", sm, "bf16", 512, 1, {"STORE": False}),
+        ("weigh_kernel", sm, "bf16", 512, 1, {"KEEP": True}),
         ("weigh_kernel", sm, "bf16", 64, 1, {"OF_WINDOW": True}),
     ]
     for kernel in ("prepare_kernel", "combine_kernel"):

@@ -200,8 +200,8 @@ def test_a_refused_backward_kernel_is_found_in_forward(mock):
     w.grad = None
     margin_softmax(x, w, y, backend="cpu").backward()
     assert torch.equal(mine, w.grad)
-    # row_weight, lse, negatives, target_slope, as csrc/operators.cpp hands them on
-    assert tried == [[torch.Size([]), torch.float32, torch.float32, torch.int64, torch.float32]]
+    # row_weight, lse, negatives, target_slope, kept, as csrc/operators.cpp hands them on
+    assert tried == [[torch.Size([]), torch.float32, torch.float32, torch.int64, torch.float32, torch.uint8]]
 
 
 @needs_extension

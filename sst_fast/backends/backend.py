@@ -66,5 +66,9 @@ class Backend:
         """Whether it may be chosen without being asked for, where it can compute the problem."""
         return True
 
+    def keeps_weights(self, probes: int, slots: int, dtype: torch.dtype) -> bool:
+        """Whether forward keeps the weights of all slots for the gradient of prototypes in this dtype, rather than make them again."""
+        return False
+
     def load(self) -> None:
         """Makes its operators known to PyTorch, once; nothing to do for those that the extension registers."""

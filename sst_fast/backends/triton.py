@@ -207,6 +207,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
 
 
 _ALIGNMENT = 256  # bytes
+PARALLEL = 1 / 16  # the sine of the angle between a probe and a target that count as nearly parallel
 
 
 def carve(device: torch.device, *arrays: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
@@ -236,6 +237,7 @@ class Results(NamedTuple):
     negatives: Tensor
     target_slope: Tensor
     scale_slope: Tensor
+    kept: Tensor
 
 
 class Call(Packed):
@@ -372,7 +374,13 @@ class Call(Packed):
         slot, beats, live = (empty(torch.int64, n) for _ in range(3))
         gradient = empty(torch.float32, n if self.need_gradient else 0, dim)
         scale_slope = empty(torch.float32, n if self.need_scale_gradient else 0)
-        return Results(loss, lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope, scale_slope)
+        return Results(
+            loss, lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope, scale_slope, self.kept_memory()
+        )  # fmt: skip
+
+    def kept_memory(self) -> Tensor:
+        """What weights are kept in: none."""
+        return torch.empty(0, 0, dtype=torch.uint8, device=self.device)
 
     def reduced(self, found: Results) -> tuple[Tensor, ...]:
         """The results as the operator gives them: the loss of each probe, weighed, or their sum."""
@@ -387,7 +395,7 @@ class Call(Packed):
         Where they are normalised inside, an angular margin's slope is large there and what the normalisation leaves of
         it is small: it would drown in the rounding of a kernel's sums, and is added after them.
         """
-        near = (exact[1 + len(own_rows) :] < 1 / 16) & (own_rows >= 0)
+        near = (exact[1 + len(own_rows) :] < PARALLEL) & (own_rows >= 0)
         if self.window is not None:  # its slots get no gradient
             assert self.window_start is not None
             near = near & ((own_rows - self.window_start) % len(self.prototypes) >= self.window.shape[1])
@@ -396,13 +404,18 @@ class Call(Packed):
     def add_parallel(self, gradient: Tensor, own_rows: Tensor, share: Tensor) -> None:
         """Adds what :meth:`split_parallel` has taken out."""
         own_row = own_rows.clamp_min(0).long()
-        own = self.prototypes[own_row].double()
-        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True)
-        nothing = (share[:, None] == 0) | (norm < MIN_NORM)  # rows so short count as zeros, and get no gradient
-        own = own / norm
+        nothing = share[:, None] == 0
+        if self.normalize:
+            own = self.prototypes[own_row].double()
+            norm = torch.linalg.vector_norm(own, dim=1, keepdim=True)
+            nothing = nothing | (norm < MIN_NORM)  # rows so short count as zeros, and get no gradient
+            own = own / norm
         hat = normalize(self.embedding.double())
-        across = (hat - (hat * own).sum(1, keepdim=True) * own) * share[:, None] / norm
-        gradient.index_add_(0, own_row, torch.where(nothing, 0.0, across).to(gradient.dtype))
+        part = hat
+        if self.normalize:
+            part = (hat - (hat * own).sum(1, keepdim=True) * own) / norm
+        part = torch.where(nothing, 0.0, part * share[:, None]).to(gradient.dtype)
+        gradient.index_put_((own_row,), part, accumulate=True)  # sorts: index_add_ adds in whatever order on a GPU
 
     @property
     def numbers(self) -> list[float]:
@@ -460,7 +473,7 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
     """The operator ``sst_fast::triton_prototype_gradient``: [K, D] in the prototypes' dtype. Two launches, one allocation of scratch."""
     from sst_fast.kernels.margin_softmax import prototypes_kernel
 
-    row_weight, lse, negatives, target_slope = found
+    row_weight, lse, negatives, target_slope, _ = found
     p = Call.received(*received)
     n, k, dim, b, _ = p.sizes
     gradient = torch.empty_like(p.prototypes)
