@@ -85,11 +85,11 @@ struct Results {
   at::Tensor kept;            // bytes [N, kept_bytes(K)] that the backend keeps for the prototypes' gradient; or none
 };
 constexpr int kResults = 13;
-// Of a row of kept weights: K numbers of the prototypes' dtype, then a float32 at the end of whole lines of the cache.
-constexpr int64_t kLineBytes = 128;
+// Of a row of kept weights: those of whole tiles of slots, in the prototypes' dtype, and 128 bytes that end in a float32.
+constexpr int64_t kTileSlots = 128;
 template <typename Size>
 Size kept_bytes(Size K, int64_t bytes) {
-  return (K * bytes + 4 + kLineBytes - 1) / kLineBytes * kLineBytes;
+  return (K + (kTileSlots - 1)) / kTileSlots * kTileSlots * bytes + 128;
 }
 using ResultTuple = std::tuple<
     at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,

@@ -70,5 +70,9 @@ class Backend:
         """Whether forward keeps the weights of all slots for the gradient of prototypes in this dtype, rather than make them again."""
         return False
 
+    def tiles(self, problem: Problem) -> list[tuple[int, int, int, int]]:
+        """Other tiles (rows, slots, warps, stages) than its own that are worth measuring on the problem; none where it has none."""
+        return []
+
     def load(self) -> None:
         """Makes its operators known to PyTorch, once; nothing to do for those that the extension registers."""

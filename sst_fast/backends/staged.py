@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from sst_fast.backends.backend import Backend, Problem
-from sst_fast.backends.model import fused_time, staged_time
-from sst_fast.backends.triton import PARALLEL, Blocks, Call, Results, Triton, carve, launch, machine, register, why_no_kernels
+from sst_fast.backends.model import KEPT, WEIGHTS, fused_time, staged_time
+from sst_fast.backends.triton import (
+    PARALLEL, Blocks, Call, Results, Triton, carve, float32_precision, launch, machine, neighbours, register, why_no_kernels,
+)  # fmt: skip
 
-WEIGHTS = 32 << 20  # bytes of P that are held at once
-KEPT = 256 << 20  # bytes of P that forward may keep for backward, where prototypes are trained
 SUMS = 32 << 20  # bytes of the prototypes' gradient that are held in float32 at once
+TILE = 128  # slots
 LONGEST = 1 << 16  # features
 WIDEST = 124.0  # how far the largest possible logit may lie above that of an unrelated slot for the common shift to do
 LIFT = 8.0  # what is written in float16 is lifted by this many powers of e: it flushes what is below 6e-8
@@ -56,8 +57,6 @@ class Staged(Backend):
             return reason
         if problem.sub_centers:
             return "one row a class"
-        if problem.trains_scale:
-            return "no gradient of the scale"
         return f"for up to {LONGEST} features" if problem.dim > LONGEST else None
 
     def volunteers(self, problem: Problem) -> bool:
@@ -74,6 +73,12 @@ class Staged(Backend):
         """Where they fit :data:`KEPT`."""
         return probes * kept_bytes(slots, dtype) <= KEPT
 
+    def tiles(self, problem: Problem) -> list[tuple[int, int, int, int]]:
+        """The neighbours of its tile; a kept row ends with a whole one of at most :data:`TILE` slots."""
+        number = float32_precision() if problem.queue_dtype == torch.float32 else "16 bits"
+        cut = weigh_tile(problem.probes or TILE, number, machine(problem.device).architecture)
+        return neighbours(cut, most_slots=TILE)
+
     def load(self) -> None:
         """Registers its operators."""
         register("staged", margin_softmax, prototype_gradient)
@@ -81,15 +86,15 @@ class Staged(Backend):
 
 def kept_bytes(slots: int, dtype: torch.dtype) -> int:
     """Of a row of kept weights; csrc/arguments.h says the same."""
-    return -(-(slots * dtype.itemsize + 4) // 128) * 128
+    return -(-slots // TILE) * TILE * dtype.itemsize + 128
 
 
 def weigh_tile(rows_in_group: int, number: str, architecture: int) -> Blocks:
     """How ``weigh_kernel`` is cut for so many probes of a group; ``number`` as in the table of the fused sweep's tiles."""
     if number == "ieee":  # the library makes the product
-        return Blocks(32, 128, 4, 1)
+        return Blocks(32, TILE, 4, 1)
     rows = max(16, min(128, 1 << (rows_in_group - 1).bit_length()))
-    return Blocks(rows, 128, 8 if rows == 128 else 4, 2 if architecture in (86, 89, 120) else 3)
+    return Blocks(rows, TILE, 4, 2 if architecture in (86, 89, 120) else 3)
 
 
 class Chunk(NamedTuple):
@@ -132,7 +137,7 @@ class Staging(Call):
     def cut(self) -> Blocks:
         """Tile sizes."""
         number = {4: self.precision}.get(self.product_dtype.itemsize, "16 bits")
-        return weigh_tile(self.sizes[4], number, machine(self.device).architecture)
+        return self.stored_tile("staged") or weigh_tile(self.sizes[4], number, machine(self.device).architecture)
 
     @property
     def piece(self) -> int:
@@ -194,7 +199,7 @@ class Staging(Call):
         n, _, dim, b, rows_in_group = self.sizes
         groups = 1 if self.window is None else n // rows_in_group
         converted = max(self.chunk, groups * min(b, self.chunk)) if self.converts else 0
-        held = -(-min(b, self.chunk) // 64) * 64 if self.keeps else self.chunk
+        held = min(-(-b // TILE) * TILE, self.chunk) if self.keeps else self.chunk
         return [(self.product_dtype, (n, held)), (self.product_dtype, (converted, dim))]
 
     def place(self, chunk: Chunk, weights: Tensor, kept: Tensor) -> Tensor:
@@ -247,7 +252,8 @@ class Staging(Call):
             weights, *(tiles or (None, None)), n, k, dim, b, rows_in_group, blocks_in_group, chunk.first, count, chunk.row,
             chunk.stride, self.tiles, weights.stride(0), int(fresh), self.lift if even and incoming is None else 0.0, KIND=self.kind,
             MASK_EMPTY=self.mask_empty, STRAIGHT=self.unit_slope, OF_WINDOW=chunk.of_window, SEEN=tiles is not None,
-            STORE=store, KEEP=keep, SMOOTH=self.label_smoothing > 0, EVEN=even, GIVEN=self.given, PRECISION=self.precision,
+            STORE=store, KEEP=keep, SMOOTH=self.label_smoothing > 0,
+            SCALE_SLOPE=self.need_scale_gradient, EVEN=even, GIVEN=self.given, PRECISION=self.precision,
             BLOCK_N=self.cut.rows, BLOCK_K=self.cut.slots, BLOCK_D=self.block_d, PIECE=self.piece, num_warps=self.cut.warps,
             num_stages=self.cut.stages,
         )  # fmt: skip
@@ -332,7 +338,7 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
                 p.add_moments(chunk, into, partials[2][0], first=at == 0)
         launch(
             gather_kernel, (-(-n // 32),), p.device, *tiles, rows, own_rows, *partials[:2], again, n, p.tiles, p.lift,
-            KIND=p.kind, COMMON=not twice, SMOOTH=smooths, TILES=32, BLOCK_N=32,
+            KIND=p.kind, COMMON=not twice, SMOOTH=smooths, SCALE_SLOPE=p.need_scale_gradient, TILES=32, BLOCK_N=32,
         )  # fmt: skip
         if twice and p.need_gradient:
             if smooths:
@@ -351,7 +357,7 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
                 p.window_identity, rows, shifts, partials[0], partials[2],
                 found.kept.view(p.product_dtype) if p.keeps and not twice else None, n, k, dim, b, rows_in_group,
                 blocks_in_group, found.kept.shape[1] // p.product_dtype.itemsize, p.lift if smooths else 0.0, KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.unit_slope, EVEN=smooths,
-                PRECISION=p.precision, BLOCK_N=AGAIN, BLOCK_K=32, BLOCK_D=p.block_d, PIECE=min(p.piece, 32),
+                SCALE_SLOPE=p.need_scale_gradient, PRECISION=p.precision, BLOCK_N=AGAIN, BLOCK_K=32, BLOCK_D=p.block_d, PIECE=min(p.piece, 32),
                 COLUMNS=columns, num_warps=4, num_stages=1,
             )  # fmt: skip
         if smooths and p.need_gradient:
@@ -392,7 +398,7 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
                 factor = LARGEST_FLOAT16.value / each.abs().max().clamp_min(1e-30)
                 each = each * factor
             each = (each * rows[INVERSE_NORM.value])[:, None]
-            probes = torch.where(each == 0, 0.0, p.embedding * each).to(p.product_dtype)
+            probes = torch.where((incoming == 0)[:, None], 0.0, p.embedding * each).to(p.product_dtype)
             p.multiply(weights, probes, 0, sums, gradient, inverse, factor)
             if p.positive is None:
                 wanting = (own_rows >= 0) & (weights.gather(1, own_rows.clamp_min(0).long()[:, None])[:, 0] == 0)

@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sst_fast.arguments import REDUCTIONS, Packed
+from sst_fast.backends import tuned
 from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.extension import compiled, why_not_compiled
 from sst_fast.margins import FilteredMargin
@@ -46,6 +47,13 @@ class Triton(Backend):
     def volunteers(self, problem: Problem) -> bool:
         """On a GPU; the interpreter is for tests."""
         return problem.device.type == "cuda"
+
+    def tiles(self, problem: Problem) -> list[tuple[int, int, int, int]]:
+        """The neighbours of what the table says of the sweep."""
+        numbers = _numbers(problem.queue_dtype)
+        number = float32_precision() if len(numbers) > 1 else numbers[0]
+        cut = blocks_for("sweep", problem.dim, number, machine(problem.device).architecture)
+        return [] if cut is None else neighbours(cut)
 
     def load(self) -> None:
         """Registers its operators."""
@@ -123,6 +131,17 @@ class Blocks:
     slots: int
     warps: int
     stages: int
+
+
+def neighbours(cut: Blocks, most_slots: int = 256) -> list[tuple[int, int, int, int]]:
+    """Tiles of which one number is the next smaller or larger one: rows and slots 16 to 128 and 256, warps 4 or 8, stages 1 to 4."""
+    rows, slots, warps, stages = cut.rows, cut.slots, cut.warps, cut.stages
+    around = [
+        (rows // 2, slots, warps, stages), (rows * 2, slots, warps, stages), (rows, slots // 2, warps, stages),
+        (rows, slots * 2, warps, stages), (rows, slots, 12 - warps, stages), (rows, slots, warps, stages - 1),
+        (rows, slots, warps, stages + 1),
+    ]  # fmt: skip
+    return [t for t in around if 16 <= t[0] <= 128 and 16 <= t[1] <= most_slots and 1 <= t[3] <= 4]
 
 
 # (kernel, architecture, what is multiplied) -> (rows, slots, warps, stages) for D up to 64, 128, 256, 512 and 1024; None: nothing
@@ -297,8 +316,21 @@ class Call(Packed):
         """Of products; what is no float32 has no choice."""
         return float32_precision() if self.prototypes.dtype == torch.float32 else "ieee"
 
+    def stored_tile(self, backend: str) -> Blocks | None:
+        """Tile sizes that ``sst-fast tune`` has found the fastest for a call like this."""
+        if self.sub_centers > 1:
+            return None
+        n, k, dim, _, _ = self.sizes
+        found = tuned.tile(
+            backend, self.device, self.prototypes.dtype, dim, self.normalize, self.label_smoothing > 0, n, k
+        )  # fmt: skip
+        return None if found is None else Blocks(*found)
+
     def blocks(self, kernel: str) -> Blocks:
         """The kernel's tile sizes."""
+        stored = self.stored_tile("triton") if kernel == "sweep" else None
+        if stored is not None:
+            return stored
         numbers = _numbers(self.prototypes.dtype)
         number = self.precision if len(numbers) > 1 else numbers[0]
         found = blocks_for(kernel, self.block_d, number, machine(self.device).architecture)
