@@ -33,7 +33,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 // need_gradient: find the derivative in the scale, the embeddings' gradient.
 #define SST_INTEGERS(field)                                                                              \
   field(kind) field(reduction) field(ignore_index) field(sub_centers) field(mask_empty) field(normalize) \
-      field(straight_through) field(float8_products) field(keep_weights) field(need_scale_gradient) field(need_gradient)
+      field(straight_through) field(float8_products) field(keep_weights) field(need_scale_gradient)      \
+          field(need_gradient)
 // After these come the margin's parameters.
 #define SST_NUMBERS(field) field(scale) field(label_smoothing)
 
@@ -85,7 +86,8 @@ struct Results {
   at::Tensor kept;            // bytes [N, kept_bytes(K)] that the backend keeps for the prototypes' gradient; or none
 };
 constexpr int kResults = 13;
-// Of a row of kept weights: those of whole tiles of slots, in the prototypes' dtype, and 128 bytes that end in a float32.
+// Of a row of kept weights: those of whole tiles of slots, in the prototypes' dtype, and 128 bytes that end in a
+// float32.
 constexpr int64_t kTileSlots = 128;
 template <typename Size>
 Size kept_bytes(Size K, int64_t bytes) {
@@ -96,9 +98,8 @@ using ResultTuple = std::tuple<
     at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 inline ResultTuple as_tuple(Results r) {
-  return {r.loss,     r.lse,        r.target_cosine, r.hardest_cosine, r.hardest_slot, r.beats_target,
-          r.residual, r.row_weight, r.gradient,      r.negatives,      r.target_slope, r.scale_slope,
-          r.kept};
+  return {r.loss,       r.lse,      r.target_cosine, r.hardest_cosine, r.hardest_slot, r.beats_target, r.residual,
+          r.row_weight, r.gradient, r.negatives,     r.target_slope,   r.scale_slope,  r.kept};
 }
 
 }  // namespace sst_fast

@@ -115,9 +115,8 @@ ResultTuple margin_softmax_shapes(
   r.gradient = at::empty_symint({a.need_gradient ? N : c10::SymInt(0), D}, wide);
   r.scale_slope = at::empty_symint({a.need_scale_gradient ? N : c10::SymInt(0)}, wide);
   const auto bytes = embedding.options().dtype(at::kByte);
-  r.kept = a.keep_weights
-               ? at::empty_symint({N, kept_bytes(prototypes.sym_size(0), prototypes.element_size())}, bytes)
-               : at::empty({0, 0}, bytes);
+  r.kept = a.keep_weights ? at::empty_symint({N, kept_bytes(prototypes.sym_size(0), prototypes.element_size())}, bytes)
+                          : at::empty({0, 0}, bytes);
   return as_tuple(r);
 }
 
@@ -376,7 +375,7 @@ void call_enqueue(
   "Tensor embedding, Tensor prototypes, Tensor? positive, Tensor?[] tensors, int[] integers, float[] numbers"
 #define SST_RESULTS                                                                                                   \
   "(Tensor loss, Tensor lse, Tensor target_cosine, Tensor hardest_cosine, Tensor hardest_slot, Tensor beats_target, " \
-  "Tensor residual, Tensor row_weight, Tensor gradient, Tensor negatives, Tensor target_slope, Tensor scale_slope, " \
+  "Tensor residual, Tensor row_weight, Tensor gradient, Tensor negatives, Tensor target_slope, Tensor scale_slope, "  \
   "Tensor kept)"
 
 TORCH_LIBRARY(sst_fast, m) {

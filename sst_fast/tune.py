@@ -62,11 +62,13 @@ def candidates(timed: Timed, device: torch.device, product_dtype: torch.dtype | 
 
 def parts(candidate: str) -> tuple[str, tuple[int, ...] | None]:
     """The backend of a candidate and its tile, None where that is the backend's own; ValueError if it is no candidate's name."""
-    name, _, tile = candidate.partition(":")
-    sizes = tuple(int(size) for size in tile.split("x")) if tile else None
-    if name not in BACKENDS or (sizes is not None and len(sizes) != 4):
-        raise ValueError(f"candidate must be a backend, perhaps with a tile as in 'triton:64x32x8x2', got {candidate!r}")
-    return name, sizes
+    name, colon, tile = candidate.partition(":")
+    words = tile.split("x") if colon else []
+    if name not in BACKENDS or len(words) not in (0, 4) or not all(word.isdecimal() for word in words):
+        raise ValueError(
+            f"candidate must be a backend, perhaps with a tile as in 'triton:64x32x8x2', got {candidate!r}"
+        )
+    return name, tuple(map(int, words)) or None
 
 
 def tune(timed: Timed, device: torch.device, out: TextIO, product_dtype: torch.dtype | None = None) -> Result:

@@ -502,7 +502,7 @@ def test_a_tile_is_a_candidate_of_its_own(mock, in_process, monkeypatch, capsys)
     decisions.forget()
     assert tuned.tile(*call, 20, 300) is None
     for name in ("nobody", "mock:64", "mock:axbxcxd"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="candidate must be a backend, perhaps with a tile as in"):
             tune.parts(name)
 
 

@@ -156,9 +156,7 @@ def test_explicit_positive(kernels, start, target, options):
 def test_trained_scale(kernels, margin, options):
     problem = make(12 if "start" not in options else 6, 50, 24, identities=15, start=options.get("start"))
     rest = {name: value for name, value in options.items() if name != "start"}
-    check(
-        kernels, problem.to(torch.float32), margin=margin, scale=torch.linspace(1, 40, 12), trains_scale=True, **rest
-    )
+    check(kernels, problem.to(torch.float32), margin=margin, scale=torch.linspace(1, 40, 12), trains_scale=True, **rest)
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize_prototypes": True, "label_smoothing": 0.1}], ids=repr)

@@ -31,7 +31,18 @@ from torch import Tensor
 from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.model import KEPT, WEIGHTS, fused_time, staged_time
 from sst_fast.backends.triton import (
-    PARALLEL, Blocks, Call, Results, Triton, carve, float32_precision, launch, machine, neighbours, register, why_no_kernels,
+    PARALLEL,
+    Blocks,
+    Call,
+    Results,
+    Triton,
+    carve,
+    float32_precision,
+    launch,
+    machine,
+    neighbours,
+    register,
+    why_no_kernels,
 )  # fmt: skip
 
 SUMS = 32 << 20  # bytes of the prototypes' gradient that are held in float32 at once
@@ -346,7 +357,9 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
                 shifts = found.lse
             for at, chunk in enumerate(p.chunks(inverse, converted)):
                 into = p.place(chunk, weights, found.kept)
-                p.weigh(chunk, scratch, found.target_cosine, into, store=True, keep=p.keeps, shifts=shifts, even=smooths)
+                p.weigh(
+                    chunk, scratch, found.target_cosine, into, store=True, keep=p.keeps, shifts=shifts, even=smooths
+                )
                 p.add_moments(chunk, into, partials[2][0], first=at == 0)
         if p.need_gradient:
             blocks_in_group = -(-rows_in_group // AGAIN)
