@@ -138,6 +138,16 @@ def test_what_is_kept_lives_as_long_as_the_graph(monkeypatch):
     assert [tuple(size) for size in sizes] == [(12, 640), (0, 0), (0, 0), (0, 0), (0, 0)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_kept_has_the_shape_that_a_graph_was_promised(dtype):
+    """Schema, shapes and gradients of the operator, traced and not."""
+    BACKENDS["staged"].load()
+    problem = make(4, 130, 16).to(dtype)
+    for tensor in (problem.embedding, problem.prototypes):
+        tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.sst_fast.margin_softmax, (*problem.packed(keep_weights=True), "staged"))
+
+
 @pytest.mark.parametrize("zero", ["weight", "incoming"])
 def test_a_row_that_counts_for_nothing_may_hold_anything(zero):
     """Its weights are kept, and are not a number."""
