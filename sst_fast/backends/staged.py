@@ -343,7 +343,7 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
     with torch.autocast(p.device.type, enabled=False):
         p.prepare(scratch, found.target_cosine, found.row_weight)
         for at, chunk in enumerate(p.chunks(inverse, converted)):
-            into = weights if twice else p.place(chunk, weights, found.kept)
+            into = p.place(chunk, weights, found.kept)
             p.weigh(chunk, scratch, found.target_cosine, into, tiles, store=not twice, keep=p.keeps, fresh=at == 0)
             if not twice:
                 p.add_moments(chunk, into, partials[2][0], first=at == 0)
