@@ -416,6 +416,7 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
             if p.positive is None:
                 wanting = (own_rows >= 0) & (weights.gather(1, own_rows.clamp_min(0).long()[:, None])[:, 0] == 0)
                 if p.window is not None:  # its slots get no gradient
+                    assert p.window_start is not None
                     wanting = wanting & ((own_rows - p.window_start) % k >= b)
                 share = torch.where(wanting & (incoming != 0), target_slope * incoming, 0.0)
         else:
