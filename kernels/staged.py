@@ -459,6 +459,7 @@ def finish_prototypes_kernel(
     if inverse is not None:
         norm = tl.load(inverse + first + n, mask=there, other=0.0)
         if WEIGHED:
-            result *= tl.where(norm == 0, 0.0, 1.0 / tl.where(norm == 0, 1.0, norm))[:, None]
+            known = norm > 0  # not that of a row that is not finite, whose sums are 0
+            result *= tl.where(known, 1.0 / tl.where(known, norm, 1.0), 0.0)[:, None]
         result = through_norm(result, tl.load(w + at, mask=inside, other=0.0).to(tl.float32), norm)
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
