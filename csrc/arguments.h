@@ -29,10 +29,12 @@ using OptionalTensor = std::optional<at::Tensor>;
   field(target) field(weight) field(identity) field(slot_identity) field(window) field(window_identity) \
       field(window_start) field(margin_rows) field(scale_rows)
 // sub_centers: S; there is no window unless it is 1. Flags are 0 or 1. float8_products: products may be rounded to
-// float8. need_scale_gradient, need_gradient: find the derivative in the scale, the embeddings' gradient.
+// float8. keep_weights: those of all slots may be kept for the prototypes' gradient. need_scale_gradient,
+// need_gradient: find the derivative in the scale, the embeddings' gradient.
 #define SST_INTEGERS(field)                                                                              \
   field(kind) field(reduction) field(ignore_index) field(sub_centers) field(mask_empty) field(normalize) \
-      field(straight_through) field(float8_products) field(need_scale_gradient) field(need_gradient)
+      field(straight_through) field(float8_products) field(keep_weights) field(need_scale_gradient)      \
+          field(need_gradient)
 // After these come the margin's parameters.
 #define SST_NUMBERS(field) field(scale) field(label_smoothing)
 
@@ -81,15 +83,23 @@ struct Results {
   at::Tensor negatives;       // int64: number of slots that are neither target nor masked
   at::Tensor target_slope;    // derivative of the row's loss in its target cosine
   at::Tensor scale_slope;     // derivative of the row's loss in its scale; or [0]
+  at::Tensor kept;            // bytes [N, kept_bytes(K)] that the backend keeps for the prototypes' gradient; or none
 };
-constexpr int kResults = 12;
+constexpr int kResults = 13;
+// Of a row of kept weights: those of whole tiles of slots, in the prototypes' dtype, and 128 bytes that end in a
+// float32.
+constexpr int64_t kTileSlots = 128;
+template <typename Size>
+Size kept_bytes(Size K, int64_t bytes) {
+  return (K + (kTileSlots - 1)) / kTileSlots * kTileSlots * bytes + 128;
+}
 using ResultTuple = std::tuple<
     at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-    at::Tensor, at::Tensor, at::Tensor>;
+    at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 inline ResultTuple as_tuple(Results r) {
-  return {r.loss,     r.lse,        r.target_cosine, r.hardest_cosine, r.hardest_slot, r.beats_target,
-          r.residual, r.row_weight, r.gradient,      r.negatives,      r.target_slope, r.scale_slope};
+  return {r.loss,       r.lse,      r.target_cosine, r.hardest_cosine, r.hardest_slot, r.beats_target, r.residual,
+          r.row_weight, r.gradient, r.negatives,     r.target_slope,   r.scale_slope,  r.kept};
 }
 
 }  // namespace sst_fast

@@ -50,7 +50,7 @@ ResultTuple margin_softmax(
       .call(embedding, prototypes, positive, tensors, integers, numbers);
 }
 
-// found: row_weight, lse, negatives and target_slope of the forward pass.
+// found: row_weight, lse, negatives, target_slope and kept of the forward pass.
 at::Tensor prototype_gradient(
     const at::Tensor& grad_loss, at::TensorList found, const at::Tensor& embedding, const at::Tensor& prototypes,
     const OptionalTensor& positive, const Tensors& tensors, at::IntArrayRef integers, at::ArrayRef<double> numbers,
@@ -114,6 +114,10 @@ ResultTuple margin_softmax_shapes(
   for (auto* t : {&r.hardest_slot, &r.beats_target, &r.negatives}) *t = count();
   r.gradient = at::empty_symint({a.need_gradient ? N : c10::SymInt(0), D}, wide);
   r.scale_slope = at::empty_symint({a.need_scale_gradient ? N : c10::SymInt(0)}, wide);
+  const auto bytes = embedding.options().dtype(at::kByte);
+  r.kept = a.keep_weights && a.need_gradient
+               ? at::empty_symint({N, kept_bytes(prototypes.sym_size(0), prototypes.element_size())}, bytes)
+               : at::empty({0, 0}, bytes);
   return as_tuple(r);
 }
 
@@ -176,7 +180,7 @@ void refuse_second_derivative(at::Tensor& gradient, std::initializer_list<Option
 
 struct MarginSoftmaxBackward : autograd::Node {
   autograd::SavedVariable embedding, prototypes, positive, gradient, row_weight, lse, negatives, target_slope;
-  autograd::SavedVariable scale, scale_slope;
+  autograd::SavedVariable kept, scale, scale_slope;
   std::vector<autograd::SavedVariable> tensors;
   std::vector<int64_t> integers;
   std::vector<double> numbers;
@@ -187,7 +191,7 @@ struct MarginSoftmaxBackward : autograd::Node {
 
   void release_variables() override {
     for (auto* saved :
-         {&embedding, &prototypes, &positive, &gradient, &row_weight, &lse, &negatives, &target_slope, &scale,
+         {&embedding, &prototypes, &positive, &gradient, &row_weight, &lse, &negatives, &target_slope, &kept, &scale,
           &scale_slope})
       saved->reset_data();
     for (auto& saved : tensors) saved.reset_data();
@@ -209,8 +213,8 @@ struct MarginSoftmaxBackward : autograd::Node {
       }
       const at::Tensor p = positive.unpack();
       out[1] = of_prototypes.call(
-          grad, {weight, lse.unpack(), negatives.unpack(), target_slope.unpack()}, x, prototypes.unpack(),
-          p.defined() ? OptionalTensor(p) : OptionalTensor(), list, integers, numbers, backend);
+          grad, {weight, lse.unpack(), negatives.unpack(), target_slope.unpack(), kept.unpack()}, x,
+          prototypes.unpack(), p.defined() ? OptionalTensor(p) : OptionalTensor(), list, integers, numbers, backend);
     }
     if (task_should_compute_output(2)) {
       static const auto of_positive = find_operator<decltype(positive_gradient)>("positive_gradient");
@@ -260,6 +264,7 @@ ResultTuple margin_softmax_autograd(
     node->prototypes = autograd::SavedVariable(prototypes, false);
     node->lse = autograd::SavedVariable(std::get<1>(results), false);
     node->negatives = autograd::SavedVariable(std::get<9>(results), false);
+    node->kept = autograd::SavedVariable(std::get<12>(results), false);
     for (const OptionalTensor& t : tensors) node->tensors.emplace_back(t ? *t : at::Tensor(), false);
     node->integers.assign(flags.begin(), flags.end());
     node->numbers.assign(numbers.begin(), numbers.end());
@@ -371,7 +376,8 @@ void call_enqueue(
   "Tensor embedding, Tensor prototypes, Tensor? positive, Tensor?[] tensors, int[] integers, float[] numbers"
 #define SST_RESULTS                                                                                                   \
   "(Tensor loss, Tensor lse, Tensor target_cosine, Tensor hardest_cosine, Tensor hardest_slot, Tensor beats_target, " \
-  "Tensor residual, Tensor row_weight, Tensor gradient, Tensor negatives, Tensor target_slope, Tensor scale_slope)"
+  "Tensor residual, Tensor row_weight, Tensor gradient, Tensor negatives, Tensor target_slope, Tensor scale_slope, "  \
+  "Tensor kept)"
 
 TORCH_LIBRARY(sst_fast, m) {
   m.def("margin_softmax(" SST_LOSS ", str backend) -> " SST_RESULTS);

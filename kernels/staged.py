@@ -20,10 +20,12 @@ from sst_fast.kernels.margin_softmax import (
     LIVE,
     NEVER,
     PHI_SUM,
+    SCALE,
     SHIFT,
     SLOT,
     SUM,
     UNIFORM,
+    WEIGHED_PHI,
     _since,
     holds_features,
     is_negative,
@@ -32,14 +34,15 @@ from sst_fast.kernels.margin_softmax import (
     seen_in_tile,
     through_norm,
 )
-from sst_fast.kernels.margins import largest_phi, needs_hard_mean, phi_is_identity
+from sst_fast.kernels.margins import largest_phi, needs_hard_mean, phi, phi_is_identity
 
-OFTEN = [*COUNTS, "first", "count", "row", "stride", "T", "C", "fresh"]
+OFTEN = [*COUNTS, "first", "count", "row", "stride", "T", "fresh"]
 # float32 holds exp(x) for x between -87 and 88. Weights are exp(logit - shift), with the shift this far below the largest logit
 # that can be: then sums over a million slots stay finite,
 ROOM = tl.constexpr(60.0)
 # and a row needs a shift of its own only where its largest logit lies outside these bounds from the common one.
 LEAST, MOST = tl.constexpr(-64.0), tl.constexpr(70.0)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -70,8 +73,8 @@ def weigh_kernel(
     unit, w, inverse, start, own_rows, identity, ids, rows, cosine, shifts, incoming, target_slope, weights, partial, counts,
     N, K, D, B, rows_in_group, blocks_in_group, first, count, row, stride, T, C, fresh, lift,
     KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, OF_WINDOW: tl.constexpr, SEEN: tl.constexpr,
-    STORE: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr, GIVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+    STORE: tl.constexpr, KEEP: tl.constexpr, SMOOTH: tl.constexpr, SCALE_SLOPE: tl.constexpr, EVEN: tl.constexpr,
+    GIVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """A tile of probes and slots: product 1 and what follows it. Slots [first, first + count) of the queue, or of the window
     (OF_WINDOW), which begin at row ``row`` of ``w``, or of the group's ``stride`` rows of it.
@@ -79,7 +82,8 @@ def weigh_kernel(
     Product 1 is made here, or was made into ``weights`` (GIVEN). SEEN: partial sums and statistics. STORE: ``weights`` [N, C], times
     the slope of phi and the prototype's inverse norm: exp(logit - shift) with the shift of ``shifts`` [N], or None: the common
     one; minus the even share of label smoothing (EVEN), times exp(lift). For the prototypes' own gradient ``incoming`` [N] and
-    the scale multiply them, targets get ``target_slope`` (None: explicit positives), and nothing the inverse norm.
+    the scale multiply them, targets get ``target_slope`` (None: explicit positives), and nothing the inverse norm. KEEP: for
+    backward, which may leave out a row that is not a number: its weights are 0.
     """
     block, tile = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -89,27 +93,9 @@ def weigh_kernel(
     r = (block % blocks_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = r < rows_in_group
     i = (group * rows_in_group + r).to(tl.int64)
+    place = (weights + i * C)[:, None] + n[None, :]  # rows are as long as whole tiles: nothing is left out along them
     there = n < count
-    at_weight = i[:, None] * C + n[None, :]
-    inside = real[:, None] & there[None, :]
-    if GIVEN:
-        c = tl.load(weights + at_weight, mask=inside, other=0.0)
-    else:
-        base = w
-        if OF_WINDOW:
-            base = w + group.to(tl.int64) * stride * D
-        c = _cosines(unit, i, real, base, row + n, there, D, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE)
     j = first + n
-    theirs = n
-    if ids is not None:
-        theirs = tl.load(ids + j, mask=there, other=-1)
-    norm = n * 0.0 + 1.0
-    if inverse is not None:
-        norms = inverse
-        if OF_WINDOW:
-            norms = inverse + K + group.to(tl.int64) * B
-        norm = tl.load(norms + j, mask=there, other=0.0)
-        c *= norm[None, :]
     slot = j
     counts_here = there
     if start is not None:
@@ -118,14 +104,36 @@ def weigh_kernel(
             slot = tl.where(j + begin >= K, j + begin - K, j + begin)
         else:
             counts_here = there & (_since(j, begin, K) >= B)
+    theirs = n
+    if ids is not None:
+        theirs = tl.load(ids + j, mask=there, other=-1)
+    held = holds_features(counts_here, theirs, ids, MASK_EMPTY)
+    if GIVEN:
+        c = tl.where(held[None, :], tl.load(place, mask=real[:, None], other=0.0), 0.0)
+    else:
+        base = w
+        if OF_WINDOW:
+            base = w + group.to(tl.int64) * stride * D
+        c = _cosines(unit, i, real, base, row + n, held, D, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE)
+    norm = n * 0.0 + 1.0
+    if inverse is not None:
+        norms = inverse
+        if OF_WINDOW:
+            norms = inverse + K + group.to(tl.int64) * B
+        norm = tl.load(norms + j, mask=held, other=0.0)
+        c *= norm[None, :]
     y, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
-    mine = y
-    if identity is not None:
-        mine = tl.load(identity + i, mask=real, other=-2)
-    alive = is_negative(
-        counts_here[None, :], slot[None, :], theirs[None, :], y[:, None], mine[:, None], ids, identity, MASK_EMPTY
-    )
-    shown, value, z, slope = logits_of(c, alive, scale, r0, r1, r2, r3, KIND)
+    # Masks of a whole tile are dear: they are kept in registers and taken apart bit by bit. A slot that counts for nobody has cosines
+    # of 0, to which NEVER is added, and what is needed behind the one mask that remains is found from ``shown``.
+    c += tl.where(held, 0.0, NEVER)[None, :]
+    other = slot[None, :] != y[:, None]
+    if (ids is not None) and (identity is not None):
+        other = other & (theirs[None, :] != tl.load(identity + i, mask=real, other=-2)[:, None])
+    shown = tl.where(other, c, NEVER)
+    value, slope = phi(shown, r0[:, None], r1[:, None], r2[:, None], r3[:, None], KIND)
+    z = scale[:, None] * value
+    if (shifts is not None) or not (STORE and phi_is_identity(KIND)):  # elsewhere any large negative logit serves
+        z = tl.where(shown <= NEVER, NEVER, z)
 
     out = tile.to(tl.int64) * N + i
     field = T.to(tl.int64) * N
@@ -138,9 +146,15 @@ def weigh_kernel(
         old_highest = tl.load(partial + SHIFT * field + out, mask=before, other=FLOOR)
         total = tl.load(partial + SUM * field + out, mask=before, other=0.0)
         highest = tl.maximum(highest, old_highest)
-        if not STORE:  # the sum follows the largest logit
-            total *= tl.exp(old_highest - highest)
-            total += tl.sum(tl.exp(z - highest[:, None]), 1)
+        weighed_phi = total * 0.0
+        if SCALE_SLOPE:
+            weighed_phi = tl.load(partial + WEIGHED_PHI * field + out, mask=before, other=0.0)
+        if not STORE:  # the sums follow the largest logit
+            fade = tl.exp(old_highest - highest)
+            e = tl.exp(z - highest[:, None])
+            total = total * fade + tl.sum(e, 1)
+            if SCALE_SLOPE:
+                weighed_phi = weighed_phi * fade + tl.sum(e * value, 1)
         old_top = tl.load(partial + HARDEST * field + out, mask=before, other=NEVER)
         old_at = tl.load(counts + SLOT * field + out, mask=before, other=-1)
         tl.store(counts + SLOT * field + out, tl.where(top > old_top, at, old_at), mask=real)
@@ -163,9 +177,14 @@ def weigh_kernel(
             shift = tl.load(shifts + i, mask=real, other=0.0)
         else:
             shift = common_shift(scale, r0, r1, r2, r3, KIND)
-        p = tl.exp(z - shift[:, None])
+        if phi_is_identity(KIND) and shifts is None:
+            p = tl.exp2(shown * (scale * LOG2E)[:, None] - (shift * LOG2E)[:, None])
+        else:
+            p = tl.exp2(z * LOG2E - (shift * LOG2E)[:, None])
         if SEEN:
             total += tl.sum(p, 1)
+            if SCALE_SLOPE:
+                weighed_phi += tl.sum(p * value, 1)
         if EVEN:
             even = tl.load(rows + UNIFORM * N + i, mask=real, other=0.0)
             p = tl.where(shown != NEVER, p - even[:, None], 0.0) * tl.exp(scale * 0.0 + lift)[:, None]
@@ -175,21 +194,26 @@ def weigh_kernel(
             factor = tl.load(incoming + i, mask=real, other=0.0)
             p *= (scale * factor)[:, None]
         elif inverse is not None:
-            p *= tl.where(norm == norm, norm, 0.0)[None, :]  # that of a slot which may hold anything
+            p *= norm[None, :]
         if incoming is not None:
             if target_slope is not None:
                 at_target = tl.load(target_slope + i, mask=real, other=0.0)
                 p = tl.where(counts_here[None, :] & (slot[None, :] == y[:, None]), (at_target * factor)[:, None], p)
             p = tl.where((factor == 0)[:, None], 0.0, p)
-        tl.store(weights + at_weight, p.to(weights.dtype.element_ty), mask=inside)
+        if KEEP:
+            p = tl.where(p == p, p, 0.0)
+        tl.store(place, p.to(weights.dtype.element_ty), mask=real[:, None])
     if SEEN:
         tl.store(partial + SUM * field + out, total, mask=real)
+        if SCALE_SLOPE:
+            tl.store(partial + WEIGHED_PHI * field + out, weighed_phi, mask=real)
 
 
 @triton.jit(do_not_specialize=["T"])
 def gather_kernel(
     partial, counts, rows, own_rows, partial_out, counts_out, again, N, T, lift,
-    KIND: tl.constexpr, COMMON: tl.constexpr, SMOOTH: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, COMMON: tl.constexpr, SMOOTH: tl.constexpr, SCALE_SLOPE: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of probes over the T tiles of a chunk: their sums, as one part for ``combine_kernel``.
 
@@ -202,7 +226,7 @@ def gather_kernel(
     _, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
     highest = scale * 0.0 + NEVER
     top, at = scale * 0.0 + NEVER, tl.zeros([BLOCK_N], tl.int32) - 1
-    total, phi_sum, hard_sum = scale * 0.0, scale * 0.0, scale * 0.0
+    total, weighed_phi, phi_sum, hard_sum = scale * 0.0, scale * 0.0, scale * 0.0, scale * 0.0
     live, beats, hard = tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_N], tl.int32)
     for t0 in range(0, T, TILES):
         t = t0 + tl.arange(0, TILES)
@@ -216,10 +240,13 @@ def gather_kernel(
         shift = tl.load(partial + SHIFT * field + of, mask=inside, other=NEVER)
         sums = tl.load(partial + SUM * field + of, mask=inside, other=0.0)
         higher = tl.maximum(highest, tl.max(shift, 0))
+        fade, part = scale * 0.0 + 1.0, sums * 0.0 + 1.0
         if not COMMON:
-            total *= tl.exp(highest - higher)
-            sums *= tl.exp(shift - higher[None, :])
-        total += tl.sum(sums, 0)
+            fade, part = tl.exp(highest - higher), tl.exp(shift - higher[None, :])
+        total = total * fade + tl.sum(sums * part, 0)
+        if SCALE_SLOPE:
+            weighed = tl.load(partial + WEIGHED_PHI * field + of, mask=inside, other=0.0)
+            weighed_phi = weighed_phi * fade + tl.sum(weighed * part, 0)
         highest = higher
         live += tl.sum(tl.load(counts + LIVE * field + of, mask=inside, other=0), 0)
         beats += tl.sum(tl.load(counts + BEATS * field + of, mask=inside, other=0), 0)
@@ -237,6 +264,9 @@ def gather_kernel(
     else:
         shift = highest - lift
         total *= tl.exp(scale * 0.0 + lift)
+        weighed_phi *= tl.exp(scale * 0.0 + lift)
+    if SCALE_SLOPE:
+        tl.store(partial_out + WEIGHED_PHI * N + i, weighed_phi, mask=real)
     tl.store(partial_out + SHIFT * N + i, shift, mask=real)
     tl.store(partial_out + SUM * N + i, total, mask=real)
     tl.store(partial_out + HARDEST * N + i, top, mask=real)
@@ -253,11 +283,12 @@ def gather_kernel(
 @triton.jit
 def _sweep_again(
     base, ids, norms, begin, of_window, last, unit, i, real, y, mine, identity, scale, r0, r1, r2, r3, shift, even, lift,
-    total, moment, start, K, D, B, columns,
+    total, weighed_phi, moment, start, kept, anew, stride, K, D, B, columns,
     KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Adds slots [0, last) of the queue or the window to ``total`` and, for some columns, ``moment``."""
+    """Adds slots [0, last) of the queue or the window to ``total``, ``weighed_phi`` and, for some columns, ``moment``; weights of rows ``anew`` go to
+    ``kept`` [N, stride], if that is not None."""
     for j0 in range(0, last, BLOCK_K):
         j = j0 + tl.arange(0, BLOCK_K)
         there = j < last
@@ -277,12 +308,22 @@ def _sweep_again(
         alive = is_negative(
             there[None, :], slot[None, :], theirs[None, :], y[:, None], mine[:, None], ids, identity, MASK_EMPTY
         )
-        shown, _, z, slope = logits_of(c, alive, scale, r0, r1, r2, r3, KIND)
+        shown, value, z, slope = logits_of(c, alive, scale, r0, r1, r2, r3, KIND)
         p = tl.exp(z - shift[:, None])
         total += tl.sum(p, 1)
+        weighed_phi += tl.sum(tl.where(alive, p * value, 0.0), 1)
         p = tl.where(shown != NEVER, p - even[:, None], 0.0) * tl.exp(scale * 0.0 + lift)[:, None]
         if not (STRAIGHT or phi_is_identity(KIND)):
             p *= slope
+        if kept is not None:
+            weighed = p
+            if norms is not None:
+                weighed *= norm[None, :]
+            tl.store(
+                kept + i[:, None] * stride + j[None, :],
+                weighed.to(kept.dtype.element_ty),
+                mask=anew[:, None] & (j < last)[None, :],
+            )
         summed = tl.load(
             base + j.to(tl.int64)[:, None] * D + columns[None, :],
             mask=held[:, None] & (columns < D)[None, :],
@@ -293,21 +334,21 @@ def _sweep_again(
         moment = tl.dot(
             p.to(unit.dtype.element_ty), summed.to(unit.dtype.element_ty), moment, input_precision=PRECISION
         )
-    return total, moment
+    return total, weighed_phi, moment
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def again_kernel(
     again, unit, w, window, inverse, start, own_rows, identity, slot_identity, window_identity, rows, shifts, partial, moment,
-    N, K, D, B, rows_in_group, blocks_in_group, lift,
-    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
+    kept, N, K, D, B, rows_in_group, blocks_in_group, stride, lift,
+    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, EVEN: tl.constexpr, SCALE_SLOPE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A block of probes and some columns of their moments; ends at once unless one of these probes needs it.
 
     Those are the ones that ``again`` names (None: nobody), whose sum and moment are taken anew, relative to the shift in
     ``shifts``; and those whose moment is NaN though their sum is not: an empty slot was not finite, which the library's product
-    does not know, and the moment is taken anew without it.
+    does not know, and the moment is taken anew without it. ``kept`` [N, stride], if not None, gets the weights of the former.
     """
     block = tl.program_id(0)
     group = block // blocks_in_group
@@ -338,11 +379,11 @@ def again_kernel(
     begin = K * 0
     if start is not None:
         begin = tl.load(start).to(tl.int32)
-    sums = scale * 0.0
+    sums, weighed = scale * 0.0, scale * 0.0
     found = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
-    sums, found = _sweep_again(
+    sums, weighed, found = _sweep_again(
         w, slot_identity, inverse, begin, begin < 0, K, unit, i, real, y, mine, identity, scale, r0, r1, r2, r3, shift, even,
-        lift, sums, found, start, K, D, B, columns,
+        lift, sums, weighed, found, start, kept, (anew > 0) & (r * 0 + tl.program_id(1) == 0), stride, K, D, B, columns,
         KIND, MASK_EMPTY, STRAIGHT, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
     )  # fmt: skip
     if window is not None:
@@ -352,22 +393,61 @@ def again_kernel(
         ids = slot_identity
         if slot_identity is not None:
             ids = window_identity
-        sums, found = _sweep_again(
+        sums, weighed, found = _sweep_again(
             window + group.to(tl.int64) * B * D, ids, norms, begin, begin >= 0, B, unit, i, real, y, mine, identity, scale, r0,
-            r1, r2, r3, shift, even, lift, sums, found, start, K, D, B, columns,
+            r1, r2, r3, shift, even, lift, sums, weighed, found, start, None, anew > 0, stride, K, D, B, columns,
             KIND, MASK_EMPTY, STRAIGHT, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
         )  # fmt: skip
     tl.store(moment + at, found, mask=inside & (wanting > 0)[:, None])
     if again is not None:
-        tl.store(partial + SUM * N + i, sums, mask=real & (anew > 0) & (r * 0 + tl.program_id(1) == 0))
+        first = real & (anew > 0) & (r * 0 + tl.program_id(1) == 0)
+        tl.store(partial + SUM * N + i, sums, mask=first)
+        if SCALE_SLOPE:
+            tl.store(partial + WEIGHED_PHI * N + i, weighed, mask=first)
+
+
+@triton.jit(do_not_specialize=["N", "K", "B", "stride", "words"])
+def keep_kernel(
+    rows, own_rows, exact_cosine, inverse, start, lse, shifts, target_slope, kept, kept_words, N, K, B, stride, words, lift,
+    TARGETS: tl.constexpr, PARALLEL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Completes what forward keeps of a block of probes: ``kept`` [N, stride] are weights relative to ``shifts`` [N] less ``lift``.
+
+    The last of a row's words, float32 [N, words], becomes what turns its weights into derivatives of the row's loss in cosines. The
+    target's weight is such that this holds for it too (TARGETS: unless these are explicit positives), or 0: where it would exceed the
+    range, and where probe and prototype are nearly parallel (:meth:`split_parallel`). Backward adds these apart.
+    """
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    real = i < N
+    scale = tl.load(rows + SCALE * N + i, mask=real, other=1.0).to(tl.float64)
+    shift = tl.load(shifts + i, mask=real, other=0.0).to(tl.float64)
+    over = shift - lift - tl.load(lse + i, mask=real, other=0.0)
+    over = tl.where(over > -LEAST, -LEAST, over)  # only of a row without negatives, all of whose weights are 0
+    each = scale * tl.exp(over)
+    tl.store(kept_words + i * words + words - 1, each.to(tl.float32), mask=real)
+    if TARGETS:
+        y = tl.load(own_rows + i, mask=real, other=-1)
+        known = real & (y >= 0)
+        if start is not None:
+            known = known & (_since(y, tl.load(start).to(tl.int32), K) >= B)
+        p = tl.load(target_slope + i, mask=real, other=0.0) / each
+        HALF: tl.constexpr = kept.dtype.element_ty == tl.float16
+        most = 6e4 if HALF else 1e37
+        if inverse is not None:
+            if not HALF:
+                p *= tl.load(inverse + y, mask=known, other=0.0)
+            sine = tl.load(exact_cosine + 1 + N + i, mask=real, other=0.0)
+            p = tl.where(sine < PARALLEL, 0.0, p)
+        p = tl.where(tl.abs(p) <= most, p, 0.0)
+        tl.store(kept + i * stride + y, p.to(tl.float32).to(kept.dtype.element_ty), mask=known)
 
 
 @triton.jit(do_not_specialize=["first", "count"])
 def finish_prototypes_kernel(
-    sums, w, inverse, factor, gradient, first, count, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    sums, w, inverse, factor, gradient, first, count, D, WEIGHED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of the prototypes' gradient from ``sums`` [count, D], float32: divided by ``factor`` [1] and taken through the
-    normalisation, where there are such."""
+    normalisation, where there are such. WEIGHED: the inverse norm is in the sums already."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = n < count
     d = tl.arange(0, BLOCK_D)
@@ -378,5 +458,8 @@ def finish_prototypes_kernel(
     at = (first + n).to(tl.int64)[:, None] * D + d[None, :]
     if inverse is not None:
         norm = tl.load(inverse + first + n, mask=there, other=0.0)
+        if WEIGHED:
+            known = norm > 0  # not that of a row that is not finite, whose sums are 0
+            result *= tl.where(known, 1.0 / tl.where(known, norm, 1.0), 0.0)[:, None]
         result = through_norm(result, tl.load(w + at, mask=inside, other=0.0).to(tl.float32), norm)
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)

@@ -39,6 +39,7 @@ INTEGERS = (
     "normalize",
     "straight_through",
     "float8_products",
+    "keep_weights",
     "need_scale_gradient",
     "need_gradient",
 )
@@ -176,10 +177,12 @@ class Arguments:
                 f"sub_centers must be 1 beside a window: a queue's slot is one row, got {self.sub_centers}"
             )
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None], list[int], list[float]]:
+    def packed(
+        self, keep_weights: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None], list[int], list[float]]:
         """As the operators take them: embedding, prototypes, positive, tensors, integers, numbers.
 
-        The margin must be one that kernels know (``margin.kind``).
+        The margin must be one that kernels know (``margin.kind``). ``keep_weights``: see csrc/arguments.h.
         """
         window, scale = self.window, self.scale
         n = self.embedding.shape[0]
@@ -196,7 +199,7 @@ class Arguments:
         integers = [
             self.margin.kind, REDUCTIONS.index(self.reduction), self.ignore_index, self.sub_centers,
             int(self.mask_empty), int(self.normalize_prototypes), int(self.gradient == "straight_through"),
-            int(self.product_dtype is not None), 0, 0,
+            int(self.product_dtype is not None), int(keep_weights), 0, 0,
         ]  # fmt: skip
         floats = [0.0 if isinstance(scale, Tensor) else float(scale), float(self.label_smoothing), *parameters]
         return self.embedding, self.prototypes, self.positive, tensors, integers, floats
@@ -226,6 +229,7 @@ class Packed:
     normalize: bool
     straight_through: bool
     float8_products: bool
+    keep_weights: bool
     need_scale_gradient: bool
     need_gradient: bool
     scale: float

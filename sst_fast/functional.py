@@ -248,7 +248,13 @@ def _run(a: Arguments, backend: str, trains: bool = False) -> tuple[Tensor, Stat
             return reference.margin_softmax(a)
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         _refuse_forward_mode(a)
-    packed = a.packed()
+    keeps = (
+        torch.is_grad_enabled()
+        and a.prototypes.requires_grad
+        and a.embedding.requires_grad
+        and BACKENDS[backend].keeps_weights(a.embedding.shape[0], a.prototypes.shape[0], a.prototypes.dtype)
+    )
+    packed = a.packed(keeps)
     loss, lse, target_cosine, hardest_cosine, hardest_slot, beats_target, residual, row_weight, *rest = _operator(
         *packed, backend
     )
@@ -263,8 +269,8 @@ def _run(a: Arguments, backend: str, trains: bool = False) -> tuple[Tensor, Stat
         )
         if kind not in _backward_runs:
             with torch.no_grad():
-                _, negatives, target_slope, *_ = rest
-                found = [row_weight, lse, negatives, target_slope]
+                _, negatives, target_slope, _, kept = rest
+                found = [row_weight, lse, negatives, target_slope, kept]
                 _gradient_operator(torch.zeros_like(loss), found, *packed, backend)
             _backward_runs.add(kind)
     if a.margin.trains and torch.is_grad_enabled():

@@ -1,6 +1,7 @@
 """``sst-fast tune``: which backend is fastest for a problem of the user's, measured here and stored for the dispatcher.
 
-Candidates are all backends that can compute the problem on this device, the Hopper sweep among them, which nothing chooses without. Each
+Candidates are all backends that can compute the problem on this device, the Hopper sweep among them, which nothing chooses without, and
+those that are written in Triton with tiles of several sizes. Each
 is first compared with the reference, on few probes over the whole queue; only what agrees is timed and can be stored. As in
 ``sst-fast check``, a candidate has a process of its own, so that one that crashes spoils nothing.
 """
@@ -49,10 +50,25 @@ def problem_of(timed: Timed, device: torch.device, product_dtype: torch.dtype | 
 
 
 def candidates(timed: Timed, device: torch.device, product_dtype: torch.dtype | None = None) -> list[str]:
-    """Backends that can compute the problem here; the reference where its logits have room."""
+    """Backends that can compute the problem here, and their other tiles as in 'triton:64x32x8x2' (rows, slots, warps, stages); the
+    reference where its logits have room."""
     problem = problem_of(timed, device, product_dtype)
     able = [name for name in BACKENDS if check.why_not(name, problem) is None]
-    return [name for name in able if name != "reference" or 4 * timed.n * timed.k <= LARGEST]
+    able = [name for name in able if name != "reference" or 4 * timed.n * timed.k <= LARGEST]
+    return [
+        name + tile for name in able for tile in ("", *(":" + "x".join(map(str, t)) for t in BACKENDS[name].tiles(problem)))
+    ]  # fmt: skip
+
+
+def parts(candidate: str) -> tuple[str, tuple[int, ...] | None]:
+    """The backend of a candidate and its tile, None where that is the backend's own; ValueError if it is no candidate's name."""
+    name, colon, tile = candidate.partition(":")
+    words = tile.split("x") if colon else []
+    if name not in BACKENDS or len(words) not in (0, 4) or not all(word.isdecimal() for word in words):
+        raise ValueError(
+            f"candidate must be a backend, perhaps with a tile as in 'triton:64x32x8x2', got {candidate!r}"
+        )
+    return name, tuple(map(int, words)) or None
 
 
 def tune(timed: Timed, device: torch.device, out: TextIO, product_dtype: torch.dtype | None = None) -> Result:
@@ -79,17 +95,21 @@ def tune(timed: Timed, device: torch.device, out: TextIO, product_dtype: torch.d
     if not seconds:
         raise ValueError("no backend here computes this problem right: see 'sst-fast check'")
     chosen = min(seconds, key=lambda name: seconds[name])
+    backend, tile = parts(chosen)
     problem = problem_of(timed, device, product_dtype)
     for window in (False, True) if not timed.trains else (False,):
-        if BACKENDS[chosen].why_not(problem._replace(window=window)) is None:
-            file = tuned.store(problem._replace(window=window), chosen, seconds)
+        if BACKENDS[backend].why_not(problem._replace(window=window)) is None:
+            file = tuned.store(problem._replace(window=window), backend, seconds, tile)
     forget()
     return Result(rows, chosen, file)
 
 
 def examine(name: str, timed: Timed, device: torch.device, product_dtype: torch.dtype | None = None) -> list[Row]:
     """One candidate: compared on few probes, without and with a window, and timed if that was right."""
-    rows = []
+    candidate, rows = name, []
+    name, tile = parts(candidate)
+    if tile is not None:
+        tuned.try_tile(name, tile)
     for start in (None,) if timed.trains else (None, timed.k - 1):
         n = min(timed.n, FEW, timed.k)
         example = check.make(n, timed.k, timed.d, start=start, masks=start is not None)
@@ -97,11 +117,11 @@ def examine(name: str, timed: Timed, device: torch.device, product_dtype: torch.
         wide = torch.float32 if timed.dtype == torch.float8_e4m3fn else timed.dtype
         tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
         row = check.compare(example.to(wide, timed.dtype), name, device, timed.trains, tf32)
-        rows.append(replace(row, problem="results" if start is None else "results, window"))
+        rows.append(replace(row, backend=candidate, problem="results" if start is None else "results, window"))
     if all(row.verdict == "right" for row in rows):
         seconds = check.measure(timed, [name], device, 2.0, product_dtype)
         mine, bare = (1e3 * seconds[what] for what in (name, "bare products"))
-        rows.append(Row(name, timed.name, "right", milliseconds=mine, bare=bare))
+        rows.append(Row(candidate, timed.name, "right", milliseconds=mine, bare=bare))
     return rows
 
 
@@ -150,9 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prototypes", action="store_true")
     parser.add_argument("--float8-products", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--candidate", choices=tuple(BACKENDS), help="this one alone, in this process; rows are lines of JSON"
-    )
+    parser.add_argument("--candidate", help="this one alone, in this process; rows are lines of JSON")
     options = parser.parse_args(arguments)
     timed = timed_from(options.n, options.k, options.d, options.dtype, options.prototypes)
     device = torch.device(options.device)

@@ -200,8 +200,8 @@ def test_a_refused_backward_kernel_is_found_in_forward(mock):
     w.grad = None
     margin_softmax(x, w, y, backend="cpu").backward()
     assert torch.equal(mine, w.grad)
-    # row_weight, lse, negatives, target_slope, as csrc/operators.cpp hands them on
-    assert tried == [[torch.Size([]), torch.float32, torch.float32, torch.int64, torch.float32]]
+    # row_weight, lse, negatives, target_slope, kept, as csrc/operators.cpp hands them on
+    assert tried == [[torch.Size([]), torch.float32, torch.float32, torch.int64, torch.float32, torch.uint8]]
 
 
 @needs_extension
@@ -469,6 +469,41 @@ def test_what_is_wrong_is_never_chosen_however_fast(bent, in_process, monkeypatc
     assert main(ASKED) == 0
     assert decisions.choose(LIKE_IT) == "cpu"
     assert "mock" not in json.loads(tuned.file().read_text())["choices"][0]["seconds"]
+
+
+@needs_extension
+def test_a_tile_is_a_candidate_of_its_own(mock, in_process, monkeypatch, capsys):
+    """Whichever tile is the fastest is stored with its backend; a wrong name is refused."""
+    backend = mock(volunteer=False)
+    monkeypatch.setattr(backend, "launches", False, raising=False)
+    monkeypatch.setattr(backend, "tiles", lambda problem: [(32, 64, 4, 1), (64, 64, 8, 2)], raising=False)
+    monkeypatch.setattr(tune, "BACKENDS", decisions.BACKENDS)
+    seconds = {None: 3e-3, (32, 64, 4, 1): 2e-3, (64, 64, 8, 2): 1e-3}
+
+    def measure(timed, names, *rest):
+        mine = seconds[tuned._tried.get("mock")] if names == ["mock"] else 4e-3
+        return {names[0]: mine, "bare products": 1e-4}
+
+    monkeypatch.setattr(check, "measure", measure)
+    for fastest in ((64, 64, 8, 2), (32, 64, 4, 1), None):
+        seconds[fastest] = min(seconds.values()) / 2
+        assert main(ASKED) == 0
+        name = "mock" if fastest is None else "mock:" + "x".join(map(str, fastest))
+        assert f"{name} is stored in" in capsys.readouterr().out
+        assert decisions.choose(LIKE_IT) == "mock"
+        call = ("mock", CPU, torch.float32, 64, False, False)
+        assert tuned.tile(*call, 20, 300) == tuned.tile(*call, 32, 512) == fastest
+        for other in ((20, 600), (40, 300)):
+            assert tuned.tile(*call, *other) is None
+        assert tuned.tile("triton", *call[1:], 20, 300) is None
+        stored = json.loads(tuned.file().read_text())["choices"]
+        assert all(set(entry["seconds"]) >= {"mock", "mock:32x64x4x1", "mock:64x64x8x2"} for entry in stored)
+    monkeypatch.setenv("SST_FAST_TUNE", "0")
+    decisions.forget()
+    assert tuned.tile(*call, 20, 300) is None
+    for name in ("nobody", "mock:64", "mock:axbxcxd"):
+        with pytest.raises(ValueError, match="candidate must be a backend, perhaps with a tile as in"):
+            tune.parts(name)
 
 
 @needs_extension

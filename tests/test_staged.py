@@ -1,5 +1,6 @@
 """The staged sweep in Triton's interpreter: what it has beyond the fused one, whose tests (tests/test_triton.py) it passes too."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,10 @@ from problems import make
 from test_triton import both, check
 from torch.nn.functional import normalize
 
-from sst_fast import AMSoftmax, CircleLoss, MVSoftmax, NPCFace
-from sst_fast.backends import model, staged, triton
+from sst_fast import AMSoftmax, ArcSoftmax, CircleLoss, MVSoftmax, NPCFace
+from sst_fast.backends import model, staged, triton, tuned
 from sst_fast.backends.backend import Problem
+from sst_fast.backends.choose import BACKENDS
 from sst_fast.functional import margin_softmax
 
 pytest.importorskip("triton")
@@ -27,6 +29,15 @@ DTYPES = [
 def short_chunks(monkeypatch):
     """One tile of slots at a time."""
     monkeypatch.setattr(staged, "WEIGHTS", 1)
+
+
+@contextmanager
+def tf32():
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture
@@ -53,6 +64,104 @@ def test_many_chunks(short_chunks, dtypes, tolerance, options):
         )
     problem = make(150, 300, 24, start=200, identities=200, empty=0.2)
     check("staged", problem.to(*dtypes), tolerance, scale=16.0, **options)
+
+
+@pytest.mark.parametrize(("dtypes", "tolerance"), DTYPES[:3], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"normalize_prototypes": True}, {"gradient": "straight_through"},
+                {"normalize_prototypes": True, "label_smoothing": 0.1}], ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("start", [None, 290])
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+def test_weights_that_are_kept_and_that_are_not(monkeypatch, short_chunks, dtypes, tolerance, options, start, budget):
+    """Some targets lie in the window, others outside, some are nearly parallel to their probes."""
+    monkeypatch.setattr(staged, "KEPT", budget)
+    problem = make(6 if start else 12, 300, 24, identities=200, empty=0.1, start=start)
+    problem = replace(problem, target=(problem.target + 3) % 300)
+    problem.embedding[:4] = problem.prototypes[problem.target[:4]] + 1e-2 * problem.embedding[:4]
+    check("staged", problem.to(*dtypes), tolerance, margin=ArcSoftmax(0.3), scale=16.0, prototypes=True, **options)
+
+
+@pytest.mark.parametrize("start", [None, 45])
+@pytest.mark.parametrize("margin", [MVSoftmax(), ArcSoftmax(0.5)], ids=repr)
+def test_kept_weights_of_rows_that_need_a_shift_of_their_own(launches, margin, start):
+    """Their weights relative to the common shift would all be 0, or infinite."""
+    problem = make(6 if start else 12, 50, 24, identities=30, start=start)
+    w = normalize(problem.prototypes + 5 * normalize(torch.ones(1, 24, dtype=torch.float64)))
+    x = problem.embedding.clone()
+    x[::2] -= 100
+    below = replace(problem, prototypes=w, embedding=x)
+    above = replace(problem, prototypes=problem.prototypes * 8)
+    for p in (below, above):
+        for scale in (60.0, torch.linspace(50, 90, 12)):
+            check("staged", p.to(torch.float32), 1e-4, margin=margin, scale=scale, prototypes=True, trains_scale=True)
+    assert launches.count("keep") == launches.count("again") == 4
+
+
+def test_kept_weights_are_not_made_again(launches, monkeypatch):
+    """The products of a training step: one fewer where weights are kept. A second backward finds them as they were."""
+    products, product = [], staged._product
+    monkeypatch.setattr(staged, "_product", lambda *parts, **options: (products.append(1), product(*parts, **options)))
+    problem = make(12, 50, 24).to(torch.float32)
+    w = (2 * problem.prototypes).requires_grad_()
+    x = problem.embedding.clone().requires_grad_()
+    gradients = []
+    with tf32():
+        for budget in (0, 1 << 20):
+            monkeypatch.setattr(staged, "KEPT", budget)
+            launches.clear(), products.clear()
+            loss = margin_softmax(x, w, problem.target, backend="staged", normalize_prototypes=True)
+            for _ in range(2):
+                gradients.append(torch.autograd.grad(loss, w, retain_graph=True)[0])
+            assert launches.count("weigh") == (3 if budget == 0 else 1)
+            assert len(products) == 3
+    assert torch.equal(gradients[2], gradients[3])
+    assert torch.allclose(gradients[0], gradients[2], atol=1e-5)
+
+
+def test_what_is_kept_lives_as_long_as_the_graph(monkeypatch):
+    """And only where somebody will want it."""
+
+    def kept(x, w, budget=1 << 20):
+        monkeypatch.setattr(staged, "KEPT", budget)
+        loss = margin_softmax(x, w, problem.target, backend="staged")
+        return [t for t in (getattr(loss.grad_fn, "_saved_kept", None),) if t is not None]
+
+    problem = make(12, 50, 24).to(torch.float32)
+    sizes, memory = [], staged.Staging.kept_memory
+    monkeypatch.setattr(staged.Staging, "kept_memory", lambda p: (sizes.append(memory(p).shape), memory(p))[1])
+    trained, frozen = problem.prototypes.clone().requires_grad_(), problem.prototypes
+    x = problem.embedding.clone().requires_grad_()
+    kept(x, trained), kept(x, frozen), kept(problem.embedding, trained), kept(x, trained, budget=12 * 639)
+    with torch.no_grad():
+        kept(x, trained)
+    assert [tuple(size) for size in sizes] == [(12, 640), (0, 0), (0, 0), (0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_kept_has_the_shape_that_a_graph_was_promised(dtype):
+    """Schema, shapes and gradients of the operator, traced and not."""
+    BACKENDS["staged"].load()
+    problem = make(4, 130, 16).to(dtype)
+    for tensor in (problem.embedding, problem.prototypes):
+        tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.sst_fast.margin_softmax, (*problem.packed(keep_weights=True), "staged"))
+
+
+@pytest.mark.parametrize("zero", ["weight", "incoming"])
+def test_a_row_that_counts_for_nothing_may_hold_anything(zero):
+    """Its weights are kept, and are not a number."""
+    problem = make(12, 50, 24).to(torch.float32)
+    problem.embedding[3] = torch.nan
+    x, w = problem.embedding.clone().requires_grad_(), problem.prototypes.clone().requires_grad_()
+    factors = torch.ones(12)
+    factors[3] = 0
+    weight = factors if zero == "weight" else None
+    loss = margin_softmax(x, w, problem.target, backend="staged", weight=weight, reduction="none")
+    loss[3:4].detach().zero_()
+    loss.backward(factors)
+    assert w.grad.isfinite().all()
+    assert w.grad.any()
 
 
 @pytest.mark.parametrize("margin", [MVSoftmax(), NPCFace()], ids=repr)
@@ -126,7 +235,7 @@ def test_launches(launches):
     x = problem.embedding.clone().requires_grad_()
     w = problem.prototypes.clone().requires_grad_()
     margin_softmax(x, w, problem.target, backend="staged").backward()
-    assert launches == ["prepare", "weigh", "gather", "again", "combine", "prepare", "weigh"]
+    assert launches == ["prepare", "weigh", "gather", "again", "combine", "keep", "prepare"]
 
 
 @pytest.mark.parametrize("kernels", ["triton", "staged"])
@@ -184,6 +293,39 @@ def test_memory_does_not_grow_with_the_queue(monkeypatch):
         x = problem.embedding.clone().requires_grad_()
         margin_softmax(x, problem.prototypes, problem.target, backend="staged").backward()
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kernels", ["triton", "staged"])
+def test_a_stored_tile_is_the_one_that_runs(kernels, monkeypatch, tmp_path):
+    """For calls like the one it was measured for; its neighbours are candidates."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    problem = Problem("margin_softmax", torch.device("cpu"), torch.float32, torch.bfloat16, 24, probes=16, slots=64)
+    around = BACKENDS[kernels].tiles(problem)
+    assert len(set(around)) == len(around) >= 4
+    cuts, launch = [], triton.launch
+
+    def record(kernel, *rest, **constants):
+        if kernel.fn.__name__ in ("sweep_kernel", "weigh_kernel"):
+            cuts.append(tuple(constants[name] for name in ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages")))
+        launch(kernel, *rest, **constants)
+
+    for module in (staged, triton):
+        monkeypatch.setattr(module, "launch", record)
+    mine = make(12, 50, 24).to(torch.float32, torch.bfloat16)
+    tile = around[-1]
+    try:
+        for stored in (False, True):
+            if stored:
+                tuned.store(problem, kernels, {}, tile)
+            check(kernels, mine, 2e-2)
+            check(kernels, make(12, 80, 24).to(torch.float32, torch.bfloat16), 2e-2)
+            check(kernels, mine, 2e-2, label_smoothing=0.1)
+        tuned.try_tile(kernels, around[0])
+        check(kernels, mine, 2e-2)
+    finally:
+        tuned.forget()
+    assert [at for at, cut in enumerate(cuts) if cut == tile] == [len(cuts) // 2]
+    assert cuts[-1] == around[0]
 
 
 def test_what_it_takes():

@@ -56,6 +56,7 @@ Results allocate_results(const CheckedArguments& p) {
   for (auto* t : {&out.hardest_slot, &out.beats_target, &out.negatives}) *t = number();
   out.gradient = at::detail::empty_cpu({p.need_gradient ? N : 0, p.slots.D}, wide);
   out.scale_slope = at::detail::empty_cpu({p.need_scale_gradient ? N : 0}, wide);
+  out.kept = at::detail::empty_cpu({0, 0}, at::kByte);
   return out;
 }
 

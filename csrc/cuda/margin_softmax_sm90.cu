@@ -138,6 +138,7 @@ Results margin_softmax(const Arguments& arguments) {
   for (auto* t : {&r.hardest_slot, &r.beats_target, &r.negatives}) *t = count();
   r.gradient = at::empty({p.need_gradient ? p.N : 0, p.D}, floats);
   r.scale_slope = at::empty({0}, floats);
+  r.kept = at::empty({0, 0}, floats.dtype(at::kByte));
   if (p.N == 0) {
     r.loss.zero_();
     return r;

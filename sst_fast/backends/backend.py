@@ -66,5 +66,13 @@ class Backend:
         """Whether it may be chosen without being asked for, where it can compute the problem."""
         return True
 
+    def keeps_weights(self, probes: int, slots: int, dtype: torch.dtype) -> bool:
+        """Whether forward keeps the weights of all slots for the gradient of prototypes in this dtype, rather than make them again."""
+        return False
+
+    def tiles(self, problem: Problem) -> list[tuple[int, int, int, int]]:
+        """Other tiles (rows, slots, warps, stages) than its own that are worth measuring on the problem; none where it has none."""
+        return []
+
     def load(self) -> None:
         """Makes its operators known to PyTorch, once; nothing to do for those that the extension registers."""

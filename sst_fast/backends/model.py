@@ -28,15 +28,20 @@ RATES = {
 }  # fmt: skip
 CLOCK = 1.7e9
 WITHOUT_TENSOR_CORES = 256  # float32 operations per cycle of a multiprocessor
-LIBRARY = 0.75  # share of those rates that a library's matrix product of this size reaches
-LAUNCH = 4e-6  # from one kernel to the next
-# Cycles that the instructions of a fused sweep take for 1,000 operations, at D up to so many: 16-bit products, from machine code for
-# sm_90, the same elsewhere but for the products' own.
-FUSED_ISSUE = {64: 4.1, 128: 2.2, 256: 1.36, 512: 1.44, 1024: 2.8}
+# Assumed, from neither machine code nor a data sheet: the share of those rates that a library's matrix product of this size reaches, that
+# of mma.sync in the fused sweep, and the time from one kernel to the next.
+LIBRARY = 0.75
+FUSED_SHARE = 0.6
+LAUNCH = 4e-6
+# Counted in machine code for sm_90 of bfloat16 and the additive margin by tests/compile_triton.py, which compares them: cycles that the
+# instructions of a fused sweep's loop take for 1,000 operations, at D up to so many. Elsewhere taken for the same.
+FUSED_ISSUE = {64: 2.9, 128: 1.55, 256: 1.02, 512: 0.9, 1024: 0.86}
 FUSED_ROWS = {64: 64, 128: 64, 256: 64, 512: 32, 1024: 16}  # probes that share one reading of the slots
-STAGED_EPILOGUE = 8100  # cycles of instructions behind product 1 for a tile of 128 x 128
+# Counted there for each architecture: cycles of the instructions around product 1 of the staged sweep, for a tile of 128 x 128.
+STAGED_EPILOGUE = {80: 3800, 86: 3850, 89: 3850, 90: 3550, 100: 4550, 120: 3800}
 STAGED_TILE = 128
-CHUNK = 32 << 20  # bytes of weights
+WEIGHTS = 32 << 20  # bytes of weights that the staged sweep holds at once
+KEPT = 256 << 20  # and that its forward may keep for backward, where prototypes are trained
 
 
 def fused_time(problem: Problem, architecture: int, processors: int) -> float:
@@ -49,10 +54,12 @@ def fused_time(problem: Problem, architecture: int, processors: int) -> float:
     size = problem.queue_dtype.itemsize
     blocks = math.ceil(n / rows)
     operations = 4 * blocks * rows * k * d
-    per_operation = max(FUSED_ISSUE[step] / 1000, 1 / (0.6 * _flops(problem, rates)))
+    per_operation = max(FUSED_ISSUE[step] / 1000, 1 / (FUSED_SHARE * _flops(problem, rates)))
     busy = min(1.0, blocks * max(1, 2 * processors // blocks) / (2 * processors))
     computing = operations * per_operation / (processors * busy * CLOCK)
     reading = max(k * d * size / rates.memory, blocks * k * d * size / rates.cache)
+    if problem.trains_prototypes:  # both products again
+        return 2 * max(computing, reading) + 5 * LAUNCH
     return max(computing, reading) + 3 * LAUNCH
 
 
@@ -63,17 +70,22 @@ def staged_time(problem: Problem, architecture: int, processors: int) -> float:
     size = max(problem.queue_dtype.itemsize, 2)
     flops = _flops(problem, rates)
     tile = STAGED_TILE
-    chunk = max(tile, min(k, CHUNK // (n * size) // tile * tile))
+    chunk = max(tile, min(k, WEIGHTS // (n * size) // tile * tile))
     chunks = math.ceil(k / chunk)
     rounds = chunks * math.ceil(math.ceil(n / tile) * (chunk / tile) / processors)
     tile_product = 2 * tile * tile * d / (LIBRARY * flops)
     sweeps = 2 if problem.queue_dtype == torch.float16 or problem.smooths else 1  # the rows' own shifts come first
-    first = sweeps * rounds * (tile_product + STAGED_EPILOGUE) / CLOCK
+    again = problem.trains_prototypes and n * k * size > KEPT  # backward makes weights anew, and multiplies by them
+    first = (sweeps + again) * rounds * (tile_product + STAGED_EPILOGUE[architecture]) / CLOCK
     second = max(2 * n * k * d / (LIBRARY * flops * processors * CLOCK), k * d * size / rates.cache)
     weights = 2 * n * k * size / rates.cache
     moments = 8 * chunks * n * d / rates.cache
     reading = k * d * size / rates.memory
-    return max(first + second, reading) + weights + moments + ((1 + sweeps) * chunks + 4) * LAUNCH
+    launches = (1 + sweeps) * chunks + 4
+    if problem.trains_prototypes:
+        second, launches = 2 * second, launches + (1 + again) * chunks + 2
+        weights += 2 * n * k * size / (rates.cache if again else rates.memory)  # what is kept leaves the cache
+    return max(first + second, reading) + weights + moments + launches * LAUNCH
 
 
 def _flops(problem: Problem, rates: Rates) -> float:

@@ -10,7 +10,11 @@ The slots are taken in chunks whose weights P [N, C] fit :data:`WEIGHTS`, so tha
 
 One sweep takes a common shift, which is known beforehand. A float16 queue has too narrow a range for that, and so has a scale so large that
 every row's sum would vanish: there, and for label smoothing, a sweep without weights finds each row's own shift first. Without a gradient
-it is the only one. Trained prototypes take one more sweep in backward: P again, and its product with the probes.
+it is the only one.
+
+Trained prototypes get their gradient from one more product, of P and the probes. Where P for all slots fits :data:`KEPT`, forward keeps it
+for backward, with what a row's weights are to be multiplied by: three products in all, as many as PyTorch's own graph of the loss takes.
+Elsewhere backward makes P again, chunk by chunk: four.
 """
 
 from __future__ import annotations
@@ -25,10 +29,24 @@ import torch
 from torch import Tensor
 
 from sst_fast.backends.backend import Backend, Problem
-from sst_fast.backends.model import fused_time, staged_time
-from sst_fast.backends.triton import Blocks, Call, Triton, carve, launch, machine, register, why_no_kernels
+from sst_fast.backends.model import KEPT, WEIGHTS, fused_time, staged_time
+from sst_fast.backends.triton import (
+    PARALLEL,
+    Blocks,
+    Call,
+    Results,
+    Triton,
+    carve,
+    float32_precision,
+    launch,
+    machine,
+    neighbours,
+    register,
+    why_no_kernels,
+)  # fmt: skip
 
-WEIGHTS = 32 << 20  # bytes of P that are held at once
+SUMS = 32 << 20  # bytes of the prototypes' gradient that are held in float32 at once
+TILE = 128  # slots
 LONGEST = 1 << 16  # features
 WIDEST = 124.0  # how far the largest possible logit may lie above that of an unrelated slot for the common shift to do
 LIFT = 8.0  # what is written in float16 is lifted by this many powers of e: it flushes what is below 6e-8
@@ -50,8 +68,6 @@ class Staged(Backend):
             return reason
         if problem.sub_centers:
             return "one row a class"
-        if problem.trains_scale:
-            return "no gradient of the scale"
         return f"for up to {LONGEST} features" if problem.dim > LONGEST else None
 
     def volunteers(self, problem: Problem) -> bool:
@@ -64,17 +80,32 @@ class Staged(Backend):
         times = (time(problem, here.architecture, here.processors) for time in (staged_time, fused_time))
         return next(times) <= next(times)
 
+    def keeps_weights(self, probes: int, slots: int, dtype: torch.dtype) -> bool:
+        """Where they fit :data:`KEPT`."""
+        return probes * kept_bytes(slots, dtype) <= KEPT
+
+    def tiles(self, problem: Problem) -> list[tuple[int, int, int, int]]:
+        """The neighbours of its tile; a kept row ends with a whole one of at most :data:`TILE` slots."""
+        number = float32_precision() if problem.queue_dtype == torch.float32 else "16 bits"
+        cut = weigh_tile(problem.probes or TILE, number, machine(problem.device).architecture)
+        return neighbours(cut, most_slots=TILE)
+
     def load(self) -> None:
         """Registers its operators."""
         register("staged", margin_softmax, prototype_gradient)
 
 
+def kept_bytes(slots: int, dtype: torch.dtype) -> int:
+    """Of a row of kept weights; csrc/arguments.h says the same."""
+    return -(-slots // TILE) * TILE * dtype.itemsize + 128
+
+
 def weigh_tile(rows_in_group: int, number: str, architecture: int) -> Blocks:
     """How ``weigh_kernel`` is cut for so many probes of a group; ``number`` as in the table of the fused sweep's tiles."""
     if number == "ieee":  # the library makes the product
-        return Blocks(32, 128, 4, 1)
+        return Blocks(32, TILE, 4, 1)
     rows = max(16, min(128, 1 << (rows_in_group - 1).bit_length()))
-    return Blocks(rows, 128, 8 if rows == 128 else 4, 2 if architecture in (86, 89, 120) else 3)
+    return Blocks(rows, TILE, 4, 2 if architecture in (86, 89, 120) else 3)
 
 
 class Chunk(NamedTuple):
@@ -117,7 +148,7 @@ class Staging(Call):
     def cut(self) -> Blocks:
         """Tile sizes."""
         number = {4: self.precision}.get(self.product_dtype.itemsize, "16 bits")
-        return weigh_tile(self.sizes[4], number, machine(self.device).architecture)
+        return self.stored_tile("staged") or weigh_tile(self.sizes[4], number, machine(self.device).architecture)
 
     @property
     def piece(self) -> int:
@@ -162,12 +193,31 @@ class Staging(Call):
             span = 2.0
         return self.scale * span > WIDEST
 
+    @property
+    def keeps(self) -> bool:
+        """Whether forward keeps the weights of the queue's slots for backward."""
+        return self.keep_weights and self.need_gradient
+
+    def kept_memory(self) -> Tensor:
+        """What weights are kept in: rows [N] of bytes."""
+        if not self.keeps:
+            return super().kept_memory()
+        n, k, _, _, _ = self.sizes
+        return torch.empty(n, kept_bytes(k, self.product_dtype), dtype=torch.uint8, device=self.device)
+
     def memory(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-        """The weights of a chunk, and the chunk as products take it where that is not as it is."""
+        """The weights of a chunk that is not kept, and the chunk as products take it where that is not as it is."""
         n, _, dim, b, rows_in_group = self.sizes
         groups = 1 if self.window is None else n // rows_in_group
         converted = max(self.chunk, groups * min(b, self.chunk)) if self.converts else 0
-        return [(self.product_dtype, (n, self.chunk)), (self.product_dtype, (converted, dim))]
+        held = min(-(-b // TILE) * TILE, self.chunk) if self.keeps else self.chunk
+        return [(self.product_dtype, (n, held)), (self.product_dtype, (converted, dim))]
+
+    def place(self, chunk: Chunk, weights: Tensor, kept: Tensor) -> Tensor:
+        """Where the weights of a chunk belong."""
+        if chunk.of_window or not self.keeps:
+            return weights
+        return kept.view(self.product_dtype)[:, chunk.first :]
 
     def chunks(self, inverse: Tensor, converted: Tensor, window: bool = True) -> Iterator[Chunk]:
         """All chunks: the queue's, then the batch window's."""
@@ -192,7 +242,7 @@ class Staging(Call):
 
     def weigh(
         self, chunk: Chunk, scratch: list[Tensor], cosine: Tensor, weights: Tensor, tiles: list[Tensor] | None = None, *,
-        store: bool, shifts: Tensor | None = None, incoming: Tensor | None = None, target_slope: Tensor | None = None,
+        store: bool, keep: bool = False, shifts: Tensor | None = None, incoming: Tensor | None = None, target_slope: Tensor | None = None,
         even: bool = False, fresh: bool = False,
     ) -> None:  # fmt: skip
         """Product 1 of a chunk and what follows it. ``tiles``: partial sums and counts, to be added to; None: they are known."""
@@ -211,9 +261,10 @@ class Staging(Call):
             self.device, unit, chunk.whole, inverse if self.normalize and not self.makes_unit else None, self.window_start,
             own_rows, self.identity, None if self.slot_identity is None else ids, rows, cosine, shifts, incoming, target_slope,
             weights, *(tiles or (None, None)), n, k, dim, b, rows_in_group, blocks_in_group, chunk.first, count, chunk.row,
-            chunk.stride, self.tiles, self.chunk, int(fresh), self.lift if even and incoming is None else 0.0, KIND=self.kind,
+            chunk.stride, self.tiles, weights.stride(0), int(fresh), self.lift if even and incoming is None else 0.0, KIND=self.kind,
             MASK_EMPTY=self.mask_empty, STRAIGHT=self.unit_slope, OF_WINDOW=chunk.of_window, SEEN=tiles is not None,
-            STORE=store, SMOOTH=self.label_smoothing > 0, EVEN=even, GIVEN=self.given, PRECISION=self.precision,
+            STORE=store, KEEP=keep, SMOOTH=self.label_smoothing > 0,
+            SCALE_SLOPE=self.need_scale_gradient, EVEN=even, GIVEN=self.given, PRECISION=self.precision,
             BLOCK_N=self.cut.rows, BLOCK_K=self.cut.slots, BLOCK_D=self.block_d, PIECE=self.piece, num_warps=self.cut.warps,
             num_stages=self.cut.stages,
         )  # fmt: skip
@@ -223,6 +274,42 @@ class Staging(Call):
         _, _, dim, _, _ = self.sizes
         for some, matrix, out in self.by_group(chunk, weights[:, : chunk.last - chunk.first], moment[:, :dim]):
             _product(out, some, matrix, add=not first)
+
+    def multiply(
+        self, weights: Tensor, probes: Tensor, first: int, sums: Tensor, gradient: Tensor, inverse: Tensor,
+        factor: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Rows ``first`` and on of the prototypes' gradient: ``weights`` [N, .] times ``probes`` [N, D], over ``factor``, taken through
+        the normalisation. ``sums`` is memory for some of the rows in float32; none: there is nothing to do behind the product."""
+        from sst_fast.kernels.staged import finish_prototypes_kernel
+
+        dim, last = probes.shape[1], first + weights.shape[1]
+        if len(sums) == 0:
+            torch.mm(weights.T, probes, out=gradient[first:last])
+            return
+        rows_in_block = max(1, 4096 // self.block_d)
+        for at in range(first, last, len(sums)):
+            count = min(len(sums), last - at)
+            _product(sums[:count], weights[:, at - first : at - first + count].T, probes, add=False)
+            launch(
+                finish_prototypes_kernel, (-(-count // rows_in_block),), self.device, sums, self.prototypes,
+                inverse if self.normalize else None, factor, gradient, at, count, dim,
+                WEIGHED=self.keeps and not self.makes_unit, ROWS=rows_in_block, BLOCK_D=self.block_d,
+            )  # fmt: skip
+
+    def keep(self, scratch: list[Tensor], shifts: Tensor, found: Results) -> None:
+        """Completes what is kept: the targets' weights, and for each row what its weights are relative to."""
+        from sst_fast.kernels.staged import keep_kernel
+
+        n, k, _, b, _ = self.sizes
+        _, rows, own_rows, exact, inverse = scratch
+        launch(
+            keep_kernel, (-(-n // 128),), self.device, rows, own_rows, exact, inverse if self.normalize else None,
+            self.window_start, found.lse, shifts, found.target_slope, found.kept.view(self.product_dtype),
+            found.kept.view(torch.float32), n, k, b, found.kept.shape[1] // self.product_dtype.itemsize,
+            found.kept.shape[1] // 4, self.lift if self.label_smoothing > 0 else 0.0, TARGETS=self.positive is None,
+            PARALLEL=PARALLEL, BLOCK_N=128,
+        )  # fmt: skip
 
     def by_group(self, chunk: Chunk, *rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of two tensors [N, .] the rows of the probes that see one matrix: (of the first, the matrix, of the second)."""
@@ -256,29 +343,34 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
     with torch.autocast(p.device.type, enabled=False):
         p.prepare(scratch, found.target_cosine, found.row_weight)
         for at, chunk in enumerate(p.chunks(inverse, converted)):
-            p.weigh(chunk, scratch, found.target_cosine, weights, tiles, store=not twice, fresh=at == 0)
+            into = p.place(chunk, weights, found.kept)
+            p.weigh(chunk, scratch, found.target_cosine, into, tiles, store=not twice, keep=p.keeps, fresh=at == 0)
             if not twice:
-                p.add_moments(chunk, weights, partials[2][0], first=at == 0)
+                p.add_moments(chunk, into, partials[2][0], first=at == 0)
         launch(
             gather_kernel, (-(-n // 32),), p.device, *tiles, rows, own_rows, *partials[:2], again, n, p.tiles, p.lift,
-            KIND=p.kind, COMMON=not twice, SMOOTH=smooths, TILES=32, BLOCK_N=32,
+            KIND=p.kind, COMMON=not twice, SMOOTH=smooths, SCALE_SLOPE=p.need_scale_gradient, TILES=32, BLOCK_N=32,
         )  # fmt: skip
         if twice and p.need_gradient:
             if smooths:
                 p.combine(scratch, partials, found, with_loss=True, with_moment=False)
                 shifts = found.lse
             for at, chunk in enumerate(p.chunks(inverse, converted)):
-                p.weigh(chunk, scratch, found.target_cosine, weights, store=True, shifts=shifts, even=smooths)
-                p.add_moments(chunk, weights, partials[2][0], first=at == 0)
+                into = p.place(chunk, weights, found.kept)
+                p.weigh(
+                    chunk, scratch, found.target_cosine, into, store=True, keep=p.keeps, shifts=shifts, even=smooths
+                )
+                p.add_moments(chunk, into, partials[2][0], first=at == 0)
         if p.need_gradient:
             blocks_in_group = -(-rows_in_group // AGAIN)
             columns = min(p.block_d, COLUMNS)
             launch(
                 again_kernel, (n // rows_in_group * blocks_in_group, -(-dim // columns)), p.device, again, unit, p.prototypes,
                 p.window, inverse if p.normalize else None, p.window_start, own_rows, p.identity, p.slot_identity,
-                p.window_identity, rows, shifts, partials[0], partials[2], n, k, dim, b, rows_in_group, blocks_in_group,
-                p.lift if smooths else 0.0, KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.unit_slope, EVEN=smooths,
-                PRECISION=p.precision, BLOCK_N=AGAIN, BLOCK_K=32, BLOCK_D=p.block_d, PIECE=min(p.piece, 32),
+                p.window_identity, rows, shifts, partials[0], partials[2],
+                found.kept.view(p.product_dtype) if p.keeps and not twice else None, n, k, dim, b, rows_in_group,
+                blocks_in_group, found.kept.shape[1] // p.product_dtype.itemsize, p.lift if smooths else 0.0, KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.unit_slope, EVEN=smooths,
+                SCALE_SLOPE=p.need_scale_gradient, PRECISION=p.precision, BLOCK_N=AGAIN, BLOCK_K=32, BLOCK_D=p.block_d, PIECE=min(p.piece, 32),
                 COLUMNS=columns, num_warps=4, num_stages=1,
             )  # fmt: skip
         if smooths and p.need_gradient:
@@ -286,58 +378,66 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
             p.combine(scratch, partials, found, with_loss=False, with_moment=True)
         else:
             p.combine(scratch, partials, found, with_loss=True, with_moment=p.need_gradient)
+        if p.keeps:
+            p.keep(scratch, shifts, found)
         return p.reduced(found)
 
 
 def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -> Tensor:
     """The operator ``sst_fast::staged_prototype_gradient``: [K, D] in the prototypes' dtype."""
-    from sst_fast.kernels.margin_softmax import LARGEST_FLOAT16, SCALE, UNIFORM
-    from sst_fast.kernels.staged import finish_prototypes_kernel
+    from sst_fast.kernels.margin_softmax import INVERSE_NORM, LARGEST_FLOAT16, SCALE, UNIFORM
 
-    row_weight, lse, negatives, target_slope = found
+    row_weight, lse, negatives, target_slope, kept = found
     p = Staging.received(*received)
-    n, _, dim, _, _ = p.sizes
+    n, k, dim, b, _ = p.sizes
     gradient = torch.empty_like(p.prototypes)
     if n == 0:
         return gradient.zero_()
-    finishes = p.half or p.normalize
+    sums_rows = min(p.chunk, max(SUMS // (4 * dim), 1)) if p.half or p.normalize else 0
     *memory, cosine, weight, sums = carve(
-        p.device, *p.scratch(), *p.memory(), (torch.float32, (n,)), (torch.float32, (n,)),
-        (torch.float32, (p.chunk if finishes else 0, dim)),
+        p.device, *p.scratch(), *([] if p.keeps else p.memory()), (torch.float32, (n,)), (torch.float32, (n,)),
+        (torch.float32, (sums_rows, dim)),
     )  # fmt: skip
-    scratch, weights, converted = memory[:5], memory[5], memory[6]
+    scratch = memory[:5]
     unit, rows, own_rows, exact, inverse = scratch
     with torch.autocast(p.device.type, enabled=False):
         p.prepare(scratch, cosine, weight)
         incoming = torch.where(row_weight == 0, 0.0, grad_loss.float() * row_weight)
-        parallel = factor = None
-        if p.normalize and p.positive is None:
-            target_slope, parallel = p.split_parallel(exact, own_rows, target_slope, incoming)
-        if p.label_smoothing > 0:
-            rows[UNIFORM.value] = p.label_smoothing / (1.0 + negatives)
-        if p.half:  # its range is narrow: the largest weight that can occur is brought to the upper end
-            most = torch.maximum(4.0 * rows[SCALE.value], target_slope.abs()) * incoming.abs()
-            factor = LARGEST_FLOAT16.value / most.max().clamp_min(1e-30)
-            incoming = incoming * factor
-        for chunk in p.chunks(inverse, converted, window=False):
-            p.weigh(
-                chunk, scratch, cosine, weights, store=True, shifts=lse, incoming=incoming,
-                target_slope=target_slope if p.positive is None else None, even=p.label_smoothing > 0,
-            )  # fmt: skip
-            count = chunk.last - chunk.first
-            some = weights[:, :count].T
-            if not finishes:
-                torch.mm(some, unit[:, :dim], out=gradient[chunk.first : chunk.last])
-                continue
-            _product(sums[:count], some, unit[:, :dim], add=False)
-            rows_in_block = max(1, 4096 // p.block_d)
-            launch(
-                finish_prototypes_kernel, (-(-count // rows_in_block),), p.device, sums, p.prototypes,
-                inverse if p.normalize else None, factor, gradient, chunk.first, count, dim, ROWS=rows_in_block,
-                BLOCK_D=p.block_d,
-            )  # fmt: skip
-        if parallel is not None:
-            p.add_parallel(gradient, own_rows, parallel)
+        share = factor = None
+        if p.keeps:
+            weights = kept.view(p.product_dtype)[:, :k]
+            each = torch.where(incoming == 0, 0.0, incoming * kept.view(torch.float32)[:, -1])
+            if p.half:  # its range is narrow: the largest row is brought to the upper end
+                factor = LARGEST_FLOAT16.value / each.abs().max().clamp_min(1e-30)
+                each = each * factor
+            each = (each * rows[INVERSE_NORM.value])[:, None]
+            probes = torch.where((incoming == 0)[:, None], 0.0, p.embedding * each).to(p.product_dtype)
+            p.multiply(weights, probes, 0, sums, gradient, inverse, factor)
+            if p.positive is None:
+                wanting = (own_rows >= 0) & (weights.gather(1, own_rows.clamp_min(0).long()[:, None])[:, 0] == 0)
+                if p.window is not None:  # its slots get no gradient
+                    assert p.window_start is not None
+                    wanting = wanting & ((own_rows - p.window_start) % k >= b)
+                share = torch.where(wanting & (incoming != 0), target_slope * incoming, 0.0)
+        else:
+            weights, converted = memory[5:]
+            if p.normalize and p.positive is None:
+                target_slope, share = p.split_parallel(exact, own_rows, target_slope, incoming)
+            if p.label_smoothing > 0:
+                rows[UNIFORM.value] = p.label_smoothing / (1.0 + negatives)
+            if p.half:
+                most = torch.maximum(4.0 * rows[SCALE.value], target_slope.abs()) * incoming.abs()
+                factor = LARGEST_FLOAT16.value / most.max().clamp_min(1e-30)
+                incoming = incoming * factor
+            for chunk in p.chunks(inverse, converted, window=False):
+                p.weigh(
+                    chunk, scratch, cosine, weights, store=True, shifts=lse, incoming=incoming,
+                    target_slope=target_slope if p.positive is None else None, even=p.label_smoothing > 0,
+                )  # fmt: skip
+                some = weights[:, : chunk.last - chunk.first]
+                p.multiply(some, unit[:, :dim], chunk.first, sums, gradient, inverse, factor)
+        if share is not None:
+            p.add_parallel(gradient, own_rows, share)
     return gradient
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sst_fast.arguments import REDUCTIONS, Packed
+from sst_fast.backends import tuned
 from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.extension import compiled, why_not_compiled
 from sst_fast.margins import FilteredMargin
@@ -46,6 +47,13 @@ class Triton(Backend):
     def volunteers(self, problem: Problem) -> bool:
         """On a GPU; the interpreter is for tests."""
         return problem.device.type == "cuda"
+
+    def tiles(self, problem: Problem) -> list[tuple[int, int, int, int]]:
+        """The neighbours of what the table says of the sweep."""
+        numbers = _numbers(problem.queue_dtype)
+        number = float32_precision() if len(numbers) > 1 else numbers[0]
+        cut = blocks_for("sweep", problem.dim, number, machine(problem.device).architecture)
+        return [] if cut is None else neighbours(cut)
 
     def load(self) -> None:
         """Registers its operators."""
@@ -123,6 +131,17 @@ class Blocks:
     slots: int
     warps: int
     stages: int
+
+
+def neighbours(cut: Blocks, most_slots: int = 256) -> list[tuple[int, int, int, int]]:
+    """Tiles of which one number is the next smaller or larger one: rows and slots 16 to 128 and 256, warps 4 or 8, stages 1 to 4."""
+    rows, slots, warps, stages = cut.rows, cut.slots, cut.warps, cut.stages
+    around = [
+        (rows // 2, slots, warps, stages), (rows * 2, slots, warps, stages), (rows, slots // 2, warps, stages),
+        (rows, slots * 2, warps, stages), (rows, slots, 12 - warps, stages), (rows, slots, warps, stages - 1),
+        (rows, slots, warps, stages + 1),
+    ]  # fmt: skip
+    return [t for t in around if 16 <= t[0] <= 128 and 16 <= t[1] <= most_slots and 1 <= t[3] <= 4]
 
 
 # (kernel, architecture, what is multiplied) -> (rows, slots, warps, stages) for D up to 64, 128, 256, 512 and 1024; None: nothing
@@ -207,6 +226,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
 
 
 _ALIGNMENT = 256  # bytes
+PARALLEL = 1 / 16  # the sine of the angle between a probe and a target that count as nearly parallel
 
 
 def carve(device: torch.device, *arrays: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
@@ -236,6 +256,7 @@ class Results(NamedTuple):
     negatives: Tensor
     target_slope: Tensor
     scale_slope: Tensor
+    kept: Tensor
 
 
 class Call(Packed):
@@ -295,8 +316,21 @@ class Call(Packed):
         """Of products; what is no float32 has no choice."""
         return float32_precision() if self.prototypes.dtype == torch.float32 else "ieee"
 
+    def stored_tile(self, backend: str) -> Blocks | None:
+        """Tile sizes that ``sst-fast tune`` has found the fastest for a call like this."""
+        if self.sub_centers > 1:
+            return None
+        n, k, dim, _, _ = self.sizes
+        found = tuned.tile(
+            backend, self.device, self.prototypes.dtype, dim, self.normalize, self.label_smoothing > 0, n, k
+        )  # fmt: skip
+        return None if found is None else Blocks(*found)
+
     def blocks(self, kernel: str) -> Blocks:
         """The kernel's tile sizes."""
+        stored = self.stored_tile("triton") if kernel == "sweep" else None
+        if stored is not None:
+            return stored
         numbers = _numbers(self.prototypes.dtype)
         number = self.precision if len(numbers) > 1 else numbers[0]
         found = blocks_for(kernel, self.block_d, number, machine(self.device).architecture)
@@ -372,7 +406,13 @@ class Call(Packed):
         slot, beats, live = (empty(torch.int64, n) for _ in range(3))
         gradient = empty(torch.float32, n if self.need_gradient else 0, dim)
         scale_slope = empty(torch.float32, n if self.need_scale_gradient else 0)
-        return Results(loss, lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope, scale_slope)
+        return Results(
+            loss, lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope, scale_slope, self.kept_memory()
+        )  # fmt: skip
+
+    def kept_memory(self) -> Tensor:
+        """What weights are kept in: none."""
+        return torch.empty(0, 0, dtype=torch.uint8, device=self.device)
 
     def reduced(self, found: Results) -> tuple[Tensor, ...]:
         """The results as the operator gives them: the loss of each probe, weighed, or their sum."""
@@ -387,7 +427,7 @@ class Call(Packed):
         Where they are normalised inside, an angular margin's slope is large there and what the normalisation leaves of
         it is small: it would drown in the rounding of a kernel's sums, and is added after them.
         """
-        near = (exact[1 + len(own_rows) :] < 1 / 16) & (own_rows >= 0)
+        near = (exact[1 + len(own_rows) :] < PARALLEL) & (own_rows >= 0)
         if self.window is not None:  # its slots get no gradient
             assert self.window_start is not None
             near = near & ((own_rows - self.window_start) % len(self.prototypes) >= self.window.shape[1])
@@ -396,13 +436,18 @@ class Call(Packed):
     def add_parallel(self, gradient: Tensor, own_rows: Tensor, share: Tensor) -> None:
         """Adds what :meth:`split_parallel` has taken out."""
         own_row = own_rows.clamp_min(0).long()
-        own = self.prototypes[own_row].double()
-        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True)
-        nothing = (share[:, None] == 0) | (norm < MIN_NORM)  # rows so short count as zeros, and get no gradient
-        own = own / norm
+        nothing = share[:, None] == 0
+        if self.normalize:
+            own = self.prototypes[own_row].double()
+            norm = torch.linalg.vector_norm(own, dim=1, keepdim=True)
+            nothing = nothing | (norm < MIN_NORM)  # rows so short count as zeros, and get no gradient
+            own = own / norm
         hat = normalize(self.embedding.double())
-        across = (hat - (hat * own).sum(1, keepdim=True) * own) * share[:, None] / norm
-        gradient.index_add_(0, own_row, torch.where(nothing, 0.0, across).to(gradient.dtype))
+        part = hat
+        if self.normalize:
+            part = (hat - (hat * own).sum(1, keepdim=True) * own) / norm
+        part = torch.where(nothing, 0.0, part * share[:, None]).to(gradient.dtype)
+        gradient.index_put_((own_row,), part, accumulate=True)  # sorts: index_add_ adds in whatever order on a GPU
 
     @property
     def numbers(self) -> list[float]:
@@ -460,7 +505,7 @@ def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -
     """The operator ``sst_fast::triton_prototype_gradient``: [K, D] in the prototypes' dtype. Two launches, one allocation of scratch."""
     from sst_fast.kernels.margin_softmax import prototypes_kernel
 
-    row_weight, lse, negatives, target_slope = found
+    row_weight, lse, negatives, target_slope, _ = found
     p = Call.received(*received)
     n, k, dim, b, _ = p.sizes
     gradient = torch.empty_like(p.prototypes)

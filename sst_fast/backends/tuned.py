@@ -1,4 +1,5 @@
-"""What ``sst-fast tune`` has measured on this machine: which backend is fastest for a problem, in a file of the user's cache.
+"""What ``sst-fast tune`` has measured on this machine: which backend is fastest for a problem, and with tiles of which size where it has
+such (:meth:`sst_fast.backends.backend.Backend.tiles`), in a file of the user's cache.
 
 An entry holds for one device by name and capability, for the versions of torch, triton and sst-fast that it was measured with, and for one
 problem with N and K rounded up to powers of two. Only results that agreed with the reference are stored. The file is read once, when
@@ -20,12 +21,15 @@ from typing import Any
 
 import torch
 
-from sst_fast.backends.backend import Problem
+from sst_fast.backends.backend import Problem, size_class
 from sst_fast.backends.extension import compiled
 
 ENVIRONMENT = "SST_FAST_TUNE"
 _FORMAT = 1
+Tile = tuple[int, ...]  # rows, slots, warps, stages: sst_fast.backends.triton.Blocks
 _read: dict[str, dict[tuple[object, ...], str]] = {}
+_tiles: dict[str, dict[tuple[object, ...], Tile]] = {}  # of the same entries: as tile() is asked
+_tried: dict[str, Tile] = {}  # backend -> the tile that is being measured
 
 
 def file() -> Path:
@@ -119,12 +123,32 @@ _dims._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def tile(
+    backend: str, device: torch.device, queue_dtype: torch.dtype, dim: int, normalize: bool, smooths: bool, probes: int,
+    slots: int,
+) -> Tile | None:  # fmt: skip
+    """The tile that is stored for a call of a backend, by what its kernel depends on; None: the backend's own table serves."""
+    if _tried:
+        return _tried.get(backend)
+    name = str(device)
+    choices(name)
+    return _tiles[name].get((backend, queue_dtype, dim, normalize, smooths, size_class(probes), size_class(slots)))
+
+
+def try_tile(backend: str, cut: Tile) -> None:
+    """From here on, in this process, the backend takes this tile and nobody a stored one: to measure it."""
+    _tried[backend] = cut
+
+
 def forget() -> None:
     """Reads the file again when it is next needed."""
     _read.clear()
+    _tiles.clear()
+    _tried.clear()
 
 
 def _choices(device: torch.device) -> dict[tuple[object, ...], str]:
+    tiles = _tiles[str(device)] = {}
     if os.environ.get(ENVIRONMENT, "1").lower() in ("0", "false", "no"):
         return {}
     try:
@@ -132,8 +156,17 @@ def _choices(device: torch.device) -> dict[tuple[object, ...], str]:
         if not entries:
             return {}
         here = identity(device)
-        found = {key(_problem(e["problem"])): str(e["backend"]) for e in entries if e["made_for"] == here}
+        found = {}
+        for entry in entries:
+            if entry["made_for"] == here:
+                backend, problem = str(entry["backend"]), _problem(entry["problem"])
+                found[key(problem)] = backend
+                if entry.get("tile"):
+                    _, _, _, dtype, dim, _, _, _, normalize, smooths, *_, probes, slots = problem
+                    call = (backend, dtype, dim, normalize, smooths, probes, slots)
+                    tiles[call] = tuple(map(int, entry["tile"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        tiles.clear()
         warnings.warn(
             f"sst_fast: the stored choices cannot be used and are ignored ({_told(error)}); 'sst-fast tune' writes them anew",
             RuntimeWarning,
@@ -181,13 +214,14 @@ def _written(problem: Problem) -> dict[str, Any]:
     return {name: str(v) if isinstance(v, torch.dtype) else v for name, v in fields.items()}
 
 
-def store(problem: Problem, backend: str, seconds: dict[str, float]) -> Path:
+def store(problem: Problem, backend: str, seconds: dict[str, float], cut: Tile | None = None) -> Path:
     """Stores the choice, over an earlier one for the same problem; the file is replaced in one step.
 
     Args:
         problem: with its sizes; on the device that it was measured on.
         backend: the fastest whose results agreed with the reference.
         seconds: of all that were measured, for the reader of the file.
+        cut: with tiles of this size rather than those of the backend's table.
 
     Returns:
         The file.
@@ -201,7 +235,7 @@ def store(problem: Problem, backend: str, seconds: dict[str, float]) -> Path:
         others = [e for e in entries if e["made_for"] != here or e["problem"] != fields]
     except (ValueError, KeyError, TypeError, AttributeError):
         others = []
-    mine = {"made_for": here, "problem": fields, "backend": backend, "seconds": seconds}
+    mine = {"made_for": here, "problem": fields, "backend": backend, "tile": cut, "seconds": seconds}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
