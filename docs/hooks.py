@@ -18,6 +18,11 @@ from mkdocs.structure.files import File, Files
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to notebooks lead to their pages."""
+    return markdown.replace(".ipynb)", ".md)")
+
+
 def on_page_content(html: str, **_: Any) -> str:
     """The page with its formulas as MathML."""
     return FORMULA.sub(lambda found: drawn(unescape(found[2]), found[1] == "div"), html)
