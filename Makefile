@@ -39,7 +39,7 @@ package: $(VENV)/.ready
 	$(NEW)/python -m pip install --quiet --no-deps --no-index $(PACKAGE)/*.whl
 	cd $(PACKAGE) && $(NEW)/sst-fast --version && $(NEW)/python ../../tests/smoke.py
 	tar xzf $(PACKAGE)/*.tar.gz --strip-components 1 -C $(PACKAGE)/archive && rm -r $(PACKAGE)/archive/sst_fast
-	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider --collect-only | tail -n 1
+	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider --collect-only > collected || { tail collected; exit 1; }
 	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider tests/test_docs.py tests/test_queue.py
 
 fuzz: $(VENV)/.ready
