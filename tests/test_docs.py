@@ -1,5 +1,7 @@
 """Every Python block of README and docs runs; every picture and page that they name is there; every margin has its section."""
 
+import doctest
+import math
 import re
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import sst_fast
 from sst_fast.backends import model
 from sst_fast.backends.backend import Problem
 from sst_fast.margins import MARGINS
+from sst_fast.nn import queues, symmetric
 
 CUDA = torch.device("cuda")
 ROOT = Path(__file__).parent.parent
@@ -53,6 +56,32 @@ def test_code_runs(page):
     namespace = names()
     for number, code in enumerate(blocks(page)):
         exec(compile(code, f"{page.name}, block {number + 1}", "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        test
+        for module in (queues, symmetric)
+        for test in doctest.DocTestFinder(exclude_empty=True).find(module)
+        if test.examples
+    ],
+    ids=lambda example: example.name.removeprefix("sst_fast.nn."),
+)
+def test_examples_of_docstrings_run(example):
+    torch.manual_seed(0)
+    dim = 512 if example.name.endswith("DCQ") else 128
+    rows = {
+        name: torch.randn(4, dim, requires_grad=True)
+        for name in ("query", "embedding", "view_a", "view_b", "image_features", "text_features")
+    }
+    label = torch.tensor([0, 0, 1, 1])
+    example.globs = rows | {
+        "math": math, "torch": torch, "sst_fast": sst_fast, "key": torch.randn(4, dim), "identity": label, "label": label,
+        "features": torch.randn(4, 2, dim, requires_grad=True), "logit_scale": torch.tensor(2.0),
+    }  # fmt: skip
+    assert doctest.DocTestRunner().run(example, clear_globs=False).failed == 0
+    assert torch.isfinite(example.globs["loss"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
