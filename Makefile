@@ -33,10 +33,10 @@ package: $(VENV)/.ready
 	$(BIN)/python setup.py -q sdist --dist-dir $(PACKAGE)
 	SST_FAST_SKIP_CUDA=1 SST_FAST_FORCE_CUDA=0 SST_FAST_REQUIRE_EXTENSION=1 \
 	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(PACKAGE) $(PACKAGE)/*.tar.gz
-	$(BIN)/python -m venv $(PACKAGE)/venv
+	$(BIN)/python -m venv --without-pip $(PACKAGE)/venv
+	$(BIN)/python -m pip --python $(NEW)/python install --quiet --no-deps --no-index $(PACKAGE)/*.whl
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > $$($(NEW)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/other.pth
-	$(NEW)/python -m pip install --quiet --no-deps --no-index $(PACKAGE)/*.whl
 	cd $(PACKAGE) && $(NEW)/sst-fast --version && $(NEW)/python ../../tests/smoke.py
 	tar xzf $(PACKAGE)/*.tar.gz --strip-components 1 -C $(PACKAGE)/archive && rm -r $(PACKAGE)/archive/sst_fast
 	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider --collect-only > collected || { tail collected; exit 1; }
