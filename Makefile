@@ -1,6 +1,7 @@
 # make demo   set up, then train and compare both methods on the embedded faces
 # make test   set up, then run the whole test suite
 # make docs   set up, then build the documentation in build/site
+# make package   set up, then source archive -> wheel -> empty environment, and try what was installed
 # make sanitize   set up, then run the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer (needs gcc's)
 # make sanitize-thread   the same under ThreadSanitizer; this has not run yet
 # make fuzz   set up, then set every backend and instruction set beside the reference, 2,000 random problems each
@@ -13,7 +14,7 @@ TORCH ?= torch
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test docs fuzz sanitize sanitize-address sanitize-thread lint clean
+.PHONY: demo test docs package fuzz sanitize sanitize-address sanitize-thread lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sst-fast demo
@@ -23,6 +24,24 @@ test: $(VENV)/.ready
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The new environment sees torch, NumPy and pytest of the other one, but not its sst-fast: a folder named in a .pth file is searched,
+# .pth files in it are not read. The tests of the archive run without the archive's own package, so that they import what is installed.
+PACKAGE = build/package
+NEW = $(abspath $(PACKAGE))/venv/bin
+package: $(VENV)/.ready
+	rm -rf $(PACKAGE) && mkdir -p $(PACKAGE)/archive
+	$(BIN)/python setup.py -q sdist --dist-dir $(PACKAGE)
+	SST_FAST_SKIP_CUDA=1 SST_FAST_FORCE_CUDA=0 SST_FAST_REQUIRE_EXTENSION=1 \
+	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(PACKAGE) $(PACKAGE)/*.tar.gz
+	$(BIN)/python -m venv --without-pip $(PACKAGE)/venv
+	$(BIN)/python -m pip --python $(NEW)/python install --quiet --no-deps --no-index $(PACKAGE)/*.whl
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(NEW)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/other.pth
+	cd $(PACKAGE) && $(NEW)/sst-fast --version && $(NEW)/python ../../tests/smoke.py
+	tar xzf $(PACKAGE)/*.tar.gz --strip-components 1 -C $(PACKAGE)/archive && rm -r $(PACKAGE)/archive/sst_fast
+	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider --collect-only > collected || { tail collected; exit 1; }
+	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider tests/test_docs.py tests/test_queue.py
 
 # Every instruction set that this machine has; those that it has not are skipped.
 FUZZ = $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
@@ -68,12 +87,13 @@ $(VENV)/.ready: $(SOURCES)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
 	touch $@
 
+# The package is there already, so these install what the extra asks for and build nothing.
 $(VENV)/.docs: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs]"
+	$(BIN)/python -m pip install --quiet "sst-fast[docs]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[lint]"
+	$(BIN)/python -m pip install --quiet "sst-fast[lint]"
 	touch $@
 
 clean:

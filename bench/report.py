@@ -462,8 +462,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.md").write_text(text)
     for name, figure in plots(run).items():
-        for suffix in ("svg", "png"):
-            figure.savefig(options.out / f"{name}.{suffix}", dpi=130)
+        figure.savefig(options.out / f"{name}.svg")
     return 0
 
 

@@ -1,6 +1,7 @@
 """``python -m bench.claims``: tuning, tests, resuming, parts and the page, on a data set of a few glyphs."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -112,7 +113,9 @@ def test_quick_needs_no_tuning(small, tmp_path, capsys):
 
 
 def test_the_page_holds_what_the_results_say(small, finished, tmp_path, capsys):
-    page = tmp_path / "claim.md"
+    page, readme = tmp_path / "docs" / "claim.md", tmp_path / "README.md"
+    page.parent.mkdir()
+    readme.write_text("first\n<!-- claim: kanji -->\nold\n<!-- end -->\nlast\n")
     page.write_text("before\n<!-- kanji -->\nold\n<!-- end -->\nafter\n")
     arguments = ["--config", str(small / "claims.yaml"), "--out", str(finished), "--report", str(page)]
     assert main(arguments) == 0
@@ -131,10 +134,16 @@ def test_the_page_holds_what_the_results_say(small, finished, tmp_path, capsys):
     ):
         assert words in text
     for name in ("losses", "curves", "spectrum"):
-        assert (tmp_path / "claim" / f"kanji_{name}.svg").exists()
+        assert (page.parent / "claim" / f"kanji_{name}.svg").exists()
         assert f"claim/kanji_{name}.svg" in text
+    told = readme.read_text()
+    for method in ("sst", "conventional"):
+        score = re.search(rf"^\| am-softmax \| {method} \|.*\| (\S+ ± \S+) \| [^|]+ \|$", text, re.MULTILINE)[1]
+        assert f"**{score} %**" in told
+    assert re.fullmatch(r"first\n<!-- claim: kanji -->\n.*\(AM-softmax, 2 seeds; .*\)\.\n<!-- end -->\nlast\n", told)
     assert main(arguments) == 0
     assert page.read_text() == text
+    assert readme.read_text() == told
     (tmp_path / "empty.md").write_text("nothing")
     assert main([*arguments[:-1], str(tmp_path / "empty.md")]) == 1
     assert "has no place for the results of 'kanji'" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -327,11 +328,12 @@ def test_help_explains_every_option(capsys):
             assert len(re.findall(r"[a-z]{2,}", explained)) >= 2, (name, option, words)
 
 
-def test_version(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
+def test_version_needs_no_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"sst-fast {sst_fast.__version__}\n"
+    assert main(["info"]) == 1
+    assert "pip install 'sst-fast[train]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -251,13 +251,36 @@ def section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"### {title}", "", *lines] if lines else []
 
 
+def headline(results: Sequence[grid.Result]) -> str:
+    """What was found with AM-softmax and two images per identity, in a sentence; empty without runs of both methods."""
+    tested = [r for r in results if r["stage"] == "test" and r["loss"] == "am-softmax" and r["method"] in COLOURS]
+    found = {method: values(tested, MAIN, method=method) for method in COLOURS}
+    if not all(found.values()):
+        return ""
+    versions = tested[0]["versions"]
+    seeds = min(map(len, found.values()))
+    return (
+        f"**{spread(found['sst'])} %** of same-identity pairs are accepted when one in 1,000 other pairs is, after Semi-Siamese "
+        f"Training; **{spread(found['conventional'])} %** after conventional training (AM-softmax, {seeds} "
+        f"seed{'s' if seeds > 1 else ''}; CPU, {versions['threads']} thread, torch {versions['torch']}, {versions['date']})."
+    )
+
+
+def fill(text: str, name: str, content: str) -> str | None:
+    """``text`` with ``content`` between ``<!-- name -->`` and ``<!-- end -->``; None where it has no such place."""
+    found = re.search(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", text, re.DOTALL)
+    return None if found is None else text[: found.end(1)] + content + text[found.start(2) :]
+
+
 def write(page: Path, files: Sequence[Path], config: grid.Config) -> None:
-    """Fills in what stands between ``<!-- NAME -->`` and ``<!-- end -->`` for each data set NAME that has results.
+    """Fills in what stands between ``<!-- NAME -->`` and ``<!-- end -->`` for each data set NAME that has results, and, between
+    ``<!-- claim: NAME -->`` and ``<!-- end -->`` in the README above the page's folder, the main result in a sentence.
 
     Raises:
         ValueError: the page has no such place, or there are no results.
     """
     text, sets = page.read_text(encoding="utf-8"), {}
+    readme = page.parent.parent / "README.md"
     for path in files:
         for key, result in grid.read_results(path).items():
             if result["protocol"] == grid.digest(config, result["data"]) and result["stage"] != "quick":
@@ -280,9 +303,12 @@ def write(page: Path, files: Sequence[Path], config: grid.Config) -> None:
             *section("Ablations of SST, AM-softmax", ablations(listed)),
             *section("Features: effective rank, mean cosine within and between identities", diagnosis(listed)),
         ]
-        place = re.compile(rf"(<!-- {re.escape(data)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        found = place.search(text)
-        if found is None:
+        filled = fill(text, data, "\n".join(lines))
+        if filled is None:
             raise ValueError(f"{page} has no place for the results of {data!r}: <!-- {data} --> ... <!-- end -->")
-        text = text[: found.end(1)] + "\n".join(lines) + text[found.start(2) :]
+        text = filled
+        if readme.exists() and (sentence := headline(listed)):
+            shown = fill(readme.read_text(encoding="utf-8"), f"claim: {data}", sentence + "\n")
+            if shown is not None:
+                readme.write_text(shown, encoding="utf-8")
     page.write_text(text, encoding="utf-8")

@@ -48,7 +48,7 @@ function calculate(form, out) {
 
 // The theme may load a page without a new document, and says so through document$.
 function start() {
-  const form = document.getElementById("calculator"), out = document.getElementById("calculated");
+  const form = document.getElementById("sizes"), out = document.getElementById("calculated");
   if (!form) return;
   form.device.innerHTML = Object.keys(DEVICES).map((name) => `<option>${name}</option>`).join("");
   form.addEventListener("input", () => calculate(form, out));

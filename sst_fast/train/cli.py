@@ -16,6 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import sst_fast
+
 if TYPE_CHECKING:
     from sst_fast.data.pairs import OnError
     from sst_fast.evaluation.targets import Options
@@ -145,7 +147,6 @@ def info(
     """
     import torch
 
-    import sst_fast
     from sst_fast.arguments import QUEUE_DTYPES
     from sst_fast.train.pages import versions
 
@@ -216,6 +217,10 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; one line on stderr for what the user can mend: status 2 for the command line itself, 1 for the
     rest."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    if argv == ["--version"]:  # needs no extra
+        print(f"sst-fast {sst_fast.__version__}")
+        return 0
     try:
         import jsonargparse
     except ImportError:
@@ -224,7 +229,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sst_fast.evaluation.targets import Options
     from sst_fast.train.loop import Stopped
 
-    argv = list(sys.argv[1:] if arguments is None else arguments)
     who = f"sst-fast {argv[0]}" if argv and argv[0] in COMMANDS else "sst-fast"
 
     def fail(message: object, status: int) -> int:
@@ -261,7 +265,6 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
     import yaml
     from torch import Tensor
 
-    import sst_fast
     from sst_fast.data import commands as data_commands
     from sst_fast.evaluation.targets import Options
     from sst_fast.margins import Margin
