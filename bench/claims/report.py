@@ -189,7 +189,10 @@ def figures(results: Sequence[grid.Result], folder: Path, data: str) -> list[str
         pyplot.close()
         shown.append(f"![{title}]({folder.name}/{path.name})")
 
-    losses = list(dict.fromkeys(r["loss"] for r in tested))
+    methods_of = {r["loss"]: {other["method"] for other in tested if other["loss"] == r["loss"]} for r in tested}
+    losses = [loss for loss, found in methods_of.items() if len(found) == len(COLOURS)] or list(
+        methods_of
+    )  # bars to compare
     pyplot.figure(figsize=(1.5 + 1.4 * len(losses), 3.2))
     for i, (method, colour) in enumerate(COLOURS.items()):
         for j, loss in enumerate(losses):
