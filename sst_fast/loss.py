@@ -275,9 +275,7 @@ class SemiSiameseLoss(nn.Module):
         elif self.keep == "both":
             self.queue.enqueue(features.flip(0).flatten(0, 1), ids.repeat(2), unit=True)
         else:
-            self.queue.enqueue_window(
-                window._replace(features=features, identities=ids) if self.shard else window, kept
-            )
+            self.queue._write(features, ids, True, kept)  # the queue's own window: nothing of it is checked again
 
     def _loss(
         self, embedding: Tensor, target: Tensor, identity: Tensor | None, window: Window, features: Tensor,
