@@ -48,6 +48,11 @@ def chosen(size: str, device: torch.device) -> list[Problem]:
                     found |= dict.fromkeys(replace(middle, **{name: value}) for value in values)
             found |= dict.fromkeys(replace(middle, n=1024, task=task) for task in axes["task"])
         found[replace(centre, dtype=dtype, sst=False, n=1)] = None
+        # Small classifiers, where what surrounds the products weighs most.
+        small = replace(centre, dtype=dtype, sst=False)
+        found |= dict.fromkeys(
+            replace(small, n=n, k=k, d=d) for n, k, d in ((16, 1000, 128), (32, 2560, 512), (256, 1024, 512))
+        )
         # The plain softmax, which most libraries can compute, also over n.
         middle = replace(centre, dtype=dtype, sst=False, margin="softmax")
         found |= dict.fromkeys(replace(middle, n=n) for n in axes["n"][1:])

@@ -1,11 +1,18 @@
-"""Without a GPU, Triton's interpreter stands in for one; it must be chosen before triton is first imported."""
+"""What must be chosen before torch and triton are first imported, and what many tests share."""
 
 import os
+
+# Where several processes run tests, each computes with one thread: threads that wait for one another would take the cores from
+# those that compute. Tests of several threads set their number themselves, and these wait without spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 from hypothesis import settings
 
+# Without a GPU, Triton's interpreter stands in for one.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
