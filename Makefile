@@ -2,8 +2,7 @@
 # make test   set up, then run the whole test suite
 # make docs   set up, then build the documentation in build/site
 # make package   set up, then source archive -> wheel -> empty environment, and try what was installed
-# make sanitize   set up, then run the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer (needs gcc's)
-# make sanitize-thread   the same under ThreadSanitizer; this has not run yet
+# make sanitize   set up, then run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs gcc's)
 # make fuzz   set up, then set every backend and instruction set beside the reference, 2,000 random problems each
 #
 # TORCH=torch==2.13.0   another PyTorch      PYTHON=python3.12   another Python      VENV=.venv   another place      JOBS=2   processes that run tests
@@ -59,7 +58,7 @@ INSTRUMENTED = SST_FAST_SKIP_CUDA=1 SST_FAST_REQUIRE_EXTENSION=1 SST_FAST_SANITI
 OF_C = $(BIN)/python -m pytest -o pythonpath=build/$(1)/lib -p no:cacheprovider --hypothesis-profile=few -m "not slow" $(2) \
 	  -k "not triton and not interpreter and not reference and not compile"
 
-sanitize: sanitize-address
+sanitize: sanitize-address sanitize-thread
 
 sanitize-address: $(VENV)/.ready
 	$(call INSTRUMENTED,address$(,)undefined,address)

@@ -36,7 +36,7 @@ struct Chunks {
 
   // moment_bytes: of one task, 0 where there are none. All of them together are held to 8 MiB.
   Chunks(int64_t blocks, const Queue& slots, int64_t moment_bytes) : rows(slots.rows()) {
-    constexpr int64_t tasks = 32, fewest = 192;
+    constexpr int64_t tasks = 32, fewest = 256;
     count = (tasks + blocks - 1) / blocks;
     if (moment_bytes) count = std::min(count, (8 << 20) / (blocks * moment_bytes));
     count = std::max<int64_t>(1, std::min(count, rows / fewest));

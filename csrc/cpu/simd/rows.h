@@ -90,7 +90,7 @@ static Measured measure(
   read(target, target_format, 0, D, w);
   const auto norm = [&](const double* row) { return norm_of(D, [&](int64_t d0, int64_t) { return row + d0; }); };
   Measured found;
-  found.unit = power_at(largest_of(x, D));
+  found.unit = format == Format::bf16 ? power_at(largest_of(x, D)) : 1;  // for products in pairs alone
   found.inverse_norm = normaliser(norm(x));
   found.target_inverse_norm = normalize_target ? normaliser(norm(w)) : 1;
   const double a = found.inverse_norm, b = found.target_inverse_norm;
