@@ -230,12 +230,19 @@ def _compute(a: Arguments, backend: str | None) -> tuple[Tensor, Statistics]:
     records = torch.is_grad_enabled()
     trains = records and a.prototypes.requires_grad
     trains_scale = records and isinstance(a.scale, Tensor) and a.scale.requires_grad
+    # A graph of torch.compile keeps one decision: what that depends on must be plain values, while sizes and Python's
+    # numbers may be symbols. A range and a branch fix them.
     probes = slots = 0
-    if not torch.compiler.is_compiling():  # where sizes may be symbols
+    dim, smooths = a.embedding.shape[1], False
+    if a.label_smoothing > 0:
+        smooths = True
+    if torch.compiler.is_compiling():
+        dim = len(range(dim))
+    else:
         probes, slots = size_class(a.embedding.shape[0]), size_class(a.prototypes.shape[0])
     problem = (
-        "margin_softmax", a.embedding.device, a.embedding.dtype, a.prototypes.dtype, a.embedding.shape[1],
-        a.window is not None, a.positive is not None, trains, a.normalize_prototypes, a.label_smoothing > 0, a.product_dtype,
+        "margin_softmax", a.embedding.device, a.embedding.dtype, a.prototypes.dtype, dim,
+        a.window is not None, a.positive is not None, trains, a.normalize_prototypes, smooths, a.product_dtype,
         trains_scale, a.sub_centers > 1, probes, slots,
     )  # fmt: skip
     return attempt(problem, backend, partial(_run, a, trains=trains and backend is None))

@@ -163,12 +163,12 @@ class Margin:
     @property
     def varies(self) -> bool:
         """Whether a parameter is a tensor."""
-        return any(isinstance(value, Tensor) for value in vars(self).values())
+        return any(isinstance(value, Tensor) for value in self.parameters())
 
     @property
     def trains(self) -> bool:
         """Whether a parameter requires a gradient."""
-        return any(isinstance(value, Tensor) and value.requires_grad for value in vars(self).values())
+        return any(isinstance(value, Tensor) and value.requires_grad for value in self.parameters())
 
     def per_row(self, n: int) -> tuple[list[float], Tensor | None]:
         """The parameters as numbers and, where one of them is a tensor, all of them as float64 [P, n]."""

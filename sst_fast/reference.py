@@ -46,10 +46,10 @@ def window_slots(start: Tensor, size: int, slots: int) -> Tensor:
 
 def margin_softmax(a: Arguments) -> tuple[Tensor, Statistics]:
     """The loss, reduced as asked, and what was seen. Differentiable in ``embedding``, ``prototypes``, ``positive``, ``scale`` and margins."""
-    rows = each(a)
-    weight = row_weight(a).to(rows.loss.dtype)
-    loss = torch.where(weight == 0, 0, rows.loss * weight)
-    return loss if a.reduction == "none" else loss.sum(), Statistics(*rows[1:])
+    loss, *seen = each(a)
+    weight = row_weight(a).to(loss.dtype)
+    loss = torch.where(weight == 0, 0, loss * weight)
+    return loss if a.reduction == "none" else loss.sum(), Statistics(*seen)
 
 
 def row_weight(a: Arguments) -> Tensor:

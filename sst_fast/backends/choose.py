@@ -78,10 +78,6 @@ def backends(device: str | torch.device | None = None, **problem: object) -> dic
 
 def choose(problem: Problem, requested: str | None = None) -> str:
     """Name of the backend that runs ``problem``; ValueError with the reason if the requested one cannot."""
-    if torch.compiler.is_compiling():  # sizes may be symbols, which no dictionary takes; the graph keeps the decision
-        name = _decide(problem, requested).chosen
-        BACKENDS[name].load()
-        return name
     return _remembered(problem, requested)
 
 
@@ -93,6 +89,14 @@ def _remembered(fields: tuple[Any, ...], requested: str | None) -> str:
         BACKENDS[name].load()
     return name
 
+
+def _kept_by_graph(fields: tuple[Any, ...], requested: str | None) -> str:
+    """:func:`_remembered` under torch.compile, which does not trace how a decision is made; the graph keeps it."""
+    return _remembered(fields, requested)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler, and with it a second of waiting.
+_kept_by_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _decisions: dict[tuple[tuple[Any, ...], str | None], str] = {}  # (fields of a problem, what was asked for) -> backend
 _refused: dict[tuple[str, Problem], str] = {}  # (backend, problem of any size) -> why
@@ -110,7 +114,7 @@ def attempt(fields: tuple[Any, ...], requested: str | None, run: Callable[[str],
         run: does the work by the backend of that name.
     """
     if torch.compiler.is_compiling():
-        return run(choose(Problem(*fields), requested))
+        return run(_kept_by_graph(fields, requested))
     while True:
         name = _remembered(fields, requested)
         try:
@@ -165,7 +169,6 @@ def forget() -> None:
 
 def _decide(problem: Problem, requested: str | None) -> Choice:
     missing = problem.device.type == "cuda" and not torch.cuda.is_available()  # then no backend can look at the device
-    kind = problem._replace(probes=0, slots=0)
     states = {
         name: (NO_DEVICE if missing and name != "reference" else backend.why_not(problem)) or "available"
         for name, backend in BACKENDS.items()
@@ -174,6 +177,7 @@ def _decide(problem: Problem, requested: str | None) -> Choice:
     if asked is None:
         asked, source = _environment().get(problem.operation), ENVIRONMENT
     if asked is None:
+        kind = problem._replace(probes=0, slots=0)
         states = {
             name: _refused.get((name, kind), state) if state == "available" else state for name, state in states.items()
         }
