@@ -263,9 +263,10 @@ def headline(results: Sequence[grid.Result]) -> str:
     versions = tested[0]["versions"]
     seeds = min(map(len, found.values()))
     return (
-        f"Semi-Siamese Training accepts **{spread(found['sst'])} %** of the pairs of one identity, and conventional training "
-        f"**{spread(found['conventional'])} %**, when one in 1,000 pairs of two identities is accepted (AM-softmax, {seeds} "
-        f"seed{'s' if seeds > 1 else ''}; CPU, {versions['threads']} thread, torch {versions['torch']}, {versions['date']})."
+        f"With Semi-Siamese Training **{spread(found['sst'])} %** of the pairs of one identity are accepted, with conventional "
+        f"training **{spread(found['conventional'])} %**, at a threshold that accepts one in 1,000 pairs of two identities "
+        f"(AM-softmax, {seeds} seed{'s' if seeds > 1 else ''}; CPU, {versions['threads']} thread, torch {versions['torch']}, "
+        f"{versions['date']})."
     )
 
 
