@@ -458,7 +458,8 @@ class NPCFace(Margin):
     backend needs a second one.
 
     Args:
-        m0, m1: radians; t, alpha: slope and offset of hard slots.
+        m0, m1: radians.
+        t, alpha: slope and offset of phi for hard slots.
         hard_margin: radians; what decides which slots are hard.
         positive_only: margin only where a > 0, as FaceX-Zoo's head does.
     """
