@@ -73,7 +73,7 @@ class Statistics(NamedTuple):
         target_cosine: [N], cosine with the target.
         hardest_cosine: [N], largest cosine among the slots that are neither target nor masked; -inf if there is none.
         hardest_slot: int64 [N], number of that slot; -1 if there is none.
-        beats_target: [N], how many of these slots have a larger cosine than the target.
+        beats_target: int64 [N], how many of these slots have a larger cosine than the target.
     """
 
     lse: Tensor
