@@ -120,7 +120,7 @@ def window() -> None:
 
 
 def sweep() -> None:
-    d = Drawing(760, 300, "One pass over the queue finds loss and gradient")
+    d = Drawing(760, 335, "One pass over the queue finds loss and gradient")
     d.words(20, 28, "eager", "start", weight="bold")
     d.box(20, 45, 60, 90, "X\n[N, D]", BLUE)
     d.box(110, 45, 150, 90, "logits [N, K]\nwritten, read,\nread again ...", GRAY)
@@ -135,10 +135,11 @@ def sweep() -> None:
     d.arrow((80, 235), (110, 235))
     d.box(570, 190, 170, 90, "running maximum,\nsum of e^z,\nmoments of e^z w", BLUE)
     d.arrow((530, 235), (570, 235))
+    d.words(385, 80, "Ordinary code writes N x K numbers to memory\nand reads them again for each step.", "start", 13)
     d.words(
-        385,
-        70,
-        "For each tile of slots: cosines, masks, margin, e^z,\nand at once the weighed sum of the slots,\nwhich is the gradient. The N x K numbers live\nin caches or registers only.",
+        110,
+        298,
+        "For each tile: cosines, masks, margin, e^z, and at once the weighted sum of the slots,\nwhich is the gradient. The N x K numbers live in caches or registers only.",
         "start",
         13,
     )

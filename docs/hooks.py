@@ -1,5 +1,5 @@
-"""Hooks of MkDocs: formulas and notebooks become part of the pages while the site is built, so that no page needs a script or
-anything from elsewhere for them."""
+"""Hooks of MkDocs: formulas, notebooks and the references of docstrings become part of the pages while the site is built, so that no
+page needs a script or anything from elsewhere for them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from mkdocs.structure.files import File, Files
 
 # What pymdownx.arithmatex (generic: true) makes of $...$ and of $$...$$.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+# What Markdown makes of a docstring's :class:`sst_fast.GalleryQueue`.
+REFERENCE = re.compile(r":(?:mod|class|func|meth|attr|data):<code>([\w.]+)</code>")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -24,13 +26,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """The page with its formulas as MathML."""
-    return FORMULA.sub(lambda found: drawn(unescape(found[2]), found[1] == "div"), html)
+    """The page with its formulas as MathML, and with links in the place of docstrings' references."""
+    html = FORMULA.sub(lambda found: drawn(unescape(found[2]), found[1] == "div"), html)
+    return REFERENCE.sub(lambda found: linked(found[1]), html)
 
 
 def drawn(formula: str, alone: bool) -> str:
     """LaTeX as MathML; one that stands alone can scroll."""
     return f'<div class="formula">{convert(formula, display="block")}</div>' if alone else convert(formula)
+
+
+def linked(name: str) -> str:
+    """A name as code, for the plugin autorefs to link to its documentation where there is any."""
+    return f'<autoref identifier="{name}" optional><code>{name}</code></autoref>'
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

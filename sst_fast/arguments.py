@@ -66,10 +66,14 @@ class Window(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the sweep over the queue saw, per probe, each [N], without gradient.
+    """What the sweep over the queue saw, for each probe, without gradient.
 
-    ``lse`` log-sum-exp of all logits, ``target_cosine``, ``hardest_cosine`` of the slots that are neither target nor
-    masked (-inf if there is none) and its ``hardest_slot`` (-1), ``beats_target``: how many of them exceed the target.
+    Attributes:
+        lse: [N], log of the sum of the exponentials of all logits.
+        target_cosine: [N], cosine with the target.
+        hardest_cosine: [N], largest cosine among the slots that are neither target nor masked; -inf if there is none.
+        hardest_slot: int64 [N], number of that slot; -1 if there is none.
+        beats_target: int64 [N], how many of these slots have a larger cosine than the target.
     """
 
     lse: Tensor

@@ -89,51 +89,51 @@ def margin_softmax(
 ) -> Tensor | tuple[Tensor, Statistics]:
     """Margin-softmax of probes over a gallery queue (Du et al., Semi-Siamese Training, ECCV 2020), in one sweep over the queue.
 
-    With c_ij the cosine of probe i and slot j and a_i that of its target slot y_i,
+    With c_ij the cosine of probe i and slot j, and a_i that of probe i and its target slot y_i,
 
         loss_i = -s psi(a_i) + log( exp(s psi(a_i)) + sum over unmasked j != y_i of exp(s phi(c_ij)) ).
 
     No N x K tensor is ever made. The gradient for ``embedding`` is found in the same sweep. ``prototypes`` get one if they
-    require it, by a second sweep in backward; rows that ``window`` replaces get zeros. Compiled backends have no second
-    derivative, and none in forward mode. Under autocast ``embedding`` and float32 ``prototypes`` are cast as for a linear layer,
-    after normalisation where that is done inside; the loss stays float32. A gradient beyond the range of float16 embeddings is
-    infinite, for a gradient scaler to see.
+    require it, by a second sweep in backward. Rows that ``window`` replaces get zeros. Compiled backends have no second
+    derivative, and none in forward mode.
+
+    Under autocast ``embedding`` and float32 ``prototypes`` are cast as for a linear layer, after normalisation where that is done
+    inside. The loss stays float32. A gradient beyond the range of float16 embeddings is infinite, for a gradient scaler to see.
 
     Args:
         embedding: probes [N, D], float64, float32, bfloat16 or float16; normalised inside. A zero row has cosine 0
             with everything and gradient 0.
-        prototypes: [K, D] (or [K S, D], see ``sub_centers``), same device, float64, float32, bfloat16, float16 or (without gradient) float8_e4m3fn; taken as
-            they are: rows should have norm 1 (those of a queue do).
+        prototypes: [K, D] (or [K S, D], see ``sub_centers``), same device, float64, float32, bfloat16, float16 or (without
+            gradient) float8_e4m3fn. They are taken as they are: rows should have norm 1 (those of a queue do).
         target: int64 [N], row numbers of ``prototypes``. With ``positive`` it may be None, or name for each probe a row that
             is no negative (-1: none).
-        positive: [N, D]: the targets themselves where they are no rows of ``prototypes``, as in MoCo's InfoNCE; taken as they
-            are, or normalised with ``normalize_prototypes``; may require a gradient.
-        margin: a margin of :mod:`sst_fast.margins`; its parameters may be tensors [N], one value per probe, and those that it
+        positive: [N, D]: the targets themselves where they are no rows of ``prototypes``, as in MoCo's InfoNCE. They are taken as
+            they are, or normalised with ``normalize_prototypes``. They may require a gradient.
+        margin: a margin of :mod:`sst_fast.margins`. Its parameters may be tensors [N], one value per probe. Those that it
             names ``trainable`` may require a gradient.
-        scale: s in (0, 1000], the inverse temperature: a number, a 0-d tensor or a tensor [N], which may require a
-            gradient: it is found in the same sweep.
+        scale: s in (0, 1000], the inverse temperature: a number, a 0-d tensor or a tensor [N]. It may require a gradient, which is
+            found in the same sweep.
         reduction: 'mean' (default), 'sum' or 'none' (float32 [N]; float64 if an input is).
         weight: [N], floating point, multiplies each probe's loss; 'mean' then divides by the sum of weights.
-        ignore_index: probes with this target have loss 0 and gradient 0 and do not count in the mean (0 if none does).
+        ignore_index: probes with this target have loss 0 and gradient 0, and do not count in the mean (0 if none counts).
         label_smoothing: e in [0, 1): a share e of each probe's target distribution is spread evenly over its unmasked
             slots, the target among them (Szegedy et al., CVPR 2016). Its gradient takes one more sweep.
-        window: the batch's own slots, from :meth:`sst_fast.GalleryQueue.window`: replaces those rows of
+        window: the batch's own slots, from :meth:`sst_fast.GalleryQueue.window`. It replaces those rows of
             ``prototypes`` for this call, differently for each group of probes.
-        identity: int64 [N]. With ``slot_identity``, a slot of the probe's own identity that is not its target is no
-            negative and is masked.
+        identity: int64 [N]. With ``slot_identity``, slots of the probe's own identity other than its target are masked.
         slot_identity: int64 [K], -1 for an empty slot.
         mask_empty: mask slots with identity -1 (needs ``slot_identity``).
         normalize_prototypes: divide rows of ``prototypes`` by their norm inside the sweep; their gradient follows.
-        gradient: 'exact', or 'straight_through': psi' = phi' = 1, as of heads that apply the margin under ``no_grad``
-            (insightface's), for parity with them. What FilteredMargin leaves out has no gradient either way.
+        gradient: 'exact', or 'straight_through': psi' = phi' = 1, as in heads that apply the margin under ``no_grad``
+            (insightface's). What FilteredMargin leaves out has no gradient either way.
         return_statistics: also return :class:`Statistics`.
-        backend: force an implementation, see :func:`sst_fast.backends`; ValueError with the reason where it cannot do this.
-        product_dtype: torch.float8_e4m3fn allows probes and weights over a float8 queue to be rounded to float8 as well, which
+        backend: force an implementation, see :func:`sst_fast.backends`. If it cannot do this, ValueError gives the reason.
+        product_dtype: torch.float8_e4m3fn allows probes and weights over a float8 queue to be rounded to float8 as well. That
             is faster and less exact: cosines are off by up to 0.1 / sqrt(D). None (default): no such rounding.
         sub_centers: S in [1, 16], how many rows of ``prototypes`` stand for each class (Deng et al., Sub-center ArcFace, ECCV
-            2020). ``prototypes`` are then [K S, D], class c in rows c S to c S + S - 1, and a probe's cosine with a class is the
-            largest over these; the gradient goes to that row alone, the first of equally near ones. ``target``,
-            ``slot_identity`` and statistics count classes. Not beside a window.
+            2020). ``prototypes`` are then [K S, D], class c in rows c S to c S + S - 1. A probe's cosine with a class is the
+            largest over these rows. The gradient goes to that row alone, the first of equally near ones. ``target``,
+            ``slot_identity`` and statistics count classes. Not together with a window.
 
     Returns:
         The loss, or (loss, statistics).

@@ -130,36 +130,39 @@ def over_shards(
 
 
 class SemiSiameseLoss(nn.Module):
-    """Both directions of Semi-Siamese Training against one queue, in one launch, then the enqueue.
+    """The loss of Semi-Siamese Training: both directions against one queue, in one launch. Then the batch enters the queue.
 
     loss = 1/2 [ L(probe(x1), gallery(x2)) + L(probe(x2), gallery(x1)) ]  (Du et al., ECCV 2020), where L
     is :func:`sst_fast.functional.margin_softmax` with the other image's gallery feature in the batch's own slots.
 
-    Several processes (W ranks with a process group): by default every rank's gallery features and identities enter every
-    rank's queue, so that all hold the same one and each probe sees the whole batch. ``shard``: each rank's queue is a shard,
-    1/W of the whole; probes visit all shards. Loss and gradient are those of one queue with all the slots. Every rank must
-    bring the same B. The value is the mean over the rank's own probes; gradients averaged over ranks, as
-    DistributedDataParallel does, are those of the mean over all.
+    With several processes (W ranks of a process group) every rank's gallery features and identities enter every rank's queue.
+    So all ranks hold the same queue, and each probe sees the whole batch. With ``shard`` each rank's queue is a shard, 1/W of the
+    whole, and probes visit all shards. Loss and gradient are then those of one queue with all the slots.
+
+    Every rank must bring the same B. The value is the mean over the rank's own probes. If gradients are averaged over ranks, as
+    DistributedDataParallel does, they are those of the mean over all probes.
 
     Args:
         queue: the gallery queue; with ``shard`` this rank's part of it, with ``spare`` >= W B.
         margin: a margin of :mod:`sst_fast.margins`.
         scale: inverse temperature s > 0.
         label_smoothing, gradient: as in :func:`sst_fast.functional.margin_softmax`.
-        keep: whose gallery feature enters the queue: 'coin' (default: of both images alike, one toss per batch on all
-            ranks, as in the authors' code), 'first', 'second', 'mean' (of the unit features) or 'both' (2B slots a step).
-        mask_identity: slots that hold the probe's own identity are no negatives (default). False: as the authors' code.
+        keep: which image's gallery feature enters the queue. 'coin' (default): one toss decides for the whole batch, on all
+            ranks alike, as in the authors' code. 'first' or 'second': always that image's. 'mean': the mean of both unit
+            features. 'both': both, which takes 2B slots a step.
+        mask_identity: slots that hold the probe's own identity are no negatives (default). False: they are, as in the authors'
+            code.
         mask_empty: empty slots are no negatives (default).
         gather: with several processes, fill the queue from all of them (default) or from this one alone.
-        shard: see above.
+        shard: the rank's queue is a part of the whole, see above.
         group: the process group; default: all processes.
         backend: force an implementation of the loss, see :func:`sst_fast.backends`.
 
-    A shard is in no other rank's state dict: where one file is written for all ranks (torch.distributed.checkpoint, safetensors),
-    leave ``criterion.queue.*`` out of the model's state and save ``queue.state_dict()`` under a name of each rank's own.
+    A shard is in no other rank's state dict. If one file is written for all ranks (torch.distributed.checkpoint, safetensors),
+    leave ``criterion.queue.*`` out of the model's state, and save ``queue.state_dict()`` under a name of each rank's own.
 
-    After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the 2B probes; of one shard with
-    ``shard``.
+    After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the 2B probes. With ``shard`` they cover
+    this shard only.
 
     Raises:
         ValueError: ``shard`` with ``mask_empty=False``, label smoothing or a margin that needs the whole queue at once
@@ -321,17 +324,18 @@ class SemiSiameseLoss(nn.Module):
 
 
 class MarginSoftmaxHead(nn.Module):
-    """Learned class weights under a margin: what ArcFace and CosFace heads do, by the same kernels and with no N x K tensor.
+    """Learned class weights with a margin, as ArcFace and CosFace have them, without an N x K tensor.
 
-    :mod:`sst_fast.nn` has one by name for each margin.
+    :mod:`sst_fast.nn` has heads named after their margins.
 
     Args:
-        classes: number of classes K >= 2; dim: number of features D.
+        classes: number of classes K >= 2.
+        dim: number of features D.
         margin: a margin of :mod:`sst_fast.margins`.
         scale: inverse temperature s > 0.
-        init: fills the weight [K, D] in place, as the functions of ``torch.nn.init`` do; default: normal with standard
-            deviation 0.01, as insightface's. Only directions enter the loss, but the shorter the rows, the further a step of
-            the optimizer turns them.
+        init: fills the weight [K, D] in place, as the functions of ``torch.nn.init`` do. Default: normal with standard
+            deviation 0.01, as insightface's. Only the directions of rows enter the loss. But the shorter the rows, the further
+            a step of the optimizer turns them.
         options: more keyword arguments of :func:`sst_fast.functional.margin_softmax`.
 
     After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the batch.
@@ -391,7 +395,7 @@ class MarginSoftmaxHead(nn.Module):
     def logits(self, embedding: Tensor) -> Tensor:
         """Scale times the cosines with all classes [N, K], without the margin, of embeddings [N, D]; in the embedding's dtype.
 
-        Plain PyTorch, with its gradient. All N x K of them are in memory: :meth:`topk` finds the largest without.
+        Plain PyTorch, with its gradient. All N x K of them are in memory. To find the largest ones without that, use :meth:`topk`.
         """
         self._check(embedding)
         rows = reference.normalize(self.weight) if self.options["normalize_prototypes"] else self.weight

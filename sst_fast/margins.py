@@ -4,15 +4,15 @@
 changes the target's cosine, ``psi(a)``, and may change the others', ``phi(c, a)``; logits are ``scale`` times these.
 ``csrc/margin.h`` is the counterpart for the compiled kernels; ``tests/test_margins.py`` holds the two together.
 
-A parameter may be a number, a 0-d tensor or a tensor [N], one value per probe; those that ``trainable`` names may require a
+A parameter may be a number, a 0-d tensor or a tensor [N], one value per probe. Those that ``trainable`` names may require a
 gradient. What else adapts (thresholds, which slots are 'hard', weights that depend on cosines, AdaFace's statistics of norms)
-is constant to the gradient, as in the authors' codes; MagFace's margin is not, as in its authors' code.
+is constant to the gradient, as in the authors' codes. MagFace's margin is not constant, as in its authors' code.
 
-A target row w is taken as it is: with a = x w for the unit probe x, its part across the probe has length ``sine`` = |w - a x|,
-and cos(theta + m) stands for a cos m - sine sin m, which is |w| cos(theta + m). The slope in ``a`` is that at constant |w|. It
-grows without bound towards theta = 0 and pi, but the gradient that it makes, slope times (w - a x), keeps the finite length
-|w| sin(theta + m). Where the rows are parallel (sine < 1e-12) there is no direction across; the gradient of the margin is 0
-there, the mean over all directions.
+A target row w is taken as it is. With a = x w for the unit probe x, its part across the probe has the length
+``sine`` = |w - a x|. cos(theta + m) stands for a cos m - sine sin m, which is |w| cos(theta + m). The slope in ``a`` is that at
+constant |w|. It grows without bound towards theta = 0 and pi. But the gradient that it makes, slope times (w - a x), keeps the
+finite length |w| sin(theta + m). Where the rows are parallel (sine < 1e-12) there is no direction across. There the gradient of
+the margin is 0, the mean over all directions.
 """
 
 from __future__ import annotations
@@ -230,13 +230,13 @@ class AMSoftmax(Margin):
 class ArcSoftmax(Margin):
     """Additive angular margin: ArcFace (Deng et al., CVPR 2019, eq. 3).
 
-    psi(a) = cos(theta + margin) as long as theta + margin <= pi; beyond that one of several rules.
+    psi(a) = cos(theta + margin) as long as theta + margin <= pi. Beyond that one of several rules holds.
 
     Args:
         margin: radians in [0, pi].
-        easy: the 'easy margin' rule: no margin for every target beyond 90 degrees.
-        beyond: without ``easy``, psi beyond pi: 'linear' (default), a - margin * sin(margin); 'cosine', cos(theta + margin) as it
-            is, which rises again (insightface's code, FaceX-Zoo's Semi-Siamese Training); a cosine m in [0, 2]: a - m
+        easy: the 'easy margin' rule: targets beyond 90 degrees have no margin.
+        beyond: what psi is beyond pi, without ``easy``. 'linear' (default): a - margin * sin(margin). 'cosine': cos(theta + margin)
+            as it is, which rises again (insightface's code, FaceX-Zoo's Semi-Siamese Training). A cosine m in [0, 2]: a - m
             (``margin_am`` of FaceX-Zoo's heads, where it is 0).
     """
 
@@ -274,10 +274,10 @@ class CombinedMargin(Margin):
         m2: radians in [-pi, pi].
         m3: a cosine in [-2, 2].
         annealing: psi becomes (annealing * a + psi) / (annealing + 1); >= 0.
-        beyond: the cosine of an angle beyond pi: 'fall' (default), (-1)^k cos - 2k with k = floor(angle / pi), so psi falls all
-            the way (SphereFace's); 'hold', the angle is held in [0, pi]; 'cosine', as it is, which rises again (insightface's
-            code); 'clamp', a is held in [-0.999, 0.999] and the angle in [0.001, pi - 0.001] (AdaFace's code). An angle below
-            0 is held at 0, but by 'cosine'.
+        beyond: what the cosine of an angle beyond pi is. 'fall' (default): (-1)^k cos - 2k with k = floor(angle / pi), so psi falls
+            all the way (SphereFace's). 'hold': the angle is held in [0, pi]. 'cosine': as it is, which rises again (insightface's
+            code). 'clamp': a is held in [-0.999, 0.999] and the angle in [0.001, pi - 0.001] (AdaFace's code). An angle below
+            0 is held at 0, except with 'cosine'.
     """
 
     kind: ClassVar[int] = KINDS.index("combined")
@@ -312,8 +312,8 @@ class CombinedMargin(Margin):
 class FilteredMargin(Margin):
     """Combined margin with a limit on the other slots' cosines: insightface's inter-class filtering.
 
-    psi(a) = cos(m1 theta + m2) - m3; a slot with c > threshold is taken for a wrong label: phi(c) = above, with no gradient.
-    m2 = 0.5 as in ArcFace (default); m2 = 0, m3 = 0.4 as in CosFace. The threshold in insightface's recipes is 0.4.
+    psi(a) = cos(m1 theta + m2) - m3. A slot with c > threshold is taken for a wrong label: phi(c) = above, with no gradient.
+    m2 = 0.5 is as in ArcFace (default); m2 = 0, m3 = 0.4 as in CosFace. The threshold in insightface's recipes is 0.4.
 
     Args:
         m1, m2, m3, beyond: as in :class:`CombinedMargin`, but 'cosine' is the default, as in insightface's code.
@@ -381,13 +381,13 @@ class SphereFace(CombinedMargin):
 class MVSoftmax(Margin):
     """Mis-classified vectors: MV-softmax (Wang et al., AAAI 2020, eqs. 5 to 8).
 
-    psi as AM-softmax or, ``arc``, as ArcFace. A slot with c > psi(a) is hard: phi(c) = t c + t - 1.
+    psi is that of AM-softmax or, with ``arc``, that of ArcFace. A slot with c > psi(a) is hard: phi(c) = t c + t - 1.
 
     Args:
         margin: a cosine, or radians with ``arc``.
         t: weight of hard slots, in [1, 4].
         arc: margin on the angle.
-        positive_only: margin only where a > margin (or a > 0 with ``arc``), as FaceX-Zoo's heads do.
+        positive_only: margin only where a > margin (or a > 0 with ``arc``), as in FaceX-Zoo's heads.
     """
 
     kind: ClassVar[int] = KINDS.index("mv")
@@ -418,8 +418,8 @@ class MVSoftmax(Margin):
 class CurricularFace(Margin):
     """Adaptive curriculum: CurricularFace (Huang et al., CVPR 2020, eqs. 6 to 10).
 
-    psi as ArcFace. A slot with c > cos(theta + margin) is hard: phi(c) = c (t + c); t <- 0.99 t + 0.01 mean(a) follows the
-    training (before the batch's own loss, as in the authors' code).
+    psi is that of ArcFace. A slot with c > cos(theta + margin) is hard: phi(c) = c (t + c). t follows the training:
+    t <- 0.99 t + 0.01 mean(a), before the batch's own loss, as in the authors' code.
 
     Args:
         margin: radians in [0, pi].
@@ -458,7 +458,8 @@ class NPCFace(Margin):
     backend needs a second one.
 
     Args:
-        m0, m1: radians; t, alpha: slope and offset of hard slots.
+        m0, m1: radians.
+        t, alpha: slope and offset of phi for hard slots.
         hard_margin: radians; what decides which slots are hard.
         positive_only: margin only where a > 0, as FaceX-Zoo's head does.
     """
@@ -522,11 +523,11 @@ class CircleLoss(Margin):
 class ArcNegFace(Margin):
     """Noise-tolerant negatives: ArcNegFace (Liu et al., ICCV workshops 2019, eqs. 5 to 7).
 
-    psi as ArcFace; phi(c) = t c + t - 1 with t = alpha exp(-(c - psi(a))^2 / sigma), a constant to the gradient.
+    psi is that of ArcFace. phi(c) = t c + t - 1 with t = alpha exp(-(c - psi(a))^2 / sigma), a constant to the gradient.
 
     Args:
         margin: radians in [0, pi].
-        alpha, sigma: height and width of the weight; sigma > 0.
+        alpha, sigma: height and width of t over c; sigma > 0.
     """
 
     kind: ClassVar[int] = KINDS.index("arc_neg")
@@ -553,10 +554,10 @@ class ArcNegFace(Margin):
 
 @dataclass(frozen=True)
 class AdaCos(Softmax):
-    """Adaptive scale: AdaCos (Zhang et al., CVPR 2019, eqs. 12 to 14). psi(a) = a; replaces the loss's ``scale``.
+    """Adaptive scale: AdaCos (Zhang et al., CVPR 2019, eqs. 12 to 14). psi(a) = a. It replaces the loss's ``scale``.
 
-    scale <- log(mean over the batch of sum exp(scale c)) / cos(min(pi/4, median theta)) follows the training, before the
-    batch's own loss. The sum costs one more sweep over the queue (one product) than other margins need.
+    The scale follows the training: scale <- log(mean over the batch of sum exp(scale c)) / cos(min(pi/4, median theta)), before
+    the batch's own loss. The sum costs one more sweep over the queue (one product) than other margins need.
 
     Args:
         scale: the running scale; 0 stands for its first value, sqrt(2) log(K - 1).
@@ -592,14 +593,16 @@ class AdaCos(Softmax):
 class MagFace(Margin):
     """Magnitude-aware margin: MagFace (Meng et al., CVPR 2021, eqs. 3 to 5).
 
-    psi as ArcFace with a margin that grows linearly from ``lower_margin`` to ``upper_margin`` as the norm of the embedding goes
+    psi is that of ArcFace. The margin grows linearly from ``lower_margin`` to ``upper_margin`` as the norm of the embedding goes
     from ``lower_norm`` to ``upper_norm`` (clamped). The penalty weight * (norm / upper_norm^2 + 1 / norm) of the clamped norm is
-    added to each probe's loss. Both have a gradient in the norm: the one pulls it down where the probe is far from its
-    target, the other pushes it up, so it comes to mean quality.
+    added to each probe's loss. Both have a gradient in the norm. The margin pulls the norm down where the probe is far from its
+    target, and the penalty pushes it up. So the norm comes to say how good an image is.
 
     Args:
-        lower_norm, upper_norm: norms > 0; lower_margin, upper_margin: radians; weight: of the penalty.
-        easy: no margin for every target beyond 90 degrees (default), as in the authors' code.
+        lower_norm, upper_norm: norms > 0.
+        lower_margin, upper_margin: radians.
+        weight: of the penalty.
+        easy: targets beyond 90 degrees have no margin (default), as in the authors' code.
         beyond: without ``easy``, as in :class:`ArcSoftmax`; 0 in FaceX-Zoo's head.
     """
 
@@ -640,14 +643,16 @@ class MagFace(Margin):
 class AdaFace(Margin):
     """Quality-adaptive margin: AdaFace (Kim et al., CVPR 2022, eqs. 10 to 14).
 
-    q = clamp(h (norm - mean) / (std + 1e-3), -1, 1); psi(a) = cos(theta - m q) - (m + m q), the angle held in [0, pi].
-    mean and std of the norms follow the training: <- (1 - t_alpha) old + t_alpha of the batch. The norm is a constant to the
-    gradient, as in the authors' code.
+    q = clamp(h (norm - mean) / (std + 1e-3), -1, 1) and psi(a) = cos(theta - m q) - (m + m q), with the angle held in [0, pi].
+    mean and std of the norms follow the training: each becomes (1 - t_alpha) old + t_alpha new, with that of the batch as new.
+    The norm is a constant to the gradient, as in the authors' code.
 
     Args:
-        m: margin in [0, 1]; h: concentration; mean, std: running statistics of the norms, clamped to [1e-3, 100].
+        m: margin in [0, 1].
+        h: concentration.
+        mean, std: running statistics of the norms, which are clamped to [1e-3, 100].
         t_alpha: weight of a batch in the statistics; 0.01 in the paper and in the authors' training, 1 in their head's default.
-        clamps: hold cosines in [-0.999, 0.999] and angles in [0.001, pi - 0.001], without gradient beyond, as the authors'
+        clamps: hold cosines in [-0.999, 0.999] and angles in [0.001, pi - 0.001], without gradient beyond, as in the authors'
             code. Other slots' cosines are held at 0.999 only: below -0.999 there is nothing in them to learn from.
     """
 

@@ -16,9 +16,11 @@ class GalleryQueue(nn.Module):
     """The last ``size`` gallery features, used as class prototypes (Du et al., ECCV 2020).
 
     Holds buffers only, all of them in the state dict, so that a run resumes exactly. A slot is empty (identity -1)
-    until it is first written and again after it is dequeued. Position and fill live on the device: neither
-    :meth:`enqueue`, :meth:`dequeue` nor :meth:`window` waits for it. Slots are taken in rising order and round again, so from
-    the oldest to the newest they run from the position ``state[0]`` less the fill ``state[1]``, modulo K; :meth:`age` counts.
+    until it is first written, and again after it is dequeued. Position and fill live on the device, so :meth:`enqueue`,
+    :meth:`dequeue` and :meth:`window` do not wait for it.
+
+    Slots are taken in rising order, and from slot 0 again after the last. The oldest one is at the position ``state[0]`` less
+    the fill ``state[1]``, modulo K. :meth:`age` tells how old each one is.
 
     Args:
         size: number of slots K > 0; 16,384 in the paper. Need not be a multiple of the batch.
@@ -26,8 +28,8 @@ class GalleryQueue(nn.Module):
         dtype: of the features: float32 (default), float64, bfloat16, float16 or float8_e4m3fn.
         device: where the buffers live.
         spare: rows beyond the slots, in which a sharded loss shows its batch (:class:`sst_fast.SemiSiameseLoss`).
-        random: fill the slots with random unit vectors instead of zeros. They stay empty; only a loss with
-            ``mask_empty=False`` sees them, as negatives: what the authors' code starts from.
+        random: fill the slots with random unit vectors instead of zeros, as the authors' code does. They stay empty: only a
+            loss with ``mask_empty=False`` sees them, as negatives.
         backend: force an implementation, see :func:`sst_fast.backends`.
     """
 
@@ -92,13 +94,13 @@ class GalleryQueue(nn.Module):
     def enqueue(self, features: Tensor, identities: Tensor, *, unit: bool = False) -> None:
         """Normalises ``features`` [B, D] and writes them over the oldest slots, in place and in order.
 
-        A row that is not finite, as after an overflow in half precision, would make every later loss NaN: its slot is taken but
-        stays empty, and :attr:`rejected` counts it.
+        A row that is not finite, as after an overflow in half precision, would make every later loss NaN. So its slot is taken
+        but stays empty, and :attr:`rejected` counts it.
 
         Args:
             features: [B, D], floating point, B <= K; their gradient is ignored.
-            identities: int64 [B], >= 0 (checked on the CPU only: elsewhere it would wait for the device).
-            unit: the features are unit rows already, as a window's are, and are written as they are.
+            identities: int64 [B], >= 0. Checked on the CPU only: elsewhere the check would have to wait for the device.
+            unit: the features have length 1 already, as a window's have, and are written as they are.
 
         Raises:
             TypeError, ValueError: wrong dtype, shape, device or value, more rows than the queue has slots, or a state whose
@@ -108,10 +110,10 @@ class GalleryQueue(nn.Module):
         self._write(features.detach(), identities, unit, None)
 
     def enqueue_window(self, window: Window, group: Tensor | int = 0) -> None:
-        """Writes what one group sees in a window that :meth:`window` gave, before anything else is enqueued.
+        """Writes into the queue what one group sees in a window of :meth:`window`. Nothing else may be enqueued in between.
 
         Args:
-            window: its rows are unit vectors in the queue's dtype already, so they are copied.
+            window: its rows have length 1 and the queue's dtype already, so they are copied.
             group: which of the H groups: a number, or a 0-d int64 tensor that stays on the device.
 
         Raises:
@@ -191,12 +193,12 @@ class GalleryQueue(nn.Module):
     def window(self, features: Tensor | Sequence[Tensor], identities: Tensor) -> Window:
         """The slots that the next :meth:`enqueue` of B rows will take, as the loss needs them.
 
-        Take it before the batch is enqueued; it stays valid afterwards. A row that is not finite makes the loss of the probe
-        whose target it is NaN, so that a gradient scaler skips the step, and is nobody's negative: its identity becomes -1.
+        Take it before the batch is enqueued. It stays valid afterwards. Where a row is not finite, the loss of the probe whose
+        target it is becomes NaN, so that a gradient scaler skips the step. It is nobody's negative: its identity becomes -1.
 
         Args:
-            features: [H, B, D], a sequence of H tensors [B, D], or [B, D] for H = 1: what each group of probes shall see
-                there; normalised here. A row that is not finite is masked for all but the probes whose target it is.
+            features: what each of H groups of probes shall see there: [H, B, D], a sequence of H tensors [B, D], or [B, D]
+                for H = 1. Normalised here.
             identities: int64 [B], >= 0.
         """
         unit, start, targets, owners, held = self._unit(features, identities)
@@ -205,12 +207,12 @@ class GalleryQueue(nn.Module):
     def shard_window(
         self, features: Tensor | Sequence[Tensor], identities: Tensor, own: slice
     ) -> tuple[Window, Tensor]:
-        """The same for a queue that is one shard of several: all ranks' features in the spare rows, as targets.
+        """As :meth:`window`, for a queue that is one shard of several. All ranks' features stand in its spare rows, as targets.
 
         Args:
             features: [H, W B, D] of all ranks; normalised here.
             identities: int64 [W B].
-            own: which of them the next :meth:`enqueue` will write here; the others are another shard's negatives.
+            own: which of them the next :meth:`enqueue` will write here. The others are negatives of other shards.
 
         Returns:
             The window, and the slots' identities [K + spare] without those that the batch will overwrite.

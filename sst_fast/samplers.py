@@ -18,8 +18,8 @@ class IdentitySampler(Sampler[list[int]]):
     """Batches of identity numbers for ``DataLoader(batch_sampler=...)``; each identity at most once an epoch.
 
     An identity that comes again while the queue still holds its feature would be its own negative. The loss masks those
-    slots (``mask_identity``), so ``'shuffle'`` is exact too; the other schemes keep such slots from being wasted, and are
-    what the authors' codes do where there is no mask:
+    slots (``mask_identity``), so ``'shuffle'`` is exact too. The other schemes keep such slots from being wasted. The authors'
+    codes, which have no mask, use them:
 
     - ``'shuffle'``: a fresh permutation each epoch.
     - ``'spaced'`` (first release of Du et al., ECCV 2020): the same, but an identity never comes again within
@@ -28,20 +28,20 @@ class IdentitySampler(Sampler[list[int]]):
     - ``'left_out'`` (their FaceX-Zoo): what the queue holds at the end of an epoch is left out of the whole next one, so
       that epochs after the first are shorter.
 
-    No data set is too small: where too few identities would remain to fill a batch, only the most recent ones are kept
+    No data set is too small. Where too few identities would remain to fill a batch, only the most recent ones are kept
     away, and the mask takes care of the rest.
 
     Args:
         identities: how many there are, at least two for each process.
-        batch: identities a step, over all processes, at most: an epoch is split evenly, so that no batch is small.
+        batch: at most so many identities a step, over all processes. An epoch is split evenly, so that no batch is small.
         queue_size: how many identities the queue holds, over all processes (half its slots with ``keep='both'``).
         scheme: see above.
         seed: every choice follows from it and the epoch.
-        rank, world: this process and how many there are. All bring the same number, at least two (BatchNorm); the one or
-            few identities that would not are left for the next epoch.
+        rank, world: the number of this process, and how many there are. All bring the same number of identities, at least
+            two (BatchNorm). The few that are left over wait for the next epoch.
 
     Call :meth:`set_epoch` before each epoch, as with ``DistributedSampler``. For checkpoints within an epoch also call
-    :meth:`step` after each batch that has been trained on: :meth:`state_dict` then goes on after it, whatever a loader
+    :meth:`step` after each batch that has been trained on. :meth:`state_dict` then goes on after that batch, whatever a loader
     has read ahead, and with any batch size, queue size or number of processes.
     """
 

@@ -23,24 +23,27 @@ class SemiSiamese(nn.Module):
         loss.backward(); optimizer.step(); model.update_gallery()
 
     Args:
-        backbone: maps images [B, ...] to embeddings [B, D]; becomes ``probe``. ``gallery`` starts as a copy of it.
+        backbone: maps images [B, ...] to embeddings [B, D]. It becomes ``probe``; ``gallery`` starts as a copy of it.
         criterion: the loss with its queue.
         momentum: m in [0, 1] of the moving average gallery <- m gallery + (1 - m) probe; 0.999 in the paper.
-        warmup: how slowly m rises at first: update number t uses min(m, t / (t + warmup)). With the default, 20, a run of a
-            hundred updates has a gallery network that learns, and m is reached after 20,000; 0 for m from the start, as in
+        warmup: how slowly m rises at first: update number t uses min(m, t / (t + warmup)). With the default, 20, the gallery
+            network learns even in a run of a hundred updates; m = 0.999 is reached after 20,000. 0: m from the start, as in
             the paper.
-        shuffle: permute the gallery batch, over all ranks, before its forward pass and put it back after (shuffle-BN, as in
-            MoCo). Without several processes a permutation changes nothing but the order.
-        batchnorm: of the gallery network. 'own' (default): its BatchNorm layers normalise by their own batch and keep their own
-            running statistics, as in the authors' code. 'copy', 'average': they normalise by running statistics, the
-            probe's, copied or averaged as the parameters are. All other buffers (vectors of spectral_norm, statistics of
-            InstanceNorm, your own) are copied from the probe network at each update, whatever the policy.
-        galleries: number of gallery networks, which take turns batch by batch; the one whose turn it was is updated. More
+        shuffle: permute the gallery batch over all ranks before its forward pass, and put it back after (shuffle-BN, as in
+            MoCo). With one process this changes nothing but the order.
+        batchnorm: what BatchNorm layers of the gallery network do. 'own' (default): they normalise by their own batch and keep
+            their own running statistics, as in the authors' code. 'copy': they normalise by the probe network's running
+            statistics. 'average': they normalise by a moving average of these, made as that of the parameters is.
+            All other buffers (vectors of spectral_norm, statistics of InstanceNorm, your own) are always copied from the
+            probe network at each update.
+        galleries: number of gallery networks, which take turns batch by batch. The one whose turn it was is updated. More
             than one is the idea of MASST (arXiv 2105.04113, of which only the abstract was followed).
 
     The gallery networks run without gradient, in evaluation mode (but see ``batchnorm``). For inference use ``probe``
-    alone. The number of updates is part of the state dict. Under DistributedDataParallel wrap the whole model and call
-    ``update_gallery`` on ``ddp.module``; queue and gallery networks are left out of its broadcasts.
+    alone. The number of updates is part of the state dict.
+
+    Under DistributedDataParallel wrap the whole model, and call ``update_gallery`` on ``ddp.module``. Queue and gallery networks
+    are left out of its broadcasts.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class SemiSiamese(nn.Module):
         return self
 
     def forward(self, image_a: Tensor, image_b: Tensor, identity: Tensor) -> Tensor:
-        """Symmetric loss of two images per identity; enqueues their gallery features in training mode.
+        """Symmetric loss of two images per identity. In training mode their gallery features then enter the queue.
 
         Args:
             image_a, image_b: one image each of the same B identities, [B, ...].
@@ -117,7 +120,7 @@ class SemiSiamese(nn.Module):
 
     @torch.no_grad()
     def update_gallery(self) -> None:
-        """gallery <- m gallery + (1 - m) probe (Du et al., ECCV 2020); call after the optimizer step."""
+        """gallery <- m gallery + (1 - m) probe (Du et al., ECCV 2020). Call it after the optimizer's step."""
         m = self.momentum
         if self.warmup:
             m = min(m, (self.updates + 1) / (self.updates + 1 + self.warmup))

@@ -263,9 +263,10 @@ def headline(results: Sequence[grid.Result]) -> str:
     versions = tested[0]["versions"]
     seeds = min(map(len, found.values()))
     return (
-        f"**{spread(found['sst'])} %** of same-identity pairs are accepted when one in 1,000 other pairs is, after Semi-Siamese "
-        f"Training; **{spread(found['conventional'])} %** after conventional training (AM-softmax, {seeds} "
-        f"seed{'s' if seeds > 1 else ''}; CPU, {versions['threads']} thread, torch {versions['torch']}, {versions['date']})."
+        f"With Semi-Siamese Training **{spread(found['sst'])} %** of the pairs of one identity are accepted, with conventional "
+        f"training **{spread(found['conventional'])} %**, at a threshold that accepts one in 1,000 pairs of two identities "
+        f"(AM-softmax, {seeds} seed{'s' if seeds > 1 else ''}; CPU, {versions['threads']} thread, torch {versions['torch']}, "
+        f"{versions['date']})."
     )
 
 

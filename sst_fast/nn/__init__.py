@@ -1,11 +1,11 @@
-"""Losses as modules, by the names that the field knows them by: what replaces a head or a loss of another project.
+"""Losses as modules, by the names that the field knows them by. Each can replace a head or a loss of another project.
 
-One name, two places: the package itself has *margins*, formulas without weights (:mod:`sst_fast.margins`); ``sst_fast.nn`` has
-*modules*, with the class weights or the queue that they need, which give a loss. ``sst_fast.CurricularFace(0.5)`` is the formula,
-``sst_fast.nn.CurricularFace(classes, dim, 0.5)`` the head that uses it.
+Some names exist twice. The package itself has *margins*: formulas without weights (:mod:`sst_fast.margins`). ``sst_fast.nn`` has
+*modules*, which hold the class weights or the queue that they need and give a loss. ``sst_fast.CurricularFace(0.5)`` is the
+formula, ``sst_fast.nn.CurricularFace(classes, dim, 0.5)`` is the head that uses it.
 
-Everything here is a thin layer over the one operator, :func:`sst_fast.functional.margin_softmax`, or, where a batch is compared with
-itself or with its other side, over blocks of PyTorch's own products, and needs torch alone.
+The modules need torch alone. Most are a thin layer over one operator, :func:`sst_fast.functional.margin_softmax`. Where a batch is
+compared with itself or with its other side, they use blocks of PyTorch's own products.
 """
 
 from sst_fast.nn.convert import convert

@@ -1,17 +1,18 @@
-"""Heads: learned class weights under one margin each, ``loss = head(embedding, label)``.
+"""Heads: learned class weights with one margin each, ``loss = head(embedding, label)``.
 
-Each is a :class:`sst_fast.MarginSoftmaxHead` that makes its margin from numbers. Of all of them:
+Each is a :class:`sst_fast.MarginSoftmaxHead` that makes its margin from numbers. This holds for all of them:
 
-- ``classes`` K >= 2 and ``dim`` D are the sizes of ``weight`` [K, D], which starts as ``init`` makes it;
-- the margin's numbers have the names, defaults, ranges and sources of the margin that the class names;
+- ``classes`` K >= 2 and ``dim`` D are the sizes of ``weight`` [K, D], which starts as ``init`` makes it.
+- The margin's numbers have the names, defaults, ranges and sources of the margin that the class names.
 - ``options`` go on to :class:`sst_fast.MarginSoftmaxHead`: ``init``, ``reduction``, ``label_smoothing``, ``ignore_index``,
-  ``gradient='straight_through'`` (for heads that apply the margin under ``no_grad``), ``backend``, ...;
-- ``head(embedding, label)`` takes embeddings [N, D] as the network gives them (they are normalised inside; margins that look at
-  norms need them so) and class numbers int64 [N], and gives the mean loss;
-- ``head.logits(embedding)`` and ``head.topk(embedding, k)`` are for accuracy, ``head.statistics`` for progress;
-- what follows the training (CurricularFace's t, AdaFace's statistics, AdaCos' scale) is in buffers ``margin.*``.
+  ``gradient='straight_through'`` (for heads that apply the margin under ``no_grad``), ``backend``, ...
+- ``head(embedding, label)`` gives the mean loss. It takes class numbers int64 [N], and embeddings [N, D] as the network gives
+  them: they are normalised inside, and some margins look at their norms.
+- ``head.logits(embedding)`` and ``head.topk(embedding, k)`` are for accuracy, ``head.statistics`` for progress.
+- What follows the training (CurricularFace's t, AdaFace's statistics, AdaCos' scale) is in buffers ``margin.*``.
 
-Raises, as the margin and the head do: TypeError or ValueError that names the argument; IndexError for a label outside [0, K).
+They raise what the margin and the head raise: TypeError or ValueError that names the argument, IndexError for a label outside
+[0, K).
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class ArcFace(MarginSoftmaxHead):
 
 
 class SubCenterArcFace(ArcFace):
-    """ArcFace with several weight vectors a class, the nearest of which counts (Deng et al., ECCV 2020), the maximum in the kernel.
+    """ArcFace with several weight vectors for each class, the nearest of which counts (Deng et al., ECCV 2020).
 
-    ``weight`` is [classes sub_centers, dim], class c in rows c S to c S + S - 1. ``sub_centers`` S: 1 to 16.
+    ``sub_centers`` is their number S, 1 to 16. ``weight`` is [classes S, dim], class c in rows c S to c S + S - 1.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class SphereFace(MarginSoftmaxHead):
 class CombinedMargin(MarginSoftmaxHead):
     """cos(m1 theta + m2) - m3; :class:`sst_fast.CombinedMargin`.
 
-    With ``threshold``, a cosine, other classes above it are taken for wrong labels and left out: insightface's inter-class filtering,
-    :class:`sst_fast.FilteredMargin`, which has no ``annealing``.
+    With ``threshold``, a cosine, other classes above it are taken for wrong labels and left out. This is insightface's inter-class
+    filtering, :class:`sst_fast.FilteredMargin`, which has no ``annealing``.
     """
 
     def __init__(
@@ -153,13 +154,14 @@ class AdaMSoftmax(MarginSoftmaxHead):
 
         loss = L(m) + penalty_weight (1 - mean of m),  L the loss of CosFace with margin m_y for class y
 
-    The paper has -mean of m; the 1, as in FaceX-Zoo, keeps the loss positive. ``margins`` are kept in [0, 1] in training. Optimizers that
-    decay weights should leave them out. ``reduction`` must be 'mean'.
+    The paper has -mean of m. The 1, as in FaceX-Zoo, keeps the loss positive. ``margins`` are kept in [0, 1] in training. They should
+    have no weight decay. ``reduction`` must be 'mean'.
 
     Args:
         penalty_weight: the paper's lambda; 70 as in FaceX-Zoo.
-        per_class: ``margins`` is [classes]; False: [1], one for all classes.
-        low, high: margins start evenly in between; 0.3 and 0.4 as in FaceX-Zoo.
+        per_class: True: ``margins`` is [classes]. False: it is [1], one for all classes.
+        low: the least margin at the start; 0.3 as in FaceX-Zoo.
+        high: the largest margin at the start; 0.4 as in FaceX-Zoo. Margins are drawn evenly in between.
     """
 
     def __init__(
@@ -198,13 +200,15 @@ class UniFace(MarginSoftmaxHead):
 
         loss_i = log(1 + exp(b - s (c_iy - m))) + negative_weight * sum over other classes j of log(1 + exp(s c_ij - b))
 
-    A sigmoid for each pair takes the place of the softmax: blocks of classes are made and forgotten, gradients with them. Their code
-    clamps logits to [-s, s], where a far target has no gradient; this does not. The loss is the mean.
+    A sigmoid for each pair takes the place of the softmax. Logits are made for one block of classes at a time, with their gradients,
+    and forgotten. The authors' code clamps logits to [-s, s], beyond which a far target has no gradient; this does not. The loss is
+    the mean.
 
     Args:
-        margin: m, a cosine; scale: s.
+        margin: m, a cosine.
+        scale: s.
         negative_weight: the paper's lambda.
-        bias: what the trained ``bias``, b, [1], starts from; None: log(10 classes), as in their code.
+        bias: start value of the trained ``bias``, b, [1]. None: log(10 classes), as in their code.
         init: as of :class:`sst_fast.MarginSoftmaxHead`.
     """
 
@@ -223,7 +227,7 @@ class UniFace(MarginSoftmaxHead):
         self.m, self.negative_weight = float(margin), float(negative_weight)
 
     def forward(self, embedding: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of embeddings [N, D] with class numbers ``target``, int64 [N]; NaN with a wrong one where it is not on the CPU."""
+        """Mean loss of embeddings [N, D] with class numbers ``target``, int64 [N]. A wrong one raises on the CPU; elsewhere it gives NaN."""
         check_embedding("embedding", embedding)
         check_tensor("embedding", embedding, (None, self.weight.shape[1]), (embedding.dtype,), self.weight.device)
         check_tensor("target", target, (len(embedding),), (torch.int64,), self.weight.device)
@@ -274,7 +278,7 @@ class AdaCos(MarginSoftmaxHead):
 
 
 class MagFace(MarginSoftmaxHead):
-    """A margin that grows with the embedding's norm, and a penalty on it; :class:`sst_fast.MagFace`, whose weight ``penalty_weight`` is."""
+    """A margin that grows with the embedding's norm; :class:`sst_fast.MagFace`. ``penalty_weight`` is the weight of its penalty on norms."""
 
     def __init__(
         self, classes: int, dim: int, scale: Parameter = 64.0, *, lower_norm: float = 10.0, upper_norm: float = 110.0,
@@ -288,7 +292,7 @@ class MagFace(MarginSoftmaxHead):
 class AdaFace(MarginSoftmaxHead):
     """A margin that adapts to image quality; :class:`sst_fast.AdaFace`.
 
-    ``mean`` and ``std`` of the norms, the first values of the buffers ``margin.mean`` and ``margin.std``.
+    ``mean`` and ``std`` of the norms are the first values of the buffers ``margin.mean`` and ``margin.std``.
     """
 
     def __init__(

@@ -29,24 +29,25 @@ IGNORED, ELSEWHERE = -100, -1  # what a probe has in the place of its target's r
 class PartialFC(nn.Module):
     """Partial FC (An et al., CVPR 2022): learned class weights, a slice of them on each rank, and a sample of them in each step.
 
-    Of W ranks, rank r holds rows ``first`` to ``first + C_r`` of the weights [C, D]; C_r differs by 1 at most. In training each
-    rank draws ``sample_rate`` C_r of its classes: those of the batch, of all ranks, are always among them, the rest is drawn
+    Of W ranks, rank r holds the C_r rows of the weights [C, D] from ``first`` on. C_r differs by 1 at most. In training each
+    rank draws ``sample_rate`` C_r of its classes. Those of the batch, of all ranks, are always among them. The rest is drawn
     anew, evenly and without repetition. The softmax runs over what all ranks have drawn; in evaluation mode over all classes.
 
-    With a sample the gradient of ``weight`` is sparse (its rows are those drawn), and :class:`sst_fast.nn.RowSGD` or
-    :class:`sst_fast.nn.RowAdamW` keeps what was not drawn as it is. With ``sparse=False`` it is dense, zero in those rows, for an
-    optimizer of PyTorch, which moves them too, by momentum and weight decay: insightface's partial FC v2.
+    With a sample the gradient of ``weight`` is sparse: its rows are those drawn. :class:`sst_fast.nn.RowSGD` or
+    :class:`sst_fast.nn.RowAdamW` keeps what was not drawn as it is. With ``sparse=False`` the gradient is dense, and zero in the
+    other rows. An optimizer of PyTorch then moves those too, by momentum and weight decay, as in insightface's partial FC v2.
 
     Leave this module out of DistributedDataParallel and FSDP: its weights differ between ranks. The value is the mean over the
-    batches of all ranks, on each of them. ``backward`` is for all ranks to call; it gives ``weight`` the gradient of that mean, and the
-    embeddings W times theirs, since DistributedDataParallel and FSDP divide the network's gradients by W. Every rank must bring as
-    many embeddings in a step; how many may change from step to step.
+    batches of all ranks, on each of them. All ranks must call ``backward``. It gives ``weight`` the gradient of that mean, and the
+    embeddings W times theirs, since DistributedDataParallel and FSDP divide the network's gradients by W. In a step every rank must
+    bring as many embeddings. How many may change from step to step.
 
     Args:
-        classes: number C of classes of all ranks, at least 2 and at least W; dim: number of features D.
+        classes: number C of classes of all ranks, at least 2 and at least W.
+        dim: number of features D.
         margin: a margin of :mod:`sst_fast.margins` that needs no sum over all classes (not NPCFace, AdaCos).
-        scale: inverse temperature s > 0. It and the margin's numbers may be 0-d parameters, the same on every rank; their gradients
-            then are the same too.
+        scale: inverse temperature s > 0. It and the margin's numbers may be 0-d parameters, the same on every rank. Then their
+            gradients are the same too.
         sample_rate: share of a rank's classes that a step trains, in (0, 1].
         sparse: see above; without effect where ``sample_rate`` is 1.
         gradient: 'exact' or 'straight_through', as of :func:`sst_fast.functional.margin_softmax`.
@@ -56,7 +57,7 @@ class PartialFC(nn.Module):
         backend: force an implementation, see :func:`sst_fast.backends`.
 
     Attributes:
-        weight: [C_r, D], normal with standard deviation 0.01. The seed being the same, ranks draw different rows.
+        weight: [C_r, D], normal with standard deviation 0.01. Ranks draw different rows from the same seed.
         first: number of this rank's first class.
         sampled: int64, the rows of ``weight`` in the last step, ascending; None: all of them.
         statistics: :class:`sst_fast.functional.Statistics` of all ranks' embeddings over this rank's rows, after each call.
@@ -125,8 +126,8 @@ class PartialFC(nn.Module):
         """Mean loss over all ranks of embeddings [B, D], normalised inside, with class numbers ``target``, int64 [B], in [0, C).
 
         Raises:
-            TypeError, ValueError, IndexError: on every rank, where one of them brings an argument of a wrong type, shape, dtype or
-                device, or a class number out of range, or where settings or batch sizes differ between ranks.
+            TypeError, ValueError, IndexError: on every rank, if one of them brings an argument of a wrong type, shape, dtype or
+                device, or a class number out of range, or if settings or batch sizes differ between ranks.
         """
         self._check(embedding, target)
         embeddings = distributed.gather_with_gradient(embedding, self.group)
@@ -241,7 +242,7 @@ def shard_sizes(classes: int, world: int) -> list[int]:
 def merge_state_dicts(shards: Sequence[Mapping[str, Any]], name: str | int = "weight") -> dict[str, Any]:
     """The state dict of the one-process :class:`PartialFC` from those of all ranks, in their order.
 
-    Serves state dicts of a module that holds one, and of an optimizer too: what belongs to rows is joined, the rest taken from
+    It takes state dicts of a module that holds one, and of an optimizer too. What belongs to rows is joined; the rest is taken from
     rank 0. :func:`split_state_dict` then makes those of another number of ranks.
 
     Args:
@@ -249,7 +250,8 @@ def merge_state_dicts(shards: Sequence[Mapping[str, Any]], name: str | int = "we
         name: of the weights: the key in a module's state dict, such as 'head.weight'; their number in an optimizer's.
 
     Raises:
-        KeyError: there is no such parameter. ValueError: the shards are not those of all ranks in order.
+        KeyError: there is no such parameter.
+        ValueError: the shards are not those of all ranks in order.
     """
     if not shards:
         raise ValueError("shards must hold the state dict of at least one rank, got none")
@@ -266,7 +268,7 @@ def merge_state_dicts(shards: Sequence[Mapping[str, Any]], name: str | int = "we
 
 
 def split_state_dict(whole: Mapping[str, Any], world: int, name: str | int = "weight") -> list[dict[str, Any]]:
-    """The state dicts of ``world`` ranks from the whole one: the reverse of :func:`merge_state_dicts`, arguments as there."""
+    """The state dicts of ``world`` ranks from the whole one: the reverse of :func:`merge_state_dicts`, with arguments as there."""
     world = check_count("world", world, 1)
     rows = _of_rows(whole, name)
     for key, value in rows.items():

@@ -1,20 +1,20 @@
-"""Losses over a queue of keys, or over the batch itself, that other projects write with an N x K matrix of logits.
+"""Losses over a queue of keys, or over the batch itself. Other projects write them with an N x K matrix of logits.
 
-:class:`MoCo` and :class:`DCQ` have one positive a probe, given by a second network; :class:`SupCon`, :class:`NTXent`,
+:class:`MoCo` and :class:`DCQ` have one positive for each probe, given by a second network. :class:`SupCon`, :class:`NTXent`,
 :class:`PairCircle` and :class:`Contrastive` have as many as there are keys of the probe's identity, in the batch, in a queue or in both.
-:class:`CrossBatchMemory` puts the latter over a memory that the batch has entered.
+:class:`CrossBatchMemory` uses one of these four over a memory that the batch has entered.
 
 Where keys are the batch alone, on the CPU, the cosines are made a block of probes at a time, and with them the block's share of the
 loss and of both gradients (:func:`sst_fast.nn.blocks.sum_over_blocks`).
 
 Over a queue, several positives need no kernel of their own. The log-sum-exp over a probe's keys, those of its own identity masked or not, is one
-call of :func:`sst_fast.functional.margin_softmax` (:func:`log_sum_exp`): one sweep over the queue. Positives are few, found by their
-identities, and their cosines are taken one by one. What is materialised is the rows of the M keys whose identity occurs
-among the probes, [M, D], and one number for each pair of a probe and a positive; never N x K.
+call of :func:`sst_fast.functional.margin_softmax` (:func:`log_sum_exp`): one sweep over the queue. Positives are few. They are found by their
+identities, and their cosines are taken one by one. Two things are written to memory, never N x K numbers: the rows of the M keys
+whose identity occurs among the probes, [M, D], and one number for each pair of a probe and a positive.
 
-Several processes (W ranks with a process group): every rank's keys enter every rank's queue and are keys of every rank's probes, with
-their exact gradient; every rank must bring the same B. The value is a mean over the rank's own probes such that the mean over
-ranks, which is what DistributedDataParallel's gradients are of, is the mean over all.
+With several processes (W ranks of a process group) every rank's keys enter every rank's queue. They are keys of every rank's probes,
+with their exact gradient. Every rank must bring the same B. The value is a mean over the rank's own probes. The mean of these over
+ranks, whose gradients DistributedDataParallel takes, is the mean over all probes.
 
 Sizes: N probes, K keys, D features.
 """
@@ -275,16 +275,17 @@ class MoCo(_KeyLoss):
 
         loss_i = -log( exp(q_i k_i / T) / (exp(q_i k_i / T) + sum over the queue of exp(q_i k_j / T)) )
 
-    against the queue as it was before the batch, whose keys of all ranks then enter it in order of rank. Any number of keys may enter
-    a queue of any size.
+    The sum is over the queue as it was before the batch. Then the keys of all ranks enter it, in order of rank. Their number need not
+    divide the size of the queue.
 
     Args:
         queue: of K keys; 65,536 of 128 features in the paper.
         temperature: T; 0.07 as in v1's code, 0.2 in v2.
         mask_empty: slots that were never written are no negatives (default). The authors' code counts the random vectors that
-            are there at first: False, with ``GalleryQueue(..., random=True)``.
+            are there at first; for that, use False with ``GalleryQueue(..., random=True)``.
         gather: with several processes, fill the queue from all of them (default) or from this one alone.
-        group, backend: the process group (default: all); an implementation to force, see :func:`sst_fast.backends`.
+        group: the process group; default: all processes.
+        backend: an implementation to force, see :func:`sst_fast.backends`.
 
     After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the queries.
 
@@ -307,8 +308,8 @@ class MoCo(_KeyLoss):
         Args:
             query: [N, D] of one view of each image, normalised inside.
             key: [N, D] of another view, by the momentum encoder; normalised inside, no gradient.
-            query_b, key_b: for the symmetric loss, ``query_b`` of the other view and ``key_b`` of the one: the loss is the sum
-                of both directions, in one sweep, and both keys enter the queue, ``key_b`` first (as the authors' CIFAR notebook).
+            query_b, key_b: for the symmetric loss: ``query_b`` of the other view and ``key_b`` of the first one. The loss is the
+                sum of both directions, in one sweep. Both keys enter the queue, ``key_b`` first (as in the authors' CIFAR notebook).
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, or more keys than the queue has slots.
@@ -334,8 +335,8 @@ class DCQ(_KeyLoss):
 
         loss_i = -log( exp(s (q_i k_i - m)) / (exp(s (q_i k_i - m)) + sum of exp(s q_i k_j)) )
 
-    over the slots of the queue whose identity is not the probe's, as it was before the batch, whose keys of all ranks then enter it.
-    It infers with the momentum network.
+    The sum is over those slots of the queue whose identity is not the probe's, as it was before the batch. Then the keys of all ranks
+    enter it. For inference the momentum network is used.
 
     Args:
         queue: of K keys; 8,192 in the paper.
@@ -373,14 +374,15 @@ class DCQ(_KeyLoss):
 
 
 class PairLoss(_QueueLoss):
-    """Of the losses with several positives: where keys come from, and how the losses of probes or pairs become one number.
+    """What losses with several positives share: where keys come from, and how the losses of probes or pairs become one number.
 
     Args:
-        queue: more keys than the batch's, which enter it afterwards; None: the batch alone.
-        reduction: 'mean' over the probes (or pairs, :class:`NTXent`) that have what the loss compares: a positive, and where it
-            says so a negative; 'nonzero': over those whose loss is not 0, as pytorch-metric-learning's AvgNonZeroReducer; 'sum'.
+        queue: more keys than the batch's. The batch's keys enter it afterwards. None: the batch alone.
+        reduction: 'mean' is over the probes (or pairs, :class:`NTXent`) that have what the loss compares: a positive, and for some
+            losses a negative. 'nonzero' is over those whose loss is not 0, as pytorch-metric-learning's AvgNonZeroReducer. Or 'sum'.
         gather: with several processes, keys are those of all of them (default) or of this one alone.
-        group, backend: the process group (default: all); an implementation to force, see :func:`sst_fast.backends`.
+        group: the process group; default: all processes.
+        backend: an implementation to force, see :func:`sst_fast.backends`.
     """
 
     def __init__(
@@ -392,13 +394,13 @@ class PairLoss(_QueueLoss):
         self.reduction = reduction
 
     def forward(self, embedding: Tensor, identity: Tensor | None = None, key: Tensor | None = None) -> Tensor:
-        """Loss of a batch, against itself and the queue; its keys then enter the queue, in training mode.
+        """Loss of a batch against itself and the queue. In training mode its keys then enter the queue.
 
         Args:
             embedding: probes [N, D], normalised inside; or V views each of B samples, [B, V, D], all of which are probes.
             identity: int64 [N], or [B] with views, >= 0. None with views: every sample is an identity of its own, as in SimCLR.
-            key: like ``embedding``: keys by a momentum network, say, which take the place of the embeddings as keys; a probe's own key
-                is then a positive. None: the embeddings are the keys, and none is its own.
+            key: keys in the place of the embeddings, with the same shape, such as those of a momentum network. A probe's own key is
+                then a positive. None: the embeddings are the keys, and no probe is a key of its own.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or value, more keys than the queue has slots, or ranks that
@@ -506,8 +508,8 @@ class PairLoss(_QueueLoss):
 class SupCon(PairLoss):
     """Supervised contrastive loss (Khosla et al., NeurIPS 2020), with any number of positives and an optional queue.
 
-    With A(i) the keys of probe i, its own excepted, and P(i) those of its identity among them, the logarithm stands outside the sum over
-    positives (eq. 2, which the paper recommends) or inside (eq. 3):
+    A(i) are the keys of probe i, its own excepted. P(i) are those of its identity among them. The sum over positives stands outside the
+    logarithm (eq. 2, which the paper recommends) or inside (eq. 3):
 
         outside:  loss_i = -1/|P(i)| sum over p in P(i) of log( exp(c_ip / T) / sum over a in A(i) of exp(c_ia / T) )
         inside:   loss_i = -log( 1/|P(i)| sum over p in P(i) of exp(c_ip / T) / sum over a in A(i) of exp(c_ia / T) )
@@ -515,8 +517,8 @@ class SupCon(PairLoss):
     Args:
         temperature: T; 0.07 as in the authors' code.
         form: 'outside' (default) or 'inside'.
-        base_temperature: the loss is multiplied by T / base_temperature; None (default): by 1. 0.07 in the authors' code.
-        reduction: over the probes with a positive, see :class:`PairLoss`; where one has none the authors' code gives NaN.
+        base_temperature: the loss is multiplied by T / base_temperature. None (default): by 1. 0.07 in the authors' code.
+        reduction: over the probes with a positive, see :class:`PairLoss`. For a probe without one the authors' code gives NaN.
         queue, gather, group, backend: as :class:`PairLoss`.
 
     Example:
@@ -570,7 +572,8 @@ class NTXent(PairLoss):
 
         loss_ip = -log( exp(c_ip / T) / (exp(c_ip / T) + sum over keys n of other identities of exp(c_in / T)) )
 
-    of each pair of a probe and a positive; other positives are not in its denominator, as in pytorch-metric-learning's NTXentLoss.
+    Each pair of a probe i and a positive p has such a loss. Other positives are not in its denominator, as in pytorch-metric-learning's
+    NTXentLoss.
 
     Args:
         temperature: T; 0.07 as pytorch-metric-learning.
@@ -615,7 +618,8 @@ class PairCircle(PairLoss):
     positive, a class weight or a gallery feature.)
 
     Args:
-        m: relaxation in [0, 1]; gamma: scale g. 0.4 and 80 as in pytorch-metric-learning; the paper has 0.25 and 256 for faces.
+        m: relaxation in [0, 1]; 0.4 as in pytorch-metric-learning. The paper has 0.25 for faces.
+        gamma: scale g; 80 as in pytorch-metric-learning. The paper has 256 for faces.
         reduction: over the probes with a positive and a negative, see :class:`PairLoss`.
         queue, gather, group, backend: as :class:`PairLoss`.
 
@@ -655,12 +659,12 @@ class PairCircle(PairLoss):
 
 
 class Contrastive(PairLoss):
-    """Contrastive loss of cosines, that of the paper on cross-batch memory (Wang et al., CVPR 2020, eq. 4).
+    """Contrastive loss of cosines, as in the paper on cross-batch memory (Wang et al., CVPR 2020, eq. 4).
 
         loss_i = sum over positives of (1 - c) + sum over negatives of [c - threshold]+
 
-    The paper has -c for 1 - c, its code c for [c - threshold]+: other values of the same gradient. Keys are taken a block at a time, in
-    the queue too.
+    The paper has -c in the place of 1 - c, and its code c in the place of [c - threshold]+. These are other values with the same
+    gradient. Keys are taken a block at a time, in the queue too.
 
     Args:
         threshold: cosine, in [-1, 1], up to which a negative is far enough; 0.5 as in the authors' code.
@@ -709,14 +713,14 @@ class Contrastive(PairLoss):
 class CrossBatchMemory(_QueueLoss):
     """A loss between the batch and a memory of the last embeddings (Wang et al., Cross-Batch Memory, CVPR 2020).
 
-    As in pytorch-metric-learning's class of this name, the batch enters the memory first, and a probe's own embedding is no key of
-    it. Several processes: the embeddings of all ranks enter, and all are keys of every rank's probes. The memory and its position
-    are in the state dict, so that a run resumes.
+    As in pytorch-metric-learning's class of this name, the batch enters the memory first. A probe's own embedding is not one of its
+    keys. With several processes the embeddings of all ranks enter, and all are keys of every rank's probes. The memory and its
+    position are in the state dict, so that a run resumes.
 
     Args:
-        loss: one of this module's with several positives, without a queue: :class:`SupCon`, :class:`NTXent`, :class:`PairCircle`,
-            :class:`Contrastive`.
-        embedding_size: D; memory_size: number of embeddings K, at least the batch of all ranks.
+        loss: :class:`SupCon`, :class:`NTXent`, :class:`PairCircle` or :class:`Contrastive`, without a queue.
+        embedding_size: D.
+        memory_size: number of embeddings K, at least the batch of all ranks.
         dtype, device: of the memory, as of :class:`sst_fast.GalleryQueue`.
 
     Example:
@@ -743,8 +747,8 @@ class CrossBatchMemory(_QueueLoss):
 
         Args:
             embedding, identity: the batch.
-            enqueue_mask: bool [N]: only these rows enter the memory, and only the others are probes, as where one half of a batch is of
-                a momentum network. Not with several processes unless as many enter on each rank.
+            enqueue_mask: bool [N]: only these rows enter the memory, and only the others are probes. For a batch of which one half
+                comes from a momentum network. With several processes as many rows must enter on each rank.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or value, more rows than the memory, or ranks that bring

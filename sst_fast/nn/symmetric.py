@@ -1,13 +1,13 @@
 """Losses of pairs of a batch in both directions, CLIP's and SigLIP's, with no more than a block of the N x N logits at once.
 
-Rows of logits are made a block at a time by PyTorch's own products, so that what is done to each logit stays in the cache. CLIP's needs
-the sums of its rows and columns before any gradient: two passes over the same cosines, for both directions together. The cosines are kept
-from one to the other while they are few (:data:`KEPT`), and made again otherwise.
+Rows of logits are made a block at a time by PyTorch's own products, so that what is done to each logit stays in the cache. CLIP's loss
+needs the sums of its rows and columns before any gradient. That takes two passes over the same cosines, for both directions together.
+Between the passes the cosines are kept while they are few (:data:`KEPT`). Otherwise they are made again.
 
-Several processes (W ranks with a process group): every image is compared with every rank's texts and the other way round, with
-exact gradients; every rank must bring the same N. Each rank computes the rows of its own images. The value is the rank's own share
-such that the mean over ranks, which is what DistributedDataParallel's gradients are of, is the loss of the whole batch. Features get
-the gradient of the sum over ranks; a scale or bias that of the logits which its rank computes, so that the mean over ranks is right.
+With several processes (W ranks of a process group) every image is compared with every rank's texts and the other way round, with
+exact gradients. Every rank must bring the same N. Each rank computes the rows of its own images. The value is the rank's own share.
+The mean of these shares over ranks, whose gradients DistributedDataParallel takes, is the loss of the whole batch. Features get
+the gradient of the sum over ranks. A scale or bias gets that of the logits which its rank computes, so that the mean over ranks is right.
 
 Sizes: N pairs, D features.
 """
@@ -84,15 +84,15 @@ class CLIPLoss(_Symmetric):
 
         loss = 1/2 mean_i [ -log softmax_j(s c_ij)_i - log softmax_j(s c_ji)_i ],  c_ij the cosine of image i and text j
 
-    The logits of both directions are the same, so each is made once forward, a block at a time, and at large N once more backward. A
-    batch with N x N cosines in at most 16 MiB (N <= 2,048) keeps them instead. Several processes: values as of open_clip with
-    ``local_loss`` and ``gather_with_grad``, for half the products.
+    The logits of both directions are the same. So each is made once forward, a block at a time, and at large N once more backward.
+    Where the N x N cosines take at most 16 MiB (N <= 2,048), they are kept instead. With several processes values are those of
+    open_clip with ``local_loss`` and ``gather_with_grad``, for half the products.
 
     Args:
-        init_logit_scale: None (default): ``logit_scale`` is given in each call, as to open_clip's. A number, log(1 / 0.07) in CLIP: the
+        init_logit_scale: None (default): ``logit_scale`` is given in each call, as to open_clip's. A number (log(1 / 0.07) in CLIP): the
             loss has a parameter ``logit_scale``, the logarithm of s, as open_clip's models have.
-        gather: with several processes, compare with all of them, whose texts are gathered (True, default) or travel round the ring of
-            ranks, so that each holds two ranks' at a time ('ring'); or with this one alone (False).
+        gather: with several processes: True (default): compare with the texts of all ranks, which are gathered. 'ring': the same, but
+            texts travel round the ring of ranks, so that each holds two ranks' at a time. False: compare with this rank's alone.
         group: the process group (default: all).
 
     Example:
@@ -135,12 +135,12 @@ class SigLIPLoss(_Symmetric):
 
         loss = -1/N sum_ij log sigmoid(y_ij (s c_ij + b)),  y_ij = 1 for the pair i = j, -1 otherwise
 
-    A logit depends on no other, so they are made and forgotten a block at a time, and the gradients with them. With several processes
-    they are made once more backward, for the gradient of other ranks' texts.
+    No logit depends on another. So logits and their gradients are made a block at a time, and the logits are forgotten. With several
+    processes they are made once more backward, for the gradient of other ranks' texts.
 
     Args:
-        init_logit_scale, init_logit_bias: None (default): they are given in each call, as to open_clip's. Numbers, log(10) and -10 in the
-            paper: the loss has parameters ``logit_scale``, the logarithm of s, and ``logit_bias``, as open_clip's models have.
+        init_logit_scale, init_logit_bias: None (default): they are given in each call, as to open_clip's. Numbers (log(10) and -10 in the
+            paper): the loss has parameters ``logit_scale``, the logarithm of s, and ``logit_bias``, as open_clip's models have.
         gather: as of :class:`CLIPLoss`; 'ring' (default) as in open_clip.
         group: the process group (default: all).
 

@@ -37,14 +37,14 @@ class DemoConfig:
 
 
 NOTES = [
-    "Training: 30 identities with two images each, chosen by seed. Test: all ten images of the other 10 identities of the "
-    "fold, every pair of images compared. Backbone, augmentation, number of image passes and learning-rate schedule are "
-    "the same for both methods, and both are judged by their last checkpoint.",
-    "What so small a set can show: that the whole chain works on real faces and learns to compare people it has never "
-    "seen. What it cannot show: which method is better. A fold has 450 genuine pairs of 10 people, so the spread between "
-    "folds is as large as the difference between methods; false accept rates below about 1e-2 rest on a few dozen impostor "
-    "pairs. The 30 training identities fill a queue of 20 slots many times over, far from the 16,384 of the paper. "
-    "Accuracy uses the best threshold on the test pairs themselves and is optimistic for both methods alike.",
+    "Each fold trains on 30 identities with two images each, chosen by seed. It tests all ten images of the other 10 "
+    "identities: every pair of images is compared. Backbone, augmentation, number of image passes and learning-rate schedule "
+    "are the same for both methods. Both are judged by their last checkpoint.",
+    "So small a set shows that the whole chain works on real faces, and that it learns to compare people it has never seen. It "
+    "does not show which method is better. A fold has 450 genuine pairs of 10 people, so the spread between folds is as large as "
+    "the difference between methods. False accept rates below about 1e-2 rest on a few dozen impostor pairs. The queue has 20 "
+    "slots, far from the 16,384 of the paper, and the 30 training identities fill it many times over. Accuracy uses the best "
+    "threshold on the test pairs themselves, so it is optimistic for both methods alike.",
 ]  # fmt: skip
 
 

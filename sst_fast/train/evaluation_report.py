@@ -227,6 +227,7 @@ def training(run: Path) -> list[Markup]:
 def _by_epoch(points: list[tuple[float, float]], axes: Axes) -> None:
     axes.plot(*zip(*points, strict=True), color=COLOURS["green"], marker="" if len(points) > 12 else "o", markersize=3)
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _spectra(spectra: dict[int, list[float]], axes: Axes) -> None:

@@ -76,7 +76,9 @@ def _in_page(svg: str, title: str) -> str:
 
 def versions() -> dict[str, str]:
     """What ran this: versions, device, backends."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    on_cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else on_cpu
     chosen = ", ".join(f"{name}: {choice.chosen}" for name, choice in sst_fast.backends().items())
     return {
         "sst-fast": sst_fast.__version__, "Python": platform.python_version(), "PyTorch": torch.__version__,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -125,6 +126,7 @@ def _by_epoch(results: Mapping[Method, list[Result]], name: str, axes: Axes) -> 
         values = np.array([[row.get(name, np.nan) for row in fold.history] for fold in folds])
         _line_and_band(axes, method, np.arange(1, values.shape[1] + 1), values)
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if name == next(iter(CURVES)):
         axes.legend()
 
