@@ -47,6 +47,10 @@ at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& stat
 WindowTensors window(
     at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t size, at::ScalarType dtype);
 
+// Adds float32 scores to counts by bin, int64 [65536], and those in bins with a slot (slots: int16 [65536], else -1) to
+// counts by value, int64 [65536 for each slot]. Several threads may add to the same counts.
+void count_scores(const at::Tensor& scores, const at::Tensor& slots, at::Tensor& by_bin, at::Tensor& by_value);
+
 const char* instruction_set();
 
 }  // namespace cpu

@@ -1,0 +1,68 @@
+// Counting the scores of pairs of images, for sst_fast/evaluation/blocked.py, which says what bins and slots are.
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../ops.h"
+#include "parallel.h"
+
+namespace sst_fast::cpu {
+
+namespace {
+
+constexpr int64_t kHalf = 1 << 16;          // values of half of a score's bits
+constexpr int64_t kPart = 2048;             // scores that are looked at together: they stay in the first-level cache
+constexpr int64_t kForAThread = 16 * kHalf;  // scores that are worth a histogram
+
+// Several threads count into one tensor, here and in the caller.
+void add(int64_t& count, int64_t more) {
+  std::atomic_ref<int64_t>(count).fetch_add(more, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+void count_scores(const at::Tensor& scores, const at::Tensor& slots, at::Tensor& by_bin, at::Tensor& by_value) {
+  const auto fits = [](const at::Tensor& t, at::ScalarType type) {
+    return t.is_cpu() && t.is_contiguous() && t.scalar_type() == type;
+  };
+  TORCH_CHECK(
+      fits(scores, at::kFloat) && fits(slots, at::kShort) && fits(by_bin, at::kLong) && fits(by_value, at::kLong) &&
+          slots.numel() == kHalf && by_bin.numel() == kHalf,
+      "count_scores: dtypes, shapes or layouts do not fit");
+  TORCH_CHECK(scores.numel() <= std::numeric_limits<uint32_t>::max(), "count_scores: too many scores at once");
+  const float* score = scores.const_data_ptr<float>();
+  const int16_t* slot = slots.const_data_ptr<int16_t>();
+  int64_t *bins = by_bin.mutable_data_ptr<int64_t>(), *values = by_value.mutable_data_ptr<int64_t>();
+  TORCH_CHECK(
+      *std::max_element(slot, slot + kHalf) < by_value.numel() / kHalf, "count_scores: by_value has too few slots");
+  parallel_for(0, scores.numel(), kForAThread, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> counts(kHalf);
+    std::array<int32_t, kPart> chosen;
+    for (int64_t first = begin; first < end; first += kPart) {
+      const int64_t last = std::min(end, first + kPart);
+      int64_t count = 0;
+      for (int64_t i = first; i < last; i++) {
+        int32_t bits;
+        std::memcpy(&bits, score + i, sizeof bits);
+        const int64_t bin = kHalf / 2 + (bits >> 16);
+        counts[bin]++;
+        chosen[count] = bits;  // the next one takes its place where the bin has no slot: nothing here branches
+        count += slot[bin] >= 0;
+      }
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t bin = kHalf / 2 + (chosen[i] >> 16);
+        const int64_t low = bin ? chosen[i] & (kHalf - 1) : 0;  // minus zero is zero
+        add(values[slot[bin] * kHalf + low], 1);
+      }
+    }
+    for (int64_t bin = 0; bin < kHalf; bin++)
+      if (counts[bin]) add(bins[bin], counts[bin]);
+  });
+}
+
+}  // namespace sst_fast::cpu
