@@ -15,14 +15,13 @@ namespace sst_fast::cpu {
 
 namespace {
 
-constexpr int64_t kHalf = 1 << 16;          // values of half of a score's bits
-constexpr int64_t kPart = 2048;             // scores that are looked at together: they stay in the first-level cache
+constexpr int64_t kHalf = 1 << 16;           // values of half of a score's bits
+constexpr uint32_t kSign = 0x8000;           // of the upper half; bins are numbered with it turned over
+constexpr int64_t kPart = 2048;              // scores that are looked at together: they stay in the first-level cache
 constexpr int64_t kForAThread = 16 * kHalf;  // scores that are worth a histogram
 
 // Several threads count into one tensor, here and in the caller.
-void add(int64_t& count, int64_t more) {
-  std::atomic_ref<int64_t>(count).fetch_add(more, std::memory_order_relaxed);
-}
+void add(int64_t& count, int64_t more) { std::atomic_ref<int64_t>(count).fetch_add(more, std::memory_order_relaxed); }
 
 }  // namespace
 
@@ -40,28 +39,32 @@ void count_scores(const at::Tensor& scores, const at::Tensor& slots, at::Tensor&
   int64_t *bins = by_bin.mutable_data_ptr<int64_t>(), *values = by_value.mutable_data_ptr<int64_t>();
   TORCH_CHECK(
       *std::max_element(slot, slot + kHalf) < by_value.numel() / kHalf, "count_scores: by_value has too few slots");
+  std::vector<uint8_t> has_slot(kHalf);  // by the upper half of the bits as it is
+  for (int64_t half = 0; half < kHalf; half++) has_slot[half] = slot[half ^ kSign] >= 0;
   parallel_for(0, scores.numel(), kForAThread, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> counts(kHalf);
-    std::array<int32_t, kPart> chosen;
+    std::array<uint32_t, kPart> chosen;
+    std::array<int64_t*, kPart> places;
     for (int64_t first = begin; first < end; first += kPart) {
       const int64_t last = std::min(end, first + kPart);
       int64_t count = 0;
       for (int64_t i = first; i < last; i++) {
-        int32_t bits;
+        uint32_t bits;
         std::memcpy(&bits, score + i, sizeof bits);
-        const int64_t bin = kHalf / 2 + (bits >> 16);
-        counts[bin]++;
+        counts[bits >> 16]++;
         chosen[count] = bits;  // the next one takes its place where the bin has no slot: nothing here branches
-        count += slot[bin] >= 0;
+        count += has_slot[bits >> 16];
       }
+      // All of these counts are far from each other, and are fetched together.
       for (int64_t i = 0; i < count; i++) {
-        const int64_t bin = kHalf / 2 + (chosen[i] >> 16);
-        const int64_t low = bin ? chosen[i] & (kHalf - 1) : 0;  // minus zero is zero
-        add(values[slot[bin] * kHalf + low], 1);
+        const uint32_t half = chosen[i] >> 16, low = half == kSign ? 0 : chosen[i] & (kHalf - 1);  // minus zero is zero
+        places[i] = values + slot[half ^ kSign] * kHalf + low;
+        __builtin_prefetch(places[i], 1);
       }
+      for (int64_t i = 0; i < count; i++) add(*places[i], 1);
     }
-    for (int64_t bin = 0; bin < kHalf; bin++)
-      if (counts[bin]) add(bins[bin], counts[bin]);
+    for (int64_t half = 0; half < kHalf; half++)
+      if (counts[half]) add(bins[half ^ kSign], counts[half]);
   });
 }
 
