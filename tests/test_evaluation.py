@@ -200,6 +200,26 @@ def test_threads_that_count_into_one_tally_lose_nothing(way):
 
 
 @pytest.mark.skipif(not blocked.compiled, reason="the extension is not built")
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 5), (3, 8), (64, 131), (0, 4)])
+@pytest.mark.parametrize("kind", ["cosines", "ties"])
+def test_best_scores_in_one_pass(kind, rows, columns):
+    scores = scores_to_count(kind, rows * columns + 1)[1:].view(rows, columns).clone()
+    scores[:, 0] = -math.inf  # as for genuine pairs
+    wanted = [torch.randint(-2, 3, (n,)) / 4 for n in (rows, columns)]
+    wanted[1][-1] = math.inf
+    torch.library.opcheck(torch.ops.sst_fast.best_scores, (scores, *wanted))
+    ways = [blocked.best_scores(scores, *wanted)] + ([blocked.best_scores_plainly(scores, *wanted)] if rows else [])
+    for tops, ahead, column_tops, column_ahead in ways:
+        assert tops.tolist() == [max(row.tolist()) for row in scores]
+        assert column_tops.tolist() == [max([-math.inf, *column.tolist()]) for column in scores.T]
+        assert ahead.tolist() == [int((row >= w).sum()) for row, w in zip(scores, wanted[0], strict=True)]
+        assert column_ahead.tolist() == [int((column >= w).sum()) for column, w in zip(scores.T, wanted[1], strict=True)]
+    for bad in [(scores.double(), *wanted), (scores, wanted[0][:-1], wanted[1][:-1])]:
+        with pytest.raises(RuntimeError, match="best_scores: "):
+            blocked.best_scores(*bad)
+
+
+@pytest.mark.skipif(not blocked.compiled, reason="the extension is not built")
 def test_the_operator_refuses_what_it_would_write_beside():
     scores, (slots, by_bin, by_value) = torch.zeros(5), slots_of(torch.tensor([blocked.HALF // 2]))
     torch.library.opcheck(torch.ops.sst_fast.count_scores, (scores, slots, by_bin, by_value))

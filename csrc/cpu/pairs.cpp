@@ -1,11 +1,15 @@
 // Counting the scores of pairs of images, for sst_fast/evaluation/blocked.py, which says what bins and slots are.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <tuple>
 #include <vector>
 
 #include "../ops.h"
@@ -66,6 +70,50 @@ void count_scores(const at::Tensor& scores, const at::Tensor& slots, at::Tensor&
     for (int64_t half = 0; half < kHalf; half++)
       if (counts[half]) add(bins[half ^ kSign], counts[half]);
   });
+}
+
+BestTensors best_scores(const at::Tensor& scores, const at::Tensor& wanted_rows, const at::Tensor& wanted_columns) {
+  for (const at::Tensor* t : {&scores, &wanted_rows, &wanted_columns})
+    TORCH_CHECK(
+        t->is_cpu() && t->is_contiguous() && t->scalar_type() == at::kFloat,
+        "best_scores: expected contiguous float32");
+  TORCH_CHECK(
+      scores.dim() == 2 && wanted_rows.numel() == scores.size(0) && wanted_columns.numel() == scores.size(1),
+      "best_scores: shapes disagree");
+  const int64_t R = scores.size(0), C = scores.size(1);
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
+  constexpr int64_t kLanes = 8;
+  const auto numbers = scores.options().dtype(at::kInt);
+  BestTensors out{
+      at::full({R}, lowest, scores.options()), at::zeros({R}, numbers), at::full({C}, lowest, scores.options()),
+      at::zeros({C}, numbers)};
+  auto& [of_rows, ahead_of_rows, of_columns, ahead_of_columns] = out;
+  const float *row_wants = wanted_rows.const_data_ptr<float>(), *__restrict wants =
+                                                                    wanted_columns.const_data_ptr<float>();
+  float* __restrict top = of_columns.mutable_data_ptr<float>();
+  int32_t* __restrict ahead = ahead_of_columns.mutable_data_ptr<int32_t>();
+  for (int64_t r = 0; r < R; r++) {
+    const float* __restrict s = scores.const_data_ptr<float>() + r * C;
+    for (int64_t c = 0; c < C; c++) {
+      top[c] = s[c] > top[c] ? s[c] : top[c];
+      ahead[c] += s[c] >= wants[c];
+    }
+    const float want = row_wants[r];
+    float best[kLanes];
+    int32_t count[kLanes] = {};
+    std::fill(best, best + kLanes, lowest);
+    const auto look = [&](int64_t c, int64_t lane) {
+      best[lane] = s[c] > best[lane] ? s[c] : best[lane];
+      count[lane] += s[c] >= want;
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= C; c += kLanes)
+      for (int64_t lane = 0; lane < kLanes; lane++) look(c + lane, lane);
+    for (; c < C; c++) look(c, 0);
+    of_rows.mutable_data_ptr<float>()[r] = *std::max_element(best, best + kLanes);
+    ahead_of_rows.mutable_data_ptr<int32_t>()[r] = std::accumulate(count, count + kLanes, 0);
+  }
+  return out;
 }
 
 }  // namespace sst_fast::cpu

@@ -29,7 +29,7 @@ MOST_MIXED = 64  # of them, for the best balanced accuracy
 SAMPLE = 4096  # images from which the bins are guessed
 MAX_RANK = 100
 
-count_scores = operator("count_scores")
+count_scores, best_scores = operator("count_scores"), operator("best_scores")
 _ADDING = threading.Lock()  # of counts in plain PyTorch
 
 
@@ -157,7 +157,7 @@ def search(
             def compare(r: slice, b: Tensor = columns, labels: Tensor = columns_labels) -> tuple[slice, _Best]:
                 scores = probes[r].float() @ b.T
                 scores.masked_fill_(mine[r][:, None] == labels[None], -torch.inf)
-                return r, _Best.of(scores, 1, wanted[r])
+                return r, _bests(scores, wanted[r], b.new_zeros(len(b)))[0]
 
             for r, best in run(compare, _parts(len(probes), rows)):
                 best.merge(impostor[r], rank[r])
@@ -181,17 +181,37 @@ class _Best(NamedTuple):
     top: Tensor
     ahead: Tensor
 
-    @classmethod
-    def of(cls, scores: Tensor, axis: int, wanted: Tensor) -> _Best:
-        """Of a block's rows (axis 1) or columns (axis 0)."""
-        # Ones in float32 are summed many times faster than booleans are counted, and as exactly: there are fewer than 2^24.
-        ones = torch.ge(scores, wanted.unsqueeze(axis), out=torch.empty_like(scores))
-        return cls(scores.amax(axis), ones.sum(axis).long())
-
     def merge(self, best: Tensor, rank: Tensor) -> None:
         """Into the results so far, views of those of the block's rows or columns."""
         torch.maximum(best, self.top, out=best)
         rank.add_(self.ahead).clamp_(max=MAX_RANK)
+
+
+def _bests(scores: Tensor, wanted_rows: Tensor, wanted_columns: Tensor) -> tuple[_Best, _Best]:
+    """Of a block's rows, and of its columns."""
+    find = best_scores if compiled and scores.device.type == "cpu" else best_scores_plainly
+    found = find(scores, wanted_rows, wanted_columns)
+    return _Best(*found[:2]), _Best(*found[2:])
+
+
+def best_scores_plainly(
+    scores: Tensor, wanted_rows: Tensor, wanted_columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In PyTorch's own operations what csrc/cpu/pairs.cpp does in one pass.
+
+    Args:
+        scores: float32 [R, C], contiguous.
+        wanted_rows: float32 [R]; wanted_columns: float32 [C].
+
+    Returns:
+        The highest score of each row, how many of the row are at least as high as wanted, int32, and the same of the columns.
+    """
+    found = []
+    for axis, wanted in ((1, wanted_rows[:, None]), (0, wanted_columns)):
+        # Ones in float32 are summed many times faster than booleans are counted, and as exactly: there are fewer than 2^24.
+        ones = torch.ge(scores, wanted, out=torch.empty_like(scores))
+        found += [scores.amax(axis), ones.sum(axis).int()]
+    return found[0], found[1], found[2], found[3]
 
 
 class _Triangle:
@@ -230,7 +250,7 @@ class _Triangle:
         impostor = torch.full_like(wanted, -torch.inf)
         rank = torch.zeros(len(wanted), dtype=torch.int64, device=self.device)
 
-        def compare(part: tuple[slice, slice, Tensor]) -> tuple[slice, slice, list[_Best]]:
+        def compare(part: tuple[slice, slice, Tensor]) -> tuple[slice, slice, tuple[_Best, _Best]]:
             r, c, columns = part
             scores, same = self._scores(r, c, columns)
             if same.numel():
@@ -238,7 +258,7 @@ class _Triangle:
                 tally.count(0, near[same])
                 near.masked_fill_(same, -torch.inf)
             tally.count(1, scores)
-            return r, c, [_Best.of(scores, 1, wanted[r]), _Best.of(scores, 0, wanted[c])]
+            return r, c, _bests(scores, wanted[r], wanted[c])
 
         total = len(self.order) * (len(self.order) - 1) // 2
         with _bar(total, progress) as bar, _workers(self.device) as run:
