@@ -104,7 +104,9 @@ def made(root: Path, identities: int, format: str) -> Path:
     Image.new("RGB", (112, 112), (90, 120, 150)).save(buffer, "JPEG")
     image = buffer.getvalue()
     if format in CONVERTED:
-        convert.convert(data.faces(made(root.with_name(f"list-{identities}"), identities, "list")), root, CONVERTED[format])
+        convert.convert(
+            data.faces(made(root.with_name(f"list-{identities}"), identities, "list")), root, CONVERTED[format]
+        )
         return aged(path)
     root.mkdir(parents=True)
     if format == "list":

@@ -398,10 +398,12 @@ def test_damage_in_a_tar_is_not_its_end(tmp_path, seen):
     content = bytearray((tmp_path / "a.tar").read_bytes())
     content[1024 * seen + 5] ^= 1
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(ValueError, match=f"a.tar cannot be read as a tar file: the header at byte {1024 * seen:,} is damaged"):
+    with pytest.raises(
+        ValueError, match=rf"a.tar cannot be read as a tar file: the header at byte {1024 * seen:,} is damaged"
+    ):
         data.faces(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(content[: 1024 * seen + 300])
-    with pytest.raises(ValueError, match="a.tar cannot be read as a tar file"):
+    with pytest.raises(ValueError, match=r"a.tar cannot be read as a tar file"):
         data.faces(tmp_path / "a.tar")
 
 

@@ -213,7 +213,9 @@ def test_best_scores_in_one_pass(kind, rows, columns):
         assert tops.tolist() == [max(row.tolist()) for row in scores]
         assert column_tops.tolist() == [max([-math.inf, *column.tolist()]) for column in scores.T]
         assert ahead.tolist() == [int((row >= w).sum()) for row, w in zip(scores, wanted[0], strict=True)]
-        assert column_ahead.tolist() == [int((column >= w).sum()) for column, w in zip(scores.T, wanted[1], strict=True)]
+        assert column_ahead.tolist() == [
+            int((column >= w).sum()) for column, w in zip(scores.T, wanted[1], strict=True)
+        ]
     for bad in [(scores.double(), *wanted), (scores, wanted[0][:-1], wanted[1][:-1])]:
         with pytest.raises(RuntimeError, match="best_scores: "):
             blocked.best_scores(*bad)

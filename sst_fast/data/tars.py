@@ -221,7 +221,10 @@ def _plain(window: _Window) -> Generator[Member, None, int]:
 def _count_plain(headers: list[bytes], sizes: list[int]) -> int:
     """How many of these headers, from the first, say all there is to say and are undamaged."""
     table = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
-    kinds, digits = table[:, 156], table[:, 148:154] - np.uint8(ord("0"))  # of the sum over all, its own field as blanks
+    kinds, digits = (
+        table[:, 156],
+        table[:, 148:154] - np.uint8(ord("0")),
+    )  # of the sum over all, its own field as blanks
     sums = table.sum(1, dtype=np.int64) - table[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
     good = (
         (table[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(1) & (table[:, 345] == 0)  # no first half of a long name
