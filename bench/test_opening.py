@@ -24,12 +24,13 @@ from PIL import Image
 from bench import timing
 from bench.timing import REPLAY
 from sst_fast import data
-from sst_fast.data import recordio
+from sst_fast.data import convert, recordio
 from sst_fast.samplers import IdentitySampler
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY, disable_gc=False)
-FORMATS = ("folder", "list", "RecordIO")
+FORMATS = ("folder", "list", "RecordIO", "LMDB", "WebDataset", "Hugging Face")
 FIRST, AGAIN, EPOCH = "ours (searched)", "ours (with its index)", "ours (start of an epoch)"
+CONVERTED: dict[str, convert.Format] = {"LMDB": "lmdb", "WebDataset": "webdataset", "Hugging Face": "huggingface"}
 IMAGES = 2  # of an identity
 LINKS = 50_000  # names a file may have, and file systems allow no more than 65,000
 
@@ -102,6 +103,11 @@ def made(root: Path, identities: int, format: str) -> Path:
     buffer = io.BytesIO()
     Image.new("RGB", (112, 112), (90, 120, 150)).save(buffer, "JPEG")
     image = buffer.getvalue()
+    if format in CONVERTED:
+        convert.convert(
+            data.faces(made(root.with_name(f"list-{identities}"), identities, "list")), root, CONVERTED[format]
+        )
+        return aged(path)
     root.mkdir(parents=True)
     if format == "list":
         (root / "image.jpg").write_bytes(image)
@@ -117,9 +123,14 @@ def made(root: Path, identities: int, format: str) -> Path:
             for k in range(IMAGES):
                 if (link := root / name / f"{k}.jpg") != source:
                     os.link(source, link)
+    return aged(path)
+
+
+def aged(path: Path) -> Path:
+    """As if written an hour ago: what has just changed gets no index."""
     long_ago = time.time() - 3600
-    for written in (path, *(path.iterdir() if format == "RecordIO" else [])):
-        os.utime(written, (long_ago, long_ago))  # what has just changed gets no index
+    for written in (path, *(path.glob("*.*") if path.is_dir() else [])):
+        os.utime(written, (long_ago, long_ago))
     return path
 
 

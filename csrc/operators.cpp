@@ -337,7 +337,18 @@ WindowTensors window_shapes(
       numbers({H * B}), numbers({B})};
 }
 
-// The same in PyTorch's own operations, where there is no kernel for the device.
+void count_scores_shapes(const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&) {}
+
+BestTensors best_scores_shapes(
+    const at::Tensor& scores, const at::Tensor& wanted_rows, const at::Tensor& wanted_columns) {
+  const auto numbers = scores.options().dtype(at::kInt);
+  const c10::SymInt R = scores.sym_size(0), C = scores.sym_size(1);
+  return {
+      at::empty_symint({R}, scores.options()), at::empty_symint({R}, numbers), at::empty_symint({C}, scores.options()),
+      at::empty_symint({C}, numbers)};
+}
+
+// The window in PyTorch's own operations, where there is no kernel for the device.
 WindowTensors window_plain(
     at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t size, at::ScalarType dtype) {
   const int64_t H = groups.size();
@@ -399,6 +410,10 @@ TORCH_LIBRARY(sst_fast, m) {
   m.def(
       "window(Tensor[] groups, Tensor identities, Tensor state, int size, ScalarType dtype) -> "
       "(Tensor unit, Tensor start, Tensor targets, Tensor owners, Tensor held)");
+  m.def("count_scores(Tensor scores, Tensor slots, Tensor(a!) by_bin, Tensor(b!) by_value) -> ()");
+  m.def(
+      "best_scores(Tensor scores, Tensor wanted_rows, Tensor wanted_columns) -> "
+      "(Tensor of_rows, Tensor ahead_of_rows, Tensor of_columns, Tensor ahead_of_columns)");
 }
 
 TORCH_LIBRARY_IMPL(sst_fast, CompositeExplicitAutograd, m) {
@@ -417,6 +432,8 @@ TORCH_LIBRARY_IMPL(sst_fast, Meta, m) {
   m.impl("enqueue", &enqueue_shapes);
   m.impl("dequeue", &dequeue_shape);
   m.impl("window", &window_shapes);
+  m.impl("count_scores", &count_scores_shapes);
+  m.impl("best_scores", &best_scores_shapes);
 }
 
 TORCH_LIBRARY_IMPL(sst_fast, Autograd, m) {
@@ -431,6 +448,8 @@ TORCH_LIBRARY_IMPL(sst_fast, CPU, m) {
   m.impl("enqueue", &cpu::enqueue);
   m.impl("dequeue", &cpu::dequeue);
   m.impl("window", &cpu::window);
+  m.impl("count_scores", &cpu::count_scores);
+  m.impl("best_scores", &cpu::best_scores);
 }
 #ifdef SST_FAST_CUDA
 TORCH_LIBRARY_IMPL(sst_fast, CUDA, m) {

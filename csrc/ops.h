@@ -23,6 +23,7 @@ namespace sst_fast {
 // slot, 0-d; slot and identity of every group's rows, [H * B]; the identities that others see, [B], -1 where a row is
 // not finite.
 using WindowTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using BestTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 namespace cpu {
 
@@ -46,6 +47,14 @@ void enqueue(
 at::Tensor dequeue(int64_t count, at::Tensor& queue_identities, at::Tensor& state);
 WindowTensors window(
     at::TensorList groups, const at::Tensor& identities, const at::Tensor& state, int64_t size, at::ScalarType dtype);
+
+// Adds float32 scores to counts by bin, int64 [65536], and those in bins with a slot (slots: int16 [65536], else -1) to
+// counts by value, int64 [65536 for each slot]. Several threads may add to the same counts.
+void count_scores(const at::Tensor& scores, const at::Tensor& slots, at::Tensor& by_bin, at::Tensor& by_value);
+
+// The highest of each row and column of float32 scores [R, C], and how many of it are at least `wanted`: [R], int32
+// [R], [C], int32 [C]. One thread: blocks run side by side.
+BestTensors best_scores(const at::Tensor& scores, const at::Tensor& wanted_rows, const at::Tensor& wanted_columns);
 
 const char* instruction_set();
 

@@ -65,6 +65,34 @@ def test_interrupted_training_resumes_exactly(faces, tmp_path, method):
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(expected), strict=True))
 
 
+def readers(pid):
+    """The processes that read images for this one and are ready: they ignore SIGINT."""
+    found = []
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{number}/status") as file:
+                status = dict(line.split(":", 1) for line in file)
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(status["PPid"]) == pid and int(status.get("SigIgn", "0"), 16) >> (signal.SIGINT - 1) & 1:
+            found.append(int(number))
+    return found
+
+
+def test_a_signal_to_every_process_saves(faces, tmp_path):
+    """Schedulers send SIGTERM to the processes that read images too: the training must not miss them before it has saved."""
+    out = tmp_path / "run"
+    process = Command(["train", *options(faces, out, epochs=500, **{"data.workers": 1})], tmp_path / "told.txt")
+    while process.poll() is None:
+        if found := readers(process.process.pid):
+            os.kill(found[0], signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
+            break
+    assert process.wait() == 128 + signal.SIGTERM, process.told()
+    assert "the same command goes on" in process.told()
+    assert (out / "checkpoint.pt").exists()
+
+
 @pytest.mark.slow
 def test_killed_training_ends_bit_identical(faces, tmp_path):
     """A real process, killed (-9) and terminated (SIGTERM, which saves in the middle of an epoch) at random moments."""

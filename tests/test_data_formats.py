@@ -353,6 +353,60 @@ def test_tar_faults_are_named(tmp_path, files, message):
         data.faces(tmp_path / "a.tar")
 
 
+def by_tarfile(path):
+    with tarfile.open(path, "r:") as opened:
+        return [(m.name, m.offset_data, m.size) for m in opened if m.isreg()]
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("odd", ["", "times", "folders", "long", "names", "link", "global", "v7"])
+def test_headers_are_read_as_tarfile_reads_them(tmp_path, monkeypatch, format, odd):
+    """Whatever is in them, wherever the first odd one stands, and whatever is read at once."""
+    monkeypatch.setattr(tars, "TOGETHER", 8)
+    headers = {"comment": "x"} if odd == "global" and format == tarfile.PAX_FORMAT else None
+    with tarfile.open(tmp_path / "a.tar", "w", format=format, pax_headers=headers) as out:
+        for i in range(40):
+            info = tarfile.TarInfo(f"a{i % 3}/{i:03d}.png")
+            info.size = 97 * i
+            if odd == "times":
+                info.mtime = 1e9 + i / 8
+            elif odd == "folders" and i % 4 == 0:
+                info.type, info.size = tarfile.DIRTYPE, 0
+            elif odd == "link" and i == 21:
+                info.type, info.size, info.linkname = tarfile.SYMTYPE, 0, "a"
+            elif odd == "long" and i in (18, 30):
+                info.name = "b" * 90 + f"/{i}" * 9 + ".png"
+            elif odd == "names" and i > 4:
+                info.name = f"ä{i}.png"
+            out.addfile(info, io.BytesIO(bytes(info.size)))
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    if odd == "v7":
+        header = content[:512]
+        header[257:265] = bytes(8)
+        header[148:156] = b" " * 8
+        header[148:156] = f"{sum(header):06o}\0 ".encode()
+        content[:512] = header
+        (tmp_path / "a.tar").write_bytes(content)
+    expected = by_tarfile(tmp_path / "a.tar")
+    assert len(expected) == {"folders": 30, "link": 39}.get(odd, 40)
+    assert [tuple(member) for member, _ in tars._members(tmp_path / "a.tar")] == expected
+
+
+@pytest.mark.parametrize("seen", [1, 2, 7, 31])
+def test_damage_in_a_tar_is_not_its_end(tmp_path, seen):
+    tar(tmp_path / "a.tar", {f"{i % 2}/{i}.png": b"x" for i in range(32)})
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[1024 * seen + 5] ^= 1
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"a.tar cannot be read as a tar file: the header at byte {1024 * seen:,} is damaged"
+    ):
+        data.faces(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(content[: 1024 * seen + 300])
+    with pytest.raises(ValueError, match=r"a.tar cannot be read as a tar file"):
+        data.faces(tmp_path / "a.tar")
+
+
 def test_compressed_and_missing_tars_are_refused(tmp_path):
     tar(tmp_path / "a.tar", {"a/0.png": b"x"}, "w:gz")
     with pytest.raises(ValueError, match=r"a.tar cannot be read as a tar file.*compressed ones have no random access"):

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -139,6 +140,116 @@ def test_the_guess_spares_the_second_pass_and_a_wrong_one_does_no_harm(monkeypat
     assert right.pairs.tar_at(fars) == wrong.pairs.tar_at(fars)
     assert right.pairs.eer() == wrong.pairs.eer()
     assert right.pairs.accuracy() == wrong.pairs.accuracy()
+
+
+SPECIAL = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 1.5, -7.0, 3e38, -3e38]
+
+
+def scores_to_count(kind, count):
+    generator = torch.Generator().manual_seed(count)
+    if kind == "cosines":
+        return torch.randn(count, generator=generator) / 8
+    if kind == "ties":
+        return torch.randint(-3, 4, (count,), generator=generator) / 4
+    if kind == "special":
+        return torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (count,), generator=generator)]
+    return torch.randint(-(2**31), 2**31, (count,), generator=generator).int().view(torch.float32)  # any bits at all
+
+
+def slots_of(bins):
+    slots = torch.full((blocked.HALF,), -1, dtype=torch.int16)
+    slots[bins] = torch.arange(len(bins), dtype=torch.int16)
+    counts = torch.zeros(blocked.HALF, dtype=torch.int64), torch.zeros(len(bins) * blocked.HALF, dtype=torch.int64)
+    return slots, *counts
+
+
+WAYS = [blocked.count_scores_plainly, *([blocked.count_scores] if blocked.compiled else [])]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2047, 2049, 40_001, (1 << 21) + 3])
+@pytest.mark.parametrize("kind", ["cosines", "ties", "special", "any"])
+def test_every_score_is_counted_by_its_bits(kind, count):
+    """Against a sort of all bits; in plain PyTorch and in C++, on several threads and on one, into counts that are not zero."""
+    scores = scores_to_count(kind, count)
+    bits = scores.numpy().view(np.uint32)
+    there = np.unique(bits >> 16 ^ 0x8000)
+    bins = np.r_[0, np.random.default_rng(0).permutation(there)[:60], 77]
+    bins = torch.from_numpy(np.unique(bins.astype(np.int64))[::-1].copy())
+    for way in WAYS:
+        slots, by_bin, by_value = slots_of(bins)
+        for _ in range(2):
+            way(scores, slots, by_bin, by_value)
+        assert np.array_equal(by_bin, 2 * np.bincount(bits >> 16 ^ 0x8000, minlength=blocked.HALF))
+        values, counts = np.unique(np.where(bits >> 16 == 0x8000, 0x80000000, bits), return_counts=True)
+        slot = slots.long().numpy()[values >> 16 ^ 0x8000]
+        expected = np.zeros(len(by_value), np.int64)
+        expected[(slot * blocked.HALF + (values & 0xFFFF).astype(np.int64))[slot >= 0]] = 2 * counts[slot >= 0]
+        assert np.array_equal(by_value, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_that_count_into_one_tally_lose_nothing(way):
+    scores = scores_to_count("ties", 30_000)
+    slots, by_bin, by_value = slots_of(torch.unique(blocked.HALF // 2 + (scores.view(torch.int32) >> 16)))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda part: way(part, slots, by_bin, by_value), scores.repeat(20).split(10_000)))
+    assert by_bin.sum() == by_value.sum() == 600_000
+    values, counts = np.unique(scores, return_counts=True)
+    assert sorted(by_value[by_value > 0].tolist()) == sorted((20 * counts).tolist())
+    assert len(values) == 7
+
+
+@pytest.mark.skipif(not blocked.compiled, reason="the extension is not built")
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 5), (3, 8), (64, 131), (0, 4)])
+@pytest.mark.parametrize("kind", ["cosines", "ties"])
+def test_best_scores_in_one_pass(kind, rows, columns):
+    scores = scores_to_count(kind, rows * columns + 1)[1:].view(rows, columns).clone()
+    scores[:, 0] = -math.inf  # as for genuine pairs
+    wanted = [torch.randint(-2, 3, (n,)) / 4 for n in (rows, columns)]
+    wanted[1][-1] = math.inf
+    torch.library.opcheck(torch.ops.sst_fast.best_scores, (scores, *wanted))
+    ways = [blocked.best_scores(scores, *wanted)] + ([blocked.best_scores_plainly(scores, *wanted)] if rows else [])
+    for tops, ahead, column_tops, column_ahead in ways:
+        assert tops.tolist() == [max(row.tolist()) for row in scores]
+        assert column_tops.tolist() == [max([-math.inf, *column.tolist()]) for column in scores.T]
+        assert ahead.tolist() == [int((row >= w).sum()) for row, w in zip(scores, wanted[0], strict=True)]
+        assert column_ahead.tolist() == [
+            int((column >= w).sum()) for column, w in zip(scores.T, wanted[1], strict=True)
+        ]
+    for bad in [(scores.double(), *wanted), (scores, wanted[0][:-1], wanted[1][:-1])]:
+        with pytest.raises(RuntimeError, match="best_scores: "):
+            blocked.best_scores(*bad)
+
+
+@pytest.mark.skipif(not blocked.compiled, reason="the extension is not built")
+def test_the_operator_refuses_what_it_would_write_beside():
+    scores, (slots, by_bin, by_value) = torch.zeros(5), slots_of(torch.tensor([blocked.HALF // 2]))
+    torch.library.opcheck(torch.ops.sst_fast.count_scores, (scores, slots, by_bin, by_value))
+    bad = [
+        (scores.double(), slots, by_bin, by_value), (scores.expand(2, 5), slots, by_bin, by_value),
+        (scores, slots.int(), by_bin, by_value), (scores, slots[:-1], by_bin, by_value),
+        (scores, slots, by_bin[:-1], by_value), (scores, slots, by_bin, by_value.int()),
+    ]  # fmt: skip
+    for arguments in bad:
+        with pytest.raises(RuntimeError, match="count_scores: dtypes, shapes or layouts do not fit"):
+            blocked.count_scores(*arguments)
+    with pytest.raises(RuntimeError, match="count_scores: by_value has too few slots"):
+        blocked.count_scores(scores, slots, by_bin, by_value[:-1])
+
+
+@pytest.mark.skipif(not blocked.compiled, reason="the extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_without_the_extension_the_comparison_is_the_same(monkeypatch, dtype):
+    monkeypatch.setattr(blocked, "SAMPLE", 300)
+    x, labels = embeddings(801, 16, 200)
+    found = []
+    for compiled in (blocked.compiled, None):
+        monkeypatch.setattr(blocked, "compiled", compiled)
+        found.append(evaluation.all_pairs(x.to(dtype), labels))
+    for kind in ("scores", "genuine", "impostor"):
+        assert np.array_equal(*(getattr(one.pairs, kind) for one in found))
+    for kind in ("best_genuine", "best_impostor", "rank"):
+        assert np.array_equal(*(getattr(one, kind) for one in found))
 
 
 def test_collapsed_and_degenerate_embeddings():

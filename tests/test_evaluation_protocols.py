@@ -1,8 +1,10 @@
 """The protocols of the field's test sets, against restatements by definition, and `eval` on files of each kind."""
 
 import json
+import os
 import pickle
 import re
+import resource
 from collections import Counter
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -441,6 +443,21 @@ def test_flipping_adds_the_mirror_images_features(pictures):
     found, _ = targets.Embedder(Pixels(), 32, 1, options).features([file], ["x"])
     image = data.to_tensor(data.read(file, 32, 1))[None]
     torch.testing.assert_close(found, Pixels()(image) + Pixels()(image.flip(3)))
+
+
+def test_more_batches_are_embedded_than_files_may_be_open(pictures):
+    """A tensor that a reading process has sent keeps a file open for as long as it lives."""
+    files = [next(pictures.glob("*/*.jpg"))] * 80
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(map(int, os.listdir("/proc/self/fd"))) + 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        embedder = targets.Embedder(Pixels(), 32, 1, targets.Options(batch=1, workers=1))
+        found, unreadable = embedder.features(files, ["x"] * 80)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(found) == 80
+    assert not unreadable.any()
 
 
 def test_pair_lists_and_their_folder(pictures, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -215,6 +216,13 @@ def _stacked(items: list[tuple[int, Tensor | None]]) -> tuple[list[int], Tensor 
     return [index for index, _ in readable], torch.stack([image for _, image in readable]) if readable else None
 
 
+def outlast(_: int = 0) -> None:
+    """For processes that read images: what a terminal or a scheduler sends to all processes reaches them too, but the one that
+    waits for the images decides when to stop. SIGINT and the first SIGTERM pass; a second one ends them: ``DataLoader``'s own."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def image_batches(
     paths: Sequence[str | Path], size: int, channels: int, *, batch: int = 256, workers: int = 0,
     skipped: Unreadable | None = None, kept: list[int] | None = None,
@@ -232,7 +240,7 @@ def image_batches(
     some = False
     images = _Numbered(Images(paths, size, channels), skipped)
     for places, found in torch.utils.data.DataLoader(
-        images, batch, num_workers=workers, generator=torch.Generator(), collate_fn=_stacked
+        images, batch, num_workers=workers, generator=torch.Generator(), collate_fn=_stacked, worker_init_fn=outlast
     ):
         if found is not None:
             some = True

@@ -8,6 +8,7 @@ guessed from a sample before the one pass over all blocks; if the guess missed o
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,14 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from sst_fast.backends.extension import compiled, operator
 from sst_fast.evaluation.distribution import FARS, PairScores
 
 HALF = 1 << 16  # values of half of a float32's bits
 MOST_BINS = 512  # told apart in one pass; a bin takes 1 MiB
 MOST_MIXED = 64  # of them, for the best balanced accuracy
 SAMPLE = 4096  # images from which the bins are guessed
-BUFFER = 1 << 24  # scores of such bins that wait to be counted
 MAX_RANK = 100
+
+count_scores, best_scores = operator("count_scores"), operator("best_scores")
+_ADDING = threading.Lock()  # of counts in plain PyTorch
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,15 @@ def all_pairs(
     counts = torch.bincount(triangle.numbers)
     if len(counts) < 2 or int(counts.max()) < 2:
         raise ValueError("evaluation needs at least two identities and two images of one of them")
-    tally = _Tally(_guess(embeddings, labels, fars) if len(labels) > 2 * SAMPLE else _no_bins())
+    bins = _guess(embeddings, labels, fars) if len(labels) > 2 * SAMPLE else _no_bins()
+    tally = _Tally(bins, embeddings.device)
     best_genuine = triangle.best_genuine()
     best_impostor, rank = triangle.count(tally, best_genuine, progress)
     genuine, impostor = tally.counts()
     tallies, critical = [tally], _critical(genuine, impostor, fars)
     missed = np.setdiff1d(critical, tally.bins)
     if len(missed):
-        tallies.append(_Tally(missed))
+        tallies.append(_Tally(missed, embeddings.device))
         triangle.count(tallies[1], best_genuine, progress)
     back = torch.argsort(triangle.order)
     found = (t[back].cpu().numpy() for t in (best_genuine, best_impostor, rank))
@@ -152,7 +157,7 @@ def search(
             def compare(r: slice, b: Tensor = columns, labels: Tensor = columns_labels) -> tuple[slice, _Best]:
                 scores = probes[r].float() @ b.T
                 scores.masked_fill_(mine[r][:, None] == labels[None], -torch.inf)
-                return r, _best(scores, 1, wanted[r], rank[r])
+                return r, _bests(scores, wanted[r], b.new_zeros(len(b)))[0]
 
             for r, best in run(compare, _parts(len(probes), rows)):
                 best.merge(impostor[r], rank[r])
@@ -174,22 +179,39 @@ class _Best(NamedTuple):
     """Of each row or column of a block: the most similar impostor, and how many are at least as similar as wanted."""
 
     top: Tensor
-    which: Tensor  # those that have any such
-    ahead: Tensor  # how many they have
+    ahead: Tensor
 
     def merge(self, best: Tensor, rank: Tensor) -> None:
         """Into the results so far, views of those of the block's rows or columns."""
         torch.maximum(best, self.top, out=best)
-        rank[self.which] = (rank[self.which] + self.ahead).clamp_(max=MAX_RANK)
+        rank.add_(self.ahead).clamp_(max=MAX_RANK)
 
 
-def _best(scores: Tensor, axis: int, wanted: Tensor, rank: Tensor) -> _Best:
-    """Of a block's rows (axis 1) or columns (axis 0); those whose ``rank`` is already at its end are not counted further."""
-    top = scores.amax(axis)
-    which = torch.nonzero((top >= wanted) & (rank < MAX_RANK))[:, 0]
-    limit = wanted[which]
-    ahead = scores[which] >= limit[:, None] if axis else scores[:, which] >= limit
-    return _Best(top, which, ahead.sum(axis))
+def _bests(scores: Tensor, wanted_rows: Tensor, wanted_columns: Tensor) -> tuple[_Best, _Best]:
+    """Of a block's rows, and of its columns."""
+    find = best_scores if compiled and scores.device.type == "cpu" else best_scores_plainly
+    found = find(scores, wanted_rows, wanted_columns)
+    return _Best(*found[:2]), _Best(*found[2:])
+
+
+def best_scores_plainly(
+    scores: Tensor, wanted_rows: Tensor, wanted_columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In PyTorch's own operations what csrc/cpu/pairs.cpp does in one pass.
+
+    Args:
+        scores: float32 [R, C], contiguous.
+        wanted_rows: float32 [R]; wanted_columns: float32 [C].
+
+    Returns:
+        The highest score of each row, how many of the row are at least as high as wanted, int32, and the same of the columns.
+    """
+    found = []
+    for axis, wanted in ((1, wanted_rows[:, None]), (0, wanted_columns)):
+        # Ones in float32 are summed many times faster than booleans are counted, and as exactly: there are fewer than 2^24.
+        ones = torch.ge(scores, wanted, out=torch.empty_like(scores))
+        found += [scores.amax(axis), ones.sum(axis).int()]
+    return found[0], found[1], found[2], found[3]
 
 
 class _Triangle:
@@ -228,27 +250,23 @@ class _Triangle:
         impostor = torch.full_like(wanted, -torch.inf)
         rank = torch.zeros(len(wanted), dtype=torch.int64, device=self.device)
 
-        def compare(part: tuple[slice, slice, Tensor]) -> tuple[slice, slice, list[_Best], list[_Counted]]:
+        def compare(part: tuple[slice, slice, Tensor]) -> tuple[slice, slice, tuple[_Best, _Best]]:
             r, c, columns = part
             scores, same = self._scores(r, c, columns)
-            counted = []
             if same.numel():
                 near = scores[:, : same.shape[1]]
-                counted.append(tally.look_at(0, near[same]))
+                tally.count(0, near[same])
                 near.masked_fill_(same, -torch.inf)
-            counted.append(tally.look_at(1, scores.view(-1)))
-            return r, c, [_best(scores, 1, wanted[r], rank[r]), _best(scores, 0, wanted[c], rank[c])], counted
+            tally.count(1, scores)
+            return r, c, _bests(scores, wanted[r], wanted[c])
 
         total = len(self.order) * (len(self.order) - 1) // 2
         with _bar(total, progress) as bar, _workers(self.device) as run:
             for parts in self._blocks():
-                for r, c, bests, counted in run(compare, parts):
+                for r, c, bests in run(compare, parts):
                     for part, best in zip((r, c), bests, strict=True):
                         best.merge(impostor[part], rank[part])
-                    for one in counted:
-                        tally.add(one)
                     bar.update(min((r.stop - r.start) * (c.stop - c.start), total - bar.n))
-        tally.flush()
         rank[alone] = -1
         return impostor, rank
 
@@ -280,61 +298,53 @@ class _Triangle:
         return self.embeddings[part if self.in_order else self.order[part]].float()
 
 
-class _Counted(NamedTuple):
-    """Scores by bin, and those in bins whose values are told apart."""
-
-    kind: int
-    by_bin: Tensor
-    chosen: Tensor
-
-
 class _Tally:
     """Counts of genuine (0) and impostor scores (1) by bin, and by value in some bins."""
 
-    def __init__(self, bins: NDArray[np.int64]) -> None:
+    def __init__(self, bins: NDArray[np.int64], device: torch.device) -> None:
         self.bins = bins
-        self.by_bin = np.zeros((2, HALF), np.int64)
-        self.by_value = np.zeros((2, len(bins) * HALF), np.int64)
-        self.slot = np.zeros(HALF, np.int64)
-        self.slot[_raw(bins)] = np.arange(len(bins))
-        is_chosen = np.zeros(HALF, bool)
-        is_chosen[_raw(bins)] = True
-        is_chosen[0] = is_chosen[HALF // 2]  # minus zero is zero
-        self.is_chosen = torch.from_numpy(is_chosen)
-        self.waiting: tuple[list[NDArray[np.float32]], ...] = ([], [])
+        slots = np.full(HALF, -1, np.int16)
+        slots[_raw(bins)] = np.arange(len(bins))
+        slots[0] = slots[HALF // 2]  # minus zero is zero
+        # By NumPy: memory in which nothing is counted is never touched.
+        counts = np.zeros((2, HALF), np.int64), np.zeros((2, len(bins) * HALF), np.int64)
+        self.slots, self.by_bin, self.by_value = (torch.from_numpy(a).to(device) for a in (slots, *counts))
 
-    def look_at(self, kind: int, scores: Tensor) -> _Counted:
-        """Counts ``scores`` [S], contiguous, of which -inf does not count; changes nothing here."""
-        index = torch.bitwise_right_shift(scores.view(torch.int32), 16).add_(HALF // 2)
-        by_bin = torch.bincount(index, minlength=HALF)
-        if not len(self.bins):
-            return _Counted(kind, by_bin, scores[:0])
-        return _Counted(kind, by_bin, scores[torch.index_select(self.is_chosen.to(scores.device), 0, index)])
-
-    def add(self, counted: _Counted) -> None:
-        """Takes note of what was counted."""
-        self.by_bin[counted.kind] += counted.by_bin.cpu().numpy()
-        if len(counted.chosen):
-            self.waiting[counted.kind].append(counted.chosen.cpu().numpy())
-            if sum(map(len, self.waiting[counted.kind])) > BUFFER:
-                self.flush()
-
-    def flush(self) -> None:
-        """Counts what waits by value."""
-        for kind, waiting in enumerate(self.waiting):
-            for scores in waiting:
-                bits = (scores + np.float32(0)).view(np.int32)  # minus zero becomes zero
-                np.add.at(self.by_value[kind], self.slot[(bits >> 16) + HALF // 2] * HALF + (bits & (HALF - 1)), 1)
-            waiting.clear()
+    def count(self, kind: int, scores: Tensor) -> None:
+        """Adds float32 ``scores``, contiguous, of which -inf does not count. Several threads may call it."""
+        count = count_scores if compiled and scores.device.type == "cpu" else count_scores_plainly
+        count(scores, self.slots, self.by_bin[kind], self.by_value[kind])
 
     def counts(self) -> NDArray[np.int64]:
         """[2, bins] in ascending order of score."""
-        raw = self.by_bin.copy()
+        raw = self.by_bin.cpu().numpy().copy()
         raw[:, _MINUS_INFINITY] = 0
         raw[:, HALF // 2] += raw[:, 0]
         raw[:, 0] = 0
         sorted_counts: NDArray[np.int64] = raw[:, _raw(np.arange(HALF))]
         return sorted_counts
+
+
+def count_scores_plainly(scores: Tensor, slots: Tensor, by_bin: Tensor, by_value: Tensor) -> None:
+    """In PyTorch's own operations what csrc/cpu/pairs.cpp does in one: adds the scores to the counts.
+
+    Args:
+        scores: float32, contiguous.
+        slots: int16 [HALF], by bin: where its values are told apart, -1 where they are not. Bins are numbered by the upper half
+            of the bits as a signed number, from the lowest.
+        by_bin: int64 [HALF].
+        by_value: int64 [slots times HALF], by slot and lower half of the bits; all values in the bin of minus zero are zero.
+    """
+    bits = scores.view(-1).view(torch.int32)
+    bin_of = torch.bitwise_right_shift(bits, 16).add_(HALF // 2)
+    counts = torch.bincount(bin_of, minlength=HALF)
+    chosen = torch.index_select(slots >= 0, 0, bin_of)
+    bins = bin_of[chosen]
+    low = torch.where(bins == 0, 0, bits[chosen] & (HALF - 1))
+    places = torch.index_select(slots, 0, bins).long() * HALF + low
+    with _ADDING:
+        by_bin += counts
+        by_value.scatter_add_(0, places, torch.ones_like(places))
 
 
 _MINUS_INFINITY = (0xFF80 + HALF // 2) % HALF  # the raw index of its bin
@@ -368,7 +378,7 @@ def _pair_scores(
     scores, found = [_value(rest)], [counts[:, rest]]
     for tally in tallies:
         for slot in np.flatnonzero(np.isin(tally.bins, critical)):
-            numbers = tally.by_value[:, slot * HALF : (slot + 1) * HALF]
+            numbers = tally.by_value[:, slot * HALF : (slot + 1) * HALF].cpu().numpy()
             low = np.flatnonzero(numbers.any(0))
             scores.append(_value(np.full_like(low, tally.bins[slot]), low))
             found.append(numbers[:, low])
@@ -412,7 +422,8 @@ def _guess(embeddings: Tensor, labels: Tensor, fars: Sequence[float]) -> NDArray
     few = order[: max(2, int((counts[order].cumsum(0) <= SAMPLE).sum()))]
     rows = torch.nonzero(torch.isin(numbers, few))[:, 0]
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: 2 * SAMPLE]]
-    sample, tally = _Triangle(embeddings[rows.to(embeddings.device)], numbers[rows], None), _Tally(_no_bins())
+    sample = _Triangle(embeddings[rows.to(embeddings.device)], numbers[rows], None)
+    tally = _Tally(_no_bins(), embeddings.device)
     sample.count(tally, torch.full((len(rows),), -torch.inf, device=embeddings.device), progress=False)
     genuine, impostor = tally.counts()
     if not genuine.any() or not impostor.any():

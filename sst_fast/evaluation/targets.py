@@ -138,7 +138,7 @@ class Embedder:
                     raise ValueError(f"size: the network cannot take {self.size} pixels ({error})") from error
                 found[unreadable] = 0
                 parts.append(found)
-                bad.append(unreadable)
+                bad.append(unreadable.clone())  # each tensor that a worker has sent keeps a file open
                 bar.update(len(images))
         missing = torch.cat(bad).numpy()
         if missing.all():

@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from sst_fast import data, distributed, functional
+from sst_fast.data.pairs import outlast
 from sst_fast.evaluation import Scores, collapse, evaluate
 from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
 from sst_fast.margins import Margin
@@ -280,7 +281,7 @@ def train_epoch(
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     loader = torch.utils.data.DataLoader(
         pairs, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(),
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=outlast,
     )  # fmt: skip # a generator of its own: workers' seeds shall not move the training's
     ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
     sums = torch.tensor(state.sums, dtype=torch.float64, device=device)
@@ -418,8 +419,3 @@ class Requests:
         ):  # torchrun passes a terminal's signal on again
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(signal.Signals(number))
-
-
-def _ignore_interrupts(_: int) -> None:
-    """For processes that read images: a terminal's Ctrl-C reaches them too, but the training still needs them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
