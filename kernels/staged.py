@@ -175,22 +175,15 @@ def weigh_kernel(
             if SCALE_SLOPE:
                 weighed_phi = weighed_phi * fade + tl.sum(e * value, 1)
         old_top = tl.load(partial + HARDEST * field + out, mask=before, other=NEVER)
-        old_at = tl.load(counts + SLOT * field + out, mask=before, other=-1)
-        tl.store(counts + SLOT * field + out, tl.where(top > old_top, at, old_at), mask=real)
-        tl.store(partial + HARDEST * field + out, tl.maximum(top, old_top), mask=real)
-        tl.store(partial + SHIFT * field + out, highest, mask=real)
+        at = tl.where(top > old_top, at, tl.load(counts + SLOT * field + out, mask=before, other=-1))
+        top = tl.maximum(top, old_top)
         live += tl.load(counts + LIVE * field + out, mask=before, other=0)
-        tl.store(counts + LIVE * field + out, live, mask=real)
         beats += tl.load(counts + BEATS * field + out, mask=before, other=0)
-        tl.store(counts + BEATS * field + out, beats, mask=real)
         if needs_hard_mean(KIND):
             hard += tl.load(counts + HARD * field + out, mask=before, other=0)
             hard_sum += tl.load(partial + HARD_SUM * field + out, mask=before, other=0.0)
-            tl.store(counts + HARD * field + out, hard, mask=real)
-            tl.store(partial + HARD_SUM * field + out, hard_sum, mask=real)
         if SMOOTH:
             phi_sum += tl.load(partial + PHI_SUM * field + out, mask=before, other=0.0)
-            tl.store(partial + PHI_SUM * field + out, phi_sum, mask=real)
     if STORE:
         if shifts is not None:
             shift = tl.load(shifts + i, mask=real, other=0.0)
@@ -224,9 +217,10 @@ def weigh_kernel(
             p = tl.where(p == p, p, 0.0)
         tl.store(place, p.to(weights.dtype.element_ty), mask=inside)
     if SEEN:
-        tl.store(partial + SUM * field + out, total, mask=real)
-        if SCALE_SLOPE:
-            tl.store(partial + WEIGHED_PHI * field + out, weighed_phi, mask=real)
+        store_part(
+            partial, counts, field, out, real, highest, total, weighed_phi, top, at, beats, live, hard, hard_sum, phi_sum, KIND,
+            SMOOTH, SCALE_SLOPE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -483,4 +477,6 @@ def finish_prototypes_kernel(
             known = norm > 0  # not that of a row that is not finite, whose sums are 0
             result *= tl.where(known, 1.0 / tl.where(known, norm, 1.0), 0.0)[:, None]
         result = through_norm(result, tl.load(w + at, mask=inside, other=0.0).to(result.dtype), norm)
+    if gradient.dtype.element_ty != tl.float64:  # Triton's interpreter makes NaN of some numbers on the way from float64 to bfloat16
+        result = result.to(tl.float32)
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)

@@ -4,13 +4,16 @@ The slots are taken in chunks whose weights P [N, C] fit :data:`WEIGHTS`, so tha
 
 1. ``weigh_kernel`` multiplies probes and slots in tiles and turns the cosines into weights and partial sums where they are made;
    product 1 of float32 without tf32 and of float64 is the library's, into the memory of P, which the kernel then replaces.
-2. The library multiplies P by the chunk, which is in the cache still, and adds to the moments [N, D] in float32.
+2. The library multiplies P by the chunk, which is in the cache still, and adds to the moments [N, D] in float32 at least.
 3. Behind the last chunk ``gather_kernel`` adds up the tiles' sums, ``again_kernel`` sweeps those rows again whose weights the
    exponents' range did not hold, and ends at once if there are none, and ``combine_kernel`` of the fused sweep finishes.
 
 One sweep takes a common shift, which is known beforehand. A float16 queue has too narrow a range for that, and so has a scale so large that
 every row's sum would vanish: there, and for label smoothing, a sweep without weights finds each row's own shift first. Without a gradient
 it is the only one.
+
+Sub-centres are columns of P like any others: those that are not nearest to a probe hold 0. float64 takes the same way, all of it in
+float64.
 
 Trained prototypes get their gradient from one more product, of P and the probes. Where P for all slots fits :data:`KEPT`, forward keeps it
 for backward, with what a row's weights are to be multiplied by: three products in all, as many as PyTorch's own graph of the loss takes.
@@ -45,7 +48,7 @@ from sst_fast.backends.triton import (
     why_no_kernels,
 )  # fmt: skip
 
-SUMS = 32 << 20  # bytes of the prototypes' gradient that are held in float32 at once
+SUMS = 32 << 20  # bytes of the prototypes' gradient that are held as they are summed
 TILE = 128  # slots
 LONGEST = 1 << 16  # features
 WIDEST = 124.0  # how far the largest possible logit may lie above that of an unrelated slot for the common shift to do
@@ -100,12 +103,13 @@ def kept_bytes(rows: int, dtype: torch.dtype) -> int:
     return -(-rows // TILE) * TILE * dtype.itemsize + 128
 
 
-def weigh_tile(rows_in_group: int, number: str, architecture: int) -> Blocks:
-    """How ``weigh_kernel`` is cut for so many probes of a group; ``number`` as in the table of the fused sweep's tiles."""
+def weigh_tile(rows_in_group: int, number: str, architecture: int, sub_centers: bool = False) -> Blocks:
+    """How ``weigh_kernel`` is cut for so many probes of a group; ``number`` as in the table of the fused sweep's tiles, or "float64"."""
     if number in ("ieee", "float64"):  # the library makes the product
-        return Blocks(32, TILE, 4, 1)
-    rows = max(16, min(128, 1 << (rows_in_group - 1).bit_length()))
-    return Blocks(rows, TILE, 4, 2 if architecture in (86, 89, 120) else 3)
+        return Blocks(32 if number == "ieee" else 16, TILE, 4, 1)
+    most, warps = (64, 8) if sub_centers else (128, 4)  # the maximum of a class takes registers
+    rows = max(16, min(most, 1 << (rows_in_group - 1).bit_length()))
+    return Blocks(rows, TILE, warps, 2 if architecture in (86, 89, 120) else 3)
 
 
 class Chunk(NamedTuple):
@@ -151,7 +155,7 @@ class Staging(Call):
         """Tile sizes."""
         number = {4: self.precision, 8: "float64"}.get(self.product_dtype.itemsize, "16 bits")
         stored = None if number == "float64" else self.stored_tile("staged")
-        return stored or weigh_tile(self.sizes[4], number, machine(self.device).architecture)
+        return stored or weigh_tile(self.sizes[4], number, machine(self.device).architecture, self.sub_centers > 1)
 
     @property
     def step(self) -> int:
