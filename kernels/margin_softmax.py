@@ -19,7 +19,8 @@ from sst_fast.reference import MIN_NORM as MIN_NORM_OF_ALL
 
 # Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.
 COUNTS = ["K", "B", "S", "rows_in_group", "blocks_in_group", "tiles_in_split"]
-NEVER = tl.constexpr(-(2.0**100))  # cosine of a masked slot: finite, so that nothing becomes NaN on the way, and the same in any dtype
+# Cosine of a masked slot: finite, so that nothing becomes NaN on the way, and the same number in any dtype.
+NEVER = tl.constexpr(-(2.0**100))
 FLOOR = tl.constexpr(-(2.0**99))  # a shift before anything was seen: exp(NEVER - FLOOR) is 0
 MIN_NORM = tl.constexpr(MIN_NORM_OF_ALL)
 # float16 flushes what is below 6e-8: weights over float16 are lifted by this many powers of e, and may be 4 at most (phi').

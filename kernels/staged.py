@@ -477,6 +477,7 @@ def finish_prototypes_kernel(
             known = norm > 0  # not that of a row that is not finite, whose sums are 0
             result *= tl.where(known, 1.0 / tl.where(known, norm, 1.0), 0.0)[:, None]
         result = through_norm(result, tl.load(w + at, mask=inside, other=0.0).to(result.dtype), norm)
-    if gradient.dtype.element_ty != tl.float64:  # Triton's interpreter makes NaN of some numbers on the way from float64 to bfloat16
+    # Triton's interpreter makes NaN of some numbers on the way from float64 to bfloat16.
+    if gradient.dtype.element_ty != tl.float64:
         result = result.to(tl.float32)
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)

@@ -241,14 +241,30 @@ def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
         ("weigh_kernel", sm, "bf16", 64, 1, {"OF_WINDOW": True}),
     ]
     normalised = {"inverse": PRESENT}
-    again = {"shifts": PRESENT, "SEEN": False, "incoming": PRESENT, "target_slope": PRESENT}  # backward, where nothing was kept
+    again = {
+        "shifts": PRESENT,
+        "SEEN": False,
+        "incoming": PRESENT,
+        "target_slope": PRESENT,
+    }  # backward, where nothing was kept
     work += [
         ("weigh_kernel", sm, dtype, 512, 1, changes)
         for dtype in multiplied
-        for changes in (normalised, {**again, **normalised}, {"STORE": False, "SMOOTH": True}, {"shifts": PRESENT, "SEEN": False, "EVEN": True})
+        for changes in (
+            normalised,
+            {**again, **normalised},
+            {"STORE": False, "SMOOTH": True},
+            {"shifts": PRESENT, "SEEN": False, "EVEN": True},
+        )
     ]
-    work += [("weigh_kernel", sm, "bf16", 512, 1, changes) for changes in ({"PROBES": 1, "N": 1}, {"PROBES": 32}, {"PROBES": 64})]  # the smaller tiles
-    work += [("sweep_kernel", sm, "bf16", 512, 1, changes) for changes in (normalised, {"SMOOTH": True, "SECOND": True}, {"N": 1})]
+    work += [
+        ("weigh_kernel", sm, "bf16", 512, 1, changes)
+        for changes in ({"PROBES": 1, "N": 1}, {"PROBES": 32}, {"PROBES": 64})
+    ]  # the smaller tiles
+    work += [
+        ("sweep_kernel", sm, "bf16", 512, 1, changes)
+        for changes in (normalised, {"SMOOTH": True, "SECOND": True}, {"N": 1})
+    ]
     for kernel in ("prepare_kernel", "combine_kernel"):
         work += [(kernel, sm, "bf16", 512, kind, {}) for kind in (3, 6)]
         work.append(

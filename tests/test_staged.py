@@ -139,9 +139,7 @@ def test_what_is_kept_lives_as_long_as_the_graph(monkeypatch):
     assert [tuple(size) for size in sizes] == [(12, 640), (0, 0), (0, 0), (0, 0), (0, 0)]
 
 
-@pytest.mark.parametrize(
-    "dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float64, torch.bfloat16)], ids=str
-)
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float64, torch.bfloat16)], ids=str)
 def test_what_is_kept_has_the_shape_that_a_graph_was_promised(dtypes):
     """Schema and shapes of the operator; gradients traced and not. Padding of what is kept holds anything, so values are not compared."""
     BACKENDS["staged"].load()

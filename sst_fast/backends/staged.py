@@ -368,7 +368,13 @@ class Staging(Call):
         return share
 
     def _fill_from_kept(
-        self, gradient: Tensor, scratch: list[Tensor], sums: Tensor, incoming: Tensor, target_slope: Tensor, kept: Tensor
+        self,
+        gradient: Tensor,
+        scratch: list[Tensor],
+        sums: Tensor,
+        incoming: Tensor,
+        target_slope: Tensor,
+        kept: Tensor,
     ) -> Tensor | None:
         from sst_fast.kernels.margin_softmax import INVERSE_NORM, LARGEST_FLOAT16
 
