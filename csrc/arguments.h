@@ -64,6 +64,8 @@ struct Arguments {
   bool wide() const { return embedding.scalar_type() == at::kDouble || prototypes.scalar_type() == at::kDouble; }
   Margin margin_of(int64_t row) const;
   double scale_of(int64_t row) const;
+  // Bytes of a weight that is kept.
+  int64_t kept_size() const { return wide() ? 8 : prototypes.element_size(); }
 };
 
 // Names of the fields in the order in which they travel: {tensors, integers, numbers}.
@@ -83,15 +85,15 @@ struct Results {
   at::Tensor negatives;       // int64: number of slots that are neither target nor masked
   at::Tensor target_slope;    // derivative of the row's loss in its target cosine
   at::Tensor scale_slope;     // derivative of the row's loss in its scale; or [0]
-  at::Tensor kept;            // bytes [N, kept_bytes(K)] that the backend keeps for the prototypes' gradient; or none
+  at::Tensor kept;            // bytes [N, kept_bytes(K S)] that the backend keeps for the prototypes' gradient; or none
 };
 constexpr int kResults = 13;
-// Of a row of kept weights: those of whole tiles of slots, in the prototypes' dtype, and 128 bytes that end in a
-// float32.
+// Of a row of kept weights, one for each row of the prototypes: those of whole tiles, in the prototypes' dtype, or
+// float64 where that is what is computed in, and 128 bytes that end in a float32 or float64.
 constexpr int64_t kTileSlots = 128;
 template <typename Size>
-Size kept_bytes(Size K, int64_t bytes) {
-  return (K + (kTileSlots - 1)) / kTileSlots * kTileSlots * bytes + 128;
+Size kept_bytes(Size rows, int64_t bytes) {
+  return (rows + (kTileSlots - 1)) / kTileSlots * kTileSlots * bytes + 128;
 }
 using ResultTuple = std::tuple<
     at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,

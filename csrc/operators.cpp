@@ -116,7 +116,7 @@ ResultTuple margin_softmax_shapes(
   r.scale_slope = at::empty_symint({a.need_scale_gradient ? N : c10::SymInt(0)}, wide);
   const auto bytes = embedding.options().dtype(at::kByte);
   r.kept = a.keep_weights && a.need_gradient
-               ? at::empty_symint({N, kept_bytes(prototypes.sym_size(0), prototypes.element_size())}, bytes)
+               ? at::empty_symint({N, kept_bytes(prototypes.sym_size(0), a.kept_size())}, bytes)
                : at::empty({0, 0}, bytes);
   return as_tuple(r);
 }

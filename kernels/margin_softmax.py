@@ -4,10 +4,11 @@ atomics, no N x K tensor.
 Sizes: N probes, K slots of SUB rows (sub-centres, usually one) each, D features, B slots in the batch window, S splits of the queue; the window is one split more. Sums are
 float32, what is done once per probe float64; products take the prototypes' dtype (float32: PyTorch's matmul precision decides
 between tf32 and ieee; float8: float16, which holds it exactly). A tensor that is not there is None, which Triton compiles for.
+The kernels that the staged sweep takes from here are *wide* where ``rows`` is float64: so are all sums and results then.
 sst_fast/backends/triton.py launches these kernels.
 
 What kernels hand on lies in few arrays of several rows, because a launch costs the host time for every argument:
-``own_rows`` int32 [N]: the row that is the target, -1 if there is none; ``rows`` float32 [ROW_FIELDS, N], ``partial`` float32 [PARTIAL_FIELDS, splits, N], ``counts`` int32 [COUNT_FIELDS, splits, N].
+``own_rows`` int32 [N]: the row that is the target, -1 if there is none; ``rows`` [ROW_FIELDS, N] and ``partial`` [PARTIAL_FIELDS, splits, N], float32 or wide, ``counts`` int32 [COUNT_FIELDS, splits, N].
 """
 
 import triton
@@ -18,8 +19,9 @@ from sst_fast.reference import MIN_NORM as MIN_NORM_OF_ALL
 
 # Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.
 COUNTS = ["K", "B", "S", "rows_in_group", "blocks_in_group", "tiles_in_split"]
-NEVER = tl.constexpr(-1e30)  # cosine of a masked slot: finite, so that nothing becomes NaN on the way
-FLOOR = tl.constexpr(-5e29)  # a shift before anything was seen: exp(NEVER - FLOOR) is 0
+# Cosine of a masked slot: finite, so that nothing becomes NaN on the way, and the same number in any dtype.
+NEVER = tl.constexpr(-(2.0**100))
+FLOOR = tl.constexpr(-(2.0**99))  # a shift before anything was seen: exp(NEVER - FLOOR) is 0
 MIN_NORM = tl.constexpr(MIN_NORM_OF_ALL)
 # float16 flushes what is below 6e-8: weights over float16 are lifted by this many powers of e, and may be 4 at most (phi').
 LIFT = tl.constexpr(8.0)
@@ -37,21 +39,29 @@ COUNT_FIELDS = 4
 
 
 @triton.jit
-def _parameters(margin_rows, i, real, N, p0, p1, p2, p3, p4, p5, P: tl.constexpr):
-    """The margin's parameters for probes i: numbers, or loaded where they vary."""
+def _parameters(margin_rows, i, real, N, p0, p1, p2, p3, p4, p5, P: tl.constexpr, SUMS: tl.constexpr):
+    """The margin's parameters for probes i: numbers, or loaded where they vary, as SUMS."""
     if P > 0:
-        p0 = tl.load(margin_rows + i, mask=real, other=0.0).to(tl.float32)
+        p0 = tl.load(margin_rows + i, mask=real, other=0.0).to(SUMS)
     if P > 1:
-        p1 = tl.load(margin_rows + N + i, mask=real, other=0.0).to(tl.float32)
+        p1 = tl.load(margin_rows + N + i, mask=real, other=0.0).to(SUMS)
     if P > 2:
-        p2 = tl.load(margin_rows + 2 * N + i, mask=real, other=1.0).to(tl.float32)
+        p2 = tl.load(margin_rows + 2 * N + i, mask=real, other=1.0).to(SUMS)
     if P > 3:
-        p3 = tl.load(margin_rows + 3 * N + i, mask=real, other=0.0).to(tl.float32)
+        p3 = tl.load(margin_rows + 3 * N + i, mask=real, other=0.0).to(SUMS)
     if P > 4:
-        p4 = tl.load(margin_rows + 4 * N + i, mask=real, other=0.0).to(tl.float32)
+        p4 = tl.load(margin_rows + 4 * N + i, mask=real, other=0.0).to(SUMS)
     if P > 5:
-        p5 = tl.load(margin_rows + 5 * N + i, mask=real, other=0.0).to(tl.float32)
+        p5 = tl.load(margin_rows + 5 * N + i, mask=real, other=0.0).to(SUMS)
     return p0, p1, p2, p3, p4, p5
+
+
+@triton.jit
+def _as_float64(row):
+    """From float8 the way leads over float32."""
+    if row.dtype != tl.float64:
+        row = row.to(tl.float32)
+    return row.to(tl.float64)
 
 
 @triton.jit
@@ -75,7 +85,7 @@ def _target_row(
     """The targets of probes i, float64 [., D], normalised if asked for; zeros where there is none (row -1)."""
     inside = real[:, None] & (d < D)[None, :]
     if positive is not None:
-        row = tl.load(positive + i[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float64)
+        row = _as_float64(tl.load(positive + i[:, None] * D + d[None, :], mask=inside, other=0.0))
     else:
         inside = inside & (row_number >= 0)[:, None]
         in_queue = inside
@@ -83,12 +93,11 @@ def _target_row(
             since = _since(row_number, tl.load(start).to(tl.int32), K)
             of_window = inside & (since < B)[:, None]
             own = (i // rows_in_group) * B + since
-            shown = tl.load(window + own[:, None] * D + d[None, :], mask=of_window, other=0.0).to(tl.float32)
+            shown = _as_float64(tl.load(window + own[:, None] * D + d[None, :], mask=of_window, other=0.0))
             in_queue = inside & (since >= B)[:, None]
-        row = tl.load(w + row_number.to(tl.int64)[:, None] * D + d[None, :], mask=in_queue, other=0.0).to(tl.float32)
+        row = _as_float64(tl.load(w + row_number.to(tl.int64)[:, None] * D + d[None, :], mask=in_queue, other=0.0))
         if window is not None:
             row = tl.where(of_window, shown, row)
-        row = row.to(tl.float64)
     if NORMALIZE:
         row *= _inverse_norm(row)[:, None]
     return row
@@ -137,17 +146,18 @@ def _prepare_rows(
     exact = tl.where(wrong, float("nan"), exact)
     part = own - exact[:, None] * hat
     sine = tl.sqrt(tl.sum(part * part, 1))
-    a = exact.to(tl.float32)
-    q0, q1, q2, q3, q4, q5 = _parameters(margin_rows, i, real, N, p0, p1, p2, p3, p4, p5, P)
-    r0, r1, r2, r3 = phi_row(a, sine.to(tl.float32), q0, q1, q2, q3, q4, q5, KIND)
+    SUMS: tl.constexpr = rows.dtype.element_ty
+    a = exact.to(SUMS)
+    q0, q1, q2, q3, q4, q5 = _parameters(margin_rows, i, real, N, p0, p1, p2, p3, p4, p5, P, SUMS)
+    r0, r1, r2, r3 = phi_row(a, sine.to(SUMS), q0, q1, q2, q3, q4, q5, KIND)
     scales = a * 0.0 + scale
     if scale_rows is not None:
-        scales = tl.load(scale_rows + i, mask=real, other=1.0).to(tl.float32)
-    factor = valid.to(tl.float32)
+        scales = tl.load(scale_rows + i, mask=real, other=1.0).to(SUMS)
+    factor = valid.to(SUMS)
     if weight is not None:
-        factor = tl.where(valid, tl.load(weight + i, mask=real, other=0.0).to(tl.float32), 0.0)
-    tl.store(unit + i[:, None] * BLOCK_D + d[None, :], hat.to(tl.float32).to(unit.dtype.element_ty), mask=real[:, None])
-    tl.store(rows + INVERSE_NORM * N + i, inverse.to(tl.float32), mask=real)
+        factor = tl.where(valid, tl.load(weight + i, mask=real, other=0.0).to(SUMS), 0.0)
+    tl.store(unit + i[:, None] * BLOCK_D + d[None, :], hat.to(SUMS).to(unit.dtype.element_ty), mask=real[:, None])
+    tl.store(rows + INVERSE_NORM * N + i, inverse, mask=real)
     tl.store(rows + SCALE * N + i, scales, mask=real)
     tl.store(rows + PHI * N + i, r0, mask=real)
     tl.store(rows + (PHI + 1) * N + i, r1, mask=real)
@@ -181,8 +191,8 @@ def _prepare_norms(block, matrix, inverse, count, D, ROWS: tl.constexpr, BLOCK_D
     j = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = (j < count)[:, None] & (d < D)[None, :]
-    row = tl.load(matrix + j[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float64)
-    tl.store(inverse + j, _inverse_norm(row).to(tl.float32), mask=j < count)
+    row = _as_float64(tl.load(matrix + j[:, None] * D + d[None, :], mask=mask, other=0.0))
+    tl.store(inverse + j, _inverse_norm(row), mask=j < count)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -221,7 +231,7 @@ def prepare_kernel(
 
 
 @triton.jit
-def _is_nearest(c, SUB: tl.constexpr, AXIS: tl.constexpr, PADDED: tl.constexpr):
+def is_nearest(c, SUB: tl.constexpr, AXIS: tl.constexpr, PADDED: tl.constexpr):
     """Of cosines [2-D], in which neighbours along ``AXIS`` are the rows of one slot, SUB of PADDED: which are their slot's largest, the
     first of equally large ones. What is not a number is larger than all else: it must not be lost."""
     AHEAD: tl.constexpr = c.shape[0] if AXIS == 0 else c.shape[1]
@@ -302,6 +312,27 @@ def seen_in_tile(shown, value, z, slot, a, scale, r0, KIND: tl.constexpr, SMOOTH
     if phi_is_identity(KIND):  # it is the hardest slot's
         highest = tl.where(top > NEVER, scale * top, NEVER)
     return highest, top, at, beats, live, hard, hard_sum, phi_sum
+
+
+@triton.jit
+def store_part(
+    partial, counts, field, out, real, shift, total, weighed_phi, top, at, beats, live, hard, hard_sum, phi_sum,
+    KIND: tl.constexpr, SMOOTH: tl.constexpr, SCALE_SLOPE: tl.constexpr,
+):  # fmt: skip
+    """Writes what a part of the slots has been for some probes to places ``out`` of fields of so many numbers."""
+    tl.store(partial + SHIFT * field + out, shift, mask=real)
+    tl.store(partial + SUM * field + out, total, mask=real)
+    tl.store(partial + HARDEST * field + out, top, mask=real)
+    tl.store(counts + LIVE * field + out, live, mask=real)
+    tl.store(counts + SLOT * field + out, at, mask=real)
+    tl.store(counts + BEATS * field + out, beats, mask=real)
+    if needs_hard_mean(KIND):
+        tl.store(partial + HARD_SUM * field + out, hard_sum, mask=real)
+        tl.store(counts + HARD * field + out, hard, mask=real)
+    if SMOOTH:
+        tl.store(partial + PHI_SUM * field + out, phi_sum, mask=real)
+    if SCALE_SLOPE:
+        tl.store(partial + WEIGHED_PHI * field + out, weighed_phi, mask=real)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -418,7 +449,7 @@ def sweep_kernel(
             MASK_EMPTY,
         )
         if SUB > 1:
-            alive = alive & _is_nearest(c, SUB, 1, PADDED)
+            alive = alive & is_nearest(c, SUB, 1, PADDED)
         shown, value, z, slope = logits_of(c, alive, scale, r0, r1, r2, r3, KIND)
         if SECOND:
             p = tl.where(shown != NEVER, tl.exp(z - known[:, None]) - even[:, None], 0.0)
@@ -461,19 +492,10 @@ def sweep_kernel(
     if SECOND:
         moment *= tl.exp(a * 0.0 - lift)[:, None]
     else:
-        tl.store(partial + SHIFT * field + out, shift, mask=real)
-        tl.store(partial + SUM * field + out, total, mask=real)
-        tl.store(partial + HARDEST * field + out, hardest, mask=real)
-        tl.store(counts + LIVE * field + out, live, mask=real)
-        tl.store(counts + SLOT * field + out, hardest_slot, mask=real)
-        tl.store(counts + BEATS * field + out, beats, mask=real)
-        if needs_hard_mean(KIND):
-            tl.store(partial + HARD_SUM * field + out, hard_sum, mask=real)
-            tl.store(counts + HARD * field + out, hard, mask=real)
-        if SMOOTH:
-            tl.store(partial + PHI_SUM * field + out, phi_sum, mask=real)
-        if SCALE_SLOPE:
-            tl.store(partial + WEIGHED_PHI * field + out, weighed_phi, mask=real)
+        store_part(
+            partial, counts, field, out, real, shift, total, weighed_phi, hardest, hardest_slot, beats, live, hard, hard_sum,
+            phi_sum, KIND, SMOOTH, SCALE_SLOPE,
+        )  # fmt: skip
     if MOMENT:
         tl.store(moment_out + out[:, None] * BLOCK_D + d[None, :], moment, mask=real[:, None])
 
@@ -482,12 +504,16 @@ def sweep_kernel(
 def combine_kernel(
     x, w, window, positive, start, margin_rows, rows, own_rows, exact_cosine, partial, counts, moment,
     loss_out, lse_out, hardest_out, slot_out, beats_out, residual_out, row_weight, gradient_out, live_out, slope_out,
-    scale_slope_out,
+    scale_slope_out, smoothing,
     N, K, D, B, rows_in_group, S, label_smoothing, p0, p1, p2, p3, p4, p5,
     KIND: tl.constexpr, P: tl.constexpr, NORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr, LOSS: tl.constexpr,
     MOMENT: tl.constexpr, SMOOTH: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A block of probes over all S splits: the loss (LOSS), the gradient (MOMENT), or first the one and then the other."""
+    """A block of probes over all S splits: the loss (LOSS), the gradient (MOMENT), or first the one and then the other.
+
+    ``smoothing`` float64 [1], or None: ``label_smoothing``, which arrives as float32.
+    """
+    SUMS: tl.constexpr = rows.dtype.element_ty
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     real = i < N
     d = tl.arange(0, BLOCK_D)
@@ -498,7 +524,7 @@ def combine_kernel(
     top, at = scale * 0.0 + NEVER, tl.zeros([ROWS], tl.int32) - 1
     above, count, hard = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
     phi_sum, weighed_phi, hard_sum = scale * 0.0, scale * 0.0, scale * 0.0
-    gathered = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    gathered = tl.zeros([ROWS, BLOCK_D], SUMS)
     for split in range(S):
         part = split * N + i
         if LOSS:
@@ -530,7 +556,7 @@ def combine_kernel(
             else:
                 gathered += piece
     if LOSS:
-        q0, q1, q2, q3, q4, q5 = _parameters(margin_rows, i, real, N, p0, p1, p2, p3, p4, p5, P)
+        q0, q1, q2, q3, q4, q5 = _parameters(margin_rows, i, real, N, p0, p1, p2, p3, p4, p5, P, SUMS)
         exact = tl.load(exact_cosine + 1 + i, mask=real, other=0.0)
         sine = tl.load(exact_cosine + 1 + N + i, mask=real, other=0.0)
         psi, slope = target_margin(exact, sine, hard_sum / tl.maximum(hard, 1), q0, q1, q2, q3, q4, q5, KIND)
@@ -540,19 +566,23 @@ def combine_kernel(
         # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.
         excess = tl.where(sum_z == 0, NEVER, highest + tl.log(tl.where(sum_z == 0, 1.0, sum_z)) - t)
         small = tl.exp(-tl.abs(excess))
-        log1p = tl.where(small < 1e-3, small * (1.0 - small * (0.5 - small * 0.33333333)), tl.log(1.0 + small))
+        # log(1 + x) as x log(1 + x) / ((1 + x) - 1): the rounding of 1 + x is in both.
+        rounded = 1.0 + small - 1.0
+        log1p = tl.where(rounded == 0, small, tl.log(1.0 + small) * (small / tl.where(rounded == 0, 1.0, rounded)))
         plain = tl.where(excess > 0, excess, 0.0 * exact) + log1p
         wrong = tl.where(excess > 0, 1.0, small) / (1.0 + small)
+        if smoothing is not None:
+            label_smoothing = tl.load(smoothing)
         share = label_smoothing / (1 + count)
         loss = plain
         if SMOOTH:
             loss -= share * (scale * phi_sum - count * t)
         residual = -(wrong - label_smoothing + share)
-        target_slope = (scale * slope * residual).to(tl.float32)
+        target_slope = (scale * slope * residual).to(SUMS)
         weight = tl.load(row_weight + i, mask=real, other=0.0)
         if MEAN:
             all_weights = tl.load(exact_cosine)
-            weight = (weight / tl.where(all_weights == 0, 1.0, all_weights)).to(tl.float32)
+            weight = (weight / tl.where(all_weights == 0, 1.0, all_weights)).to(SUMS)
             tl.store(row_weight + i, weight, mask=real)
         tl.store(loss_out + i, tl.where(weight == 0, 0.0, loss * weight), mask=real)
         tl.store(lse_out + i, plain + t, mask=real)
@@ -571,7 +601,7 @@ def combine_kernel(
             tl.store(scale_slope_out + i, in_scale, mask=real)
         if SMOOTH:
             tl.store(rows + UNIFORM * N + i, share, mask=real)
-        gathered *= tl.where(sum_z == 0, 0.0, wrong.to(tl.float32) / tl.where(sum_z == 0, 1.0, sum_z))[:, None]
+        gathered *= tl.where(sum_z == 0, 0.0, wrong.to(SUMS) / tl.where(sum_z == 0, 1.0, sum_z))[:, None]
     else:
         target_slope = tl.load(slope_out + i, mask=real, other=0.0)
     if MOMENT:
@@ -581,14 +611,14 @@ def combine_kernel(
         own = _target_row(w, window, positive, start, own_row, i, usable, d, K, D, B, rows_in_group, NORMALIZE)
         mask = usable[:, None] & (d < D)[None, :]
         row = tl.load(x + i[:, None] * D + d[None, :], mask=mask, other=0.0)
-        hat = row.to(tl.float32) * inverse[:, None]
+        hat = row.to(SUMS) * inverse[:, None]
         along = tl.sum(gathered * hat, 1)
         # What the target has across the probe, in float64: where they are nearly parallel the slope is large, this small.
         wide = row.to(tl.float64)
         square = tl.sum(wide * wide, 1)
         share = tl.sum(own * wide, 1) / tl.where(square > 0, square, 1.0)
         across = own - share[:, None] * wide
-        result = scale[:, None] * (gathered - along[:, None] * hat) + (target_slope[:, None] * across).to(tl.float32)
+        result = scale[:, None] * (gathered - along[:, None] * hat) + (target_slope[:, None] * across).to(SUMS)
         result *= inverse[:, None]
         tl.store(gradient_out + i[:, None] * D + d[None, :], result, mask=real[:, None] & (d < D)[None, :])
 
@@ -603,24 +633,16 @@ def through_norm(sums, features, norm):
     return tl.where(nothing, 0.0, result)
 
 
-@triton.jit
-def _incoming(grad_loss, row_weight, i, real, EACH: tl.constexpr):
-    """What the loss of probes i is multiplied by on its way to the result; 0 for those that do not count."""
-    weight = tl.load(row_weight + i, mask=real, other=0.0)
-    grad = tl.load(grad_loss + i * EACH, mask=real, other=0.0).to(tl.float32)
-    return tl.where(weight == 0, 0.0, grad * weight)
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def prototypes_kernel(
-    unit, w, inverse, start, own_rows, identity, slot_identity, rows, lse, negatives, grad_loss, row_weight, target_slope,
+    unit, w, inverse, start, own_rows, identity, slot_identity, rows, lse, negatives, incoming, target_slope,
     gradient, N, K, D, B, label_smoothing,
-    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, TARGETS: tl.constexpr, EACH: tl.constexpr,
+    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, TARGETS: tl.constexpr,
     SUB: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile of slots over all probes: its rows of the prototypes' gradient, the targets' part included (TARGETS: unless these
-    are explicit positives). Slots that a window replaces get zeros. ``grad_loss`` is one number, or one for EACH probe.
+    are explicit positives). Slots that a window replaces get zeros. ``incoming`` [N]: what each probe's loss is multiplied by.
     """
     lane = tl.arange(0, BLOCK_K)
     j = tl.program_id(0) * (BLOCK_K // PADDED) + lane // PADDED
@@ -653,8 +675,8 @@ def prototypes_kernel(
             real = i < N
             scale = tl.load(rows + SCALE * N + i, mask=real, other=0.0)
             at_target = tl.load(target_slope + i, mask=real, other=0.0)
-            incoming = _incoming(grad_loss, row_weight, i, real, EACH)
-            most = tl.maximum(4.0 * scale, tl.abs(at_target)) * tl.abs(incoming)
+            factors = tl.load(incoming + i, mask=real, other=0.0)
+            most = tl.maximum(4.0 * scale, tl.abs(at_target)) * tl.abs(factors)
             largest = tl.maximum(largest, tl.max(most, 0))
         factor = LARGEST_FLOAT16 / tl.maximum(largest, 1e-30)
     sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -667,7 +689,7 @@ def prototypes_kernel(
         mine = y
         if identity is not None:
             mine = tl.load(identity + i, mask=real, other=-2)
-        incoming = _incoming(grad_loss, row_weight, i, real, EACH) * factor
+        factors = tl.load(incoming + i, mask=real, other=0.0) * factor
         known = tl.load(lse + i, mask=real, other=0.0)
         even = label_smoothing / (1.0 + tl.load(negatives + i, mask=real, other=0).to(tl.float32))
         if IEEE:
@@ -690,7 +712,7 @@ def prototypes_kernel(
             MASK_EMPTY,
         )  # fmt: skip
         if SUB > 1:
-            alive = alive & _is_nearest(c, SUB, 0, PADDED)
+            alive = alive & is_nearest(c, SUB, 0, PADDED)
         value, slope = phi(c, r0[None, :], r1[None, :], r2[None, :], r3[None, :], KIND)
         p = (tl.exp(scale[None, :] * value - known[None, :]) - even[None, :]) * scale[None, :]
         if not STRAIGHT:
@@ -699,7 +721,7 @@ def prototypes_kernel(
         if TARGETS:
             at_target = tl.load(target_slope + i, mask=real, other=0.0)
             p = tl.where(is_target, at_target[None, :], p)
-        p = tl.where(incoming[None, :] == 0, 0.0, p * incoming[None, :])
+        p = tl.where(factors[None, :] == 0, 0.0, p * factors[None, :])
         sums = tl.dot(p.to(x.dtype), x, sums, input_precision=PRECISION)
     sums *= (1.0 / factor)[:, None]
     if inverse is not None:

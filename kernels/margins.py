@@ -1,6 +1,8 @@
 """The margins in Triton: the one place of this language that knows their formulas. ``sst_fast/margins.py`` explains them and
 ``csrc/margin.h`` is the counterpart for the CPU; ``KIND`` is the number all three share."""
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -15,6 +17,7 @@ FALL, HOLD, RISE, CLAMP = (tl.constexpr(float(rule)) for rule in range(len(COMBI
 
 MIN_SINE = tl.constexpr(MIN_SINE_OF_ALL)
 MOST = tl.constexpr(1.0 - ADAFACE_EPSILON)
+MOST_SINE = tl.constexpr(math.sqrt(1.0 - (1.0 - ADAFACE_EPSILON) ** 2))
 EPSILON = tl.constexpr(ADAFACE_EPSILON)
 PI = tl.constexpr(3.14159265358979323846)
 
@@ -22,6 +25,10 @@ PI = tl.constexpr(3.14159265358979323846)
 @triton.jit
 def cos_of_sum(a, sine, m):
     return a * tl.cos(m) - sine * tl.sin(m)
+
+
+# Of a number and a constant, a choice (tl.where) between two constants included, Triton makes float32: where float64 is to stay exact, such a
+# constant meets a tensor first.
 
 
 @triton.jit
@@ -41,12 +48,12 @@ def acos(x):
 
 
 @triton.jit
-def angle_of(a, sine, length):
-    """The angle whose cosine and sine, times ``length``, are given; near 0 and pi by the arc sine's series."""
-    cosine, s = a / length, sine / length
-    square = s * s
-    small = s * (1.0 + square * (0.16666667 + square * (0.075 + square * 0.044642857)))
-    return tl.where(s < 0.1, tl.where(cosine < 0, PI - small, small), acos(cosine))
+def angle_of(cosine, sine):
+    """The angle whose cosine and sine are given: by polynomials, and then exactly, one step of Newton's from there."""
+    square = sine * sine
+    small = sine * (1.0 + square * (0.16666667 + square * (0.075 + square * 0.044642857)))
+    near = tl.where(sine < 0.1, tl.where(cosine < 0, PI - small, small), acos(cosine))
+    return near + (sine * tl.cos(near) - cosine * tl.sin(near))
 
 
 @triton.jit
@@ -68,11 +75,12 @@ def combined(a, sine, m1, m2, m3, rule):
     """cos(m1 theta + m2) - m3 and its slope."""
     rule = a * 0.0 + rule  # a number would make a Python truth of the comparisons
     length = tl.sqrt(a * a + sine * sine)
-    forward = tl.where(a < 0, -1.0, 1.0)
+    forward = a * 0.0 + tl.where(a < 0, -1.0, 1.0)
     held = (rule == CLAMP) & (tl.abs(a) > MOST)
-    theta = tl.where(held, acos(forward * MOST), angle_of(a, sine, tl.where(length > 0, length, 1.0)))
+    hypotenuse = tl.where(length > 0, length, 1.0)
+    theta = angle_of(tl.where(held, forward * MOST, a / hypotenuse), tl.where(held, MOST_SINE, sine / hypotenuse))
     angle = theta * m1 + m2
-    low = tl.where(rule == CLAMP, EPSILON, 0.0)
+    low = tl.where(rule == CLAMP, EPSILON, rule * 0.0)
     high = low * -1.0 + PI  # in this order: Triton 3.8's interpreter takes no tensor from a constant
     below = (rule != RISE) & (angle < low)
     above = ((rule == HOLD) | (rule == CLAMP)) & (angle > high)
@@ -107,7 +115,7 @@ def target_margin(a, sine, hard_mean, p0, p1, p2, p3, p4, p5, KIND: tl.constexpr
         value = tl.where(p2 != 0, of_arc, tl.where((p3 != 0) & (a <= p0), a, a - p0))
         slope = tl.where(p2 != 0, slope_of_arc, 1.0)
     elif KIND == NPC:
-        m = tl.minimum(tl.maximum(p0 + p1 * hard_mean, 0.0), PI)
+        m = tl.minimum(tl.maximum(p0 + p1 * hard_mean, 0.0), hard_mean * 0.0 + PI)
         value, slope = arc(a, sine, m, LINEAR + (EASY - LINEAR) * tl.minimum(tl.abs(p5), 1.0), p5 * 0.0)
     elif KIND == CIRCLE:
         slope = tl.maximum(1.0 + p0 - a, 0.0)

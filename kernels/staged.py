@@ -1,8 +1,9 @@
 """The staged sweep in Triton: what lies before and behind the library's matrix products. sst_fast/backends/staged.py launches these
 kernels and says how they follow one another.
 
-Sizes as in kernels/margin_softmax.py, and: a *chunk* is a run of slots whose weights [N, C] are held at once; a *piece* is a part
-of the features. Masks, margins and statistics are those of the fused sweep.
+Sizes as in kernels/margin_softmax.py, and: a *chunk* is a run of slots whose weights [N, C] are held at once, a column for each of their rows; a
+*piece* is a part of the features. Masks, margins and statistics are those of the fused sweep. With sub-centres a tile has BLOCK_K lanes,
+PADDED for each slot, of which SUB are its rows; all but the row nearest to a probe get weights of 0.
 
 ``partial`` [PARTIAL_FIELDS, T, N] and ``counts`` [COUNT_FIELDS, T, N] hold what the tile of slots number t of every chunk has seen:
 a program adds to what its forerunner in the chunk before has left, so their size does not depend on K, and their sums not on timing.
@@ -28,10 +29,12 @@ from sst_fast.kernels.margin_softmax import (
     WEIGHED_PHI,
     _since,
     holds_features,
+    is_nearest,
     is_negative,
     logits_of,
     probes_of,
     seen_in_tile,
+    store_part,
     through_norm,
 )
 from sst_fast.kernels.margins import largest_phi, needs_hard_mean, phi, phi_is_identity
@@ -56,8 +59,8 @@ def _cosines(
     unit, i, real, w, j, held, D, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Products of probes i with rows j of ``w``, float32 [BLOCK_N, BLOCK_K], over pieces of the features."""
-    c = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    """Products of probes i with rows j of ``w`` [BLOCK_N, BLOCK_K], float32 at least, over pieces of the features."""
+    c = tl.zeros([BLOCK_N, BLOCK_K], tl.float64 if unit.dtype.element_ty == tl.float64 else tl.float32)
     for d0 in range(0, D, PIECE):
         d = d0 + tl.arange(0, PIECE)
         x = tl.load(unit + i[:, None] * BLOCK_D + d[None, :], mask=real[:, None], other=0.0)
@@ -74,7 +77,8 @@ def weigh_kernel(
     N, K, D, B, rows_in_group, blocks_in_group, first, count, row, stride, T, C, fresh, lift,
     KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, OF_WINDOW: tl.constexpr, SEEN: tl.constexpr,
     STORE: tl.constexpr, KEEP: tl.constexpr, SMOOTH: tl.constexpr, SCALE_SLOPE: tl.constexpr, EVEN: tl.constexpr,
-    GIVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+    GIVEN: tl.constexpr, SUB: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """A tile of probes and slots: product 1 and what follows it. Slots [first, first + count) of the queue, or of the window
     (OF_WINDOW), which begin at row ``row`` of ``w``, or of the group's ``stride`` rows of it.
@@ -86,16 +90,26 @@ def weigh_kernel(
     backward, which may leave out a row that is not a number: its weights are 0.
     """
     block, tile = tl.program_id(0), tl.program_id(1)
-    n = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    if (tile * BLOCK_K >= count) & (fresh == 0):
+    STEP: tl.constexpr = BLOCK_K // PADDED
+    if (tile * STEP >= count) & (fresh == 0):
         return
+    lane = tl.arange(0, BLOCK_K)
+    n = tile * STEP + lane // PADDED
+    column = n
+    there = n < count
+    if SUB > 1:
+        there = there & (lane % PADDED < SUB)
+        column = n * SUB + lane % PADDED
     group = block // blocks_in_group
     r = (block % blocks_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = r < rows_in_group
     i = (group * rows_in_group + r).to(tl.int64)
-    place = (weights + i * C)[:, None] + n[None, :]  # rows are as long as whole tiles: nothing is left out along them
-    there = n < count
+    place = (weights + i * C)[:, None] + column[None, :]
+    inside = real[:, None]  # rows are as long as whole tiles: nothing is left out along them, unless lanes are no rows
+    if SUB > 1:
+        inside = inside & there[None, :]
     j = first + n
+    row_number = first * SUB + column
     slot = j
     counts_here = there
     if start is not None:
@@ -109,26 +123,31 @@ def weigh_kernel(
         theirs = tl.load(ids + j, mask=there, other=-1)
     held = holds_features(counts_here, theirs, ids, MASK_EMPTY)
     if GIVEN:
-        c = tl.where(held[None, :], tl.load(place, mask=real[:, None], other=0.0), 0.0)
+        c = tl.where(held[None, :], tl.load(place, mask=inside, other=0.0), 0.0)
     else:
         base = w
         if OF_WINDOW:
             base = w + group.to(tl.int64) * stride * D
-        c = _cosines(unit, i, real, base, row + n, held, D, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE)
+        c = _cosines(unit, i, real, base, row + column, held, D, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE)
     norm = n * 0.0 + 1.0
     if inverse is not None:
         norms = inverse
         if OF_WINDOW:
             norms = inverse + K + group.to(tl.int64) * B
-        norm = tl.load(norms + j, mask=held, other=0.0)
+        norm = tl.load(norms + row_number, mask=held, other=0.0)
         c *= norm[None, :]
-    y, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
+    own_row, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
+    y = own_row
+    if SUB > 1:
+        y = tl.where(own_row < 0, -1, own_row // SUB)
     # Masks of a whole tile are dear: they are kept in registers and taken apart bit by bit. A slot that counts for nobody has cosines
     # of 0, to which NEVER is added, and what is needed behind the one mask that remains is found from ``shown``.
     c += tl.where(held, 0.0, NEVER)[None, :]
     other = slot[None, :] != y[:, None]
     if (ids is not None) and (identity is not None):
         other = other & (theirs[None, :] != tl.load(identity + i, mask=real, other=-2)[:, None])
+    if SUB > 1:
+        other = other & is_nearest(c, SUB, 1, PADDED)
     shown = tl.where(other, c, NEVER)
     value, slope = phi(shown, r0[:, None], r1[:, None], r2[:, None], r3[:, None], KIND)
     z = scale[:, None] * value
@@ -156,22 +175,15 @@ def weigh_kernel(
             if SCALE_SLOPE:
                 weighed_phi = weighed_phi * fade + tl.sum(e * value, 1)
         old_top = tl.load(partial + HARDEST * field + out, mask=before, other=NEVER)
-        old_at = tl.load(counts + SLOT * field + out, mask=before, other=-1)
-        tl.store(counts + SLOT * field + out, tl.where(top > old_top, at, old_at), mask=real)
-        tl.store(partial + HARDEST * field + out, tl.maximum(top, old_top), mask=real)
-        tl.store(partial + SHIFT * field + out, highest, mask=real)
+        at = tl.where(top > old_top, at, tl.load(counts + SLOT * field + out, mask=before, other=-1))
+        top = tl.maximum(top, old_top)
         live += tl.load(counts + LIVE * field + out, mask=before, other=0)
-        tl.store(counts + LIVE * field + out, live, mask=real)
         beats += tl.load(counts + BEATS * field + out, mask=before, other=0)
-        tl.store(counts + BEATS * field + out, beats, mask=real)
         if needs_hard_mean(KIND):
             hard += tl.load(counts + HARD * field + out, mask=before, other=0)
             hard_sum += tl.load(partial + HARD_SUM * field + out, mask=before, other=0.0)
-            tl.store(counts + HARD * field + out, hard, mask=real)
-            tl.store(partial + HARD_SUM * field + out, hard_sum, mask=real)
         if SMOOTH:
             phi_sum += tl.load(partial + PHI_SUM * field + out, mask=before, other=0.0)
-            tl.store(partial + PHI_SUM * field + out, phi_sum, mask=real)
     if STORE:
         if shifts is not None:
             shift = tl.load(shifts + i, mask=real, other=0.0)
@@ -198,15 +210,17 @@ def weigh_kernel(
         if incoming is not None:
             if target_slope is not None:
                 at_target = tl.load(target_slope + i, mask=real, other=0.0)
-                p = tl.where(counts_here[None, :] & (slot[None, :] == y[:, None]), (at_target * factor)[:, None], p)
+                is_target = counts_here[None, :] & (row_number[None, :] == own_row[:, None])
+                p = tl.where(is_target, (at_target * factor)[:, None], p)
             p = tl.where((factor == 0)[:, None], 0.0, p)
         if KEEP:
             p = tl.where(p == p, p, 0.0)
-        tl.store(place, p.to(weights.dtype.element_ty), mask=real[:, None])
+        tl.store(place, p.to(weights.dtype.element_ty), mask=inside)
     if SEEN:
-        tl.store(partial + SUM * field + out, total, mask=real)
-        if SCALE_SLOPE:
-            tl.store(partial + WEIGHED_PHI * field + out, weighed_phi, mask=real)
+        store_part(
+            partial, counts, field, out, real, highest, total, weighed_phi, top, at, beats, live, hard, hard_sum, phi_sum, KIND,
+            SMOOTH, SCALE_SLOPE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -265,40 +279,37 @@ def gather_kernel(
         shift = highest - lift
         total *= tl.exp(scale * 0.0 + lift)
         weighed_phi *= tl.exp(scale * 0.0 + lift)
-    if SCALE_SLOPE:
-        tl.store(partial_out + WEIGHED_PHI * N + i, weighed_phi, mask=real)
-    tl.store(partial_out + SHIFT * N + i, shift, mask=real)
-    tl.store(partial_out + SUM * N + i, total, mask=real)
-    tl.store(partial_out + HARDEST * N + i, top, mask=real)
-    tl.store(counts_out + SLOT * N + i, at, mask=real)
-    tl.store(counts_out + LIVE * N + i, live, mask=real)
-    tl.store(counts_out + BEATS * N + i, beats, mask=real)
-    if needs_hard_mean(KIND):
-        tl.store(counts_out + HARD * N + i, hard, mask=real)
-        tl.store(partial_out + HARD_SUM * N + i, hard_sum, mask=real)
-    if SMOOTH:
-        tl.store(partial_out + PHI_SUM * N + i, phi_sum, mask=real)
+    store_part(
+        partial_out, counts_out, N, i, real, shift, total, weighed_phi, top, at, beats, live, hard, hard_sum, phi_sum, KIND,
+        SMOOTH, SCALE_SLOPE,
+    )  # fmt: skip
 
 
 @triton.jit
 def _sweep_again(
     base, ids, norms, begin, of_window, last, unit, i, real, y, mine, identity, scale, r0, r1, r2, r3, shift, even, lift,
     total, weighed_phi, moment, start, kept, anew, stride, K, D, B, columns,
-    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, SUB: tl.constexpr, PADDED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Adds slots [0, last) of the queue or the window to ``total``, ``weighed_phi`` and, for some columns, ``moment``; weights of rows ``anew`` go to
     ``kept`` [N, stride], if that is not None."""
-    for j0 in range(0, last, BLOCK_K):
-        j = j0 + tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_K)
+    for j0 in range(0, last, BLOCK_K // PADDED):
+        j = j0 + lane // PADDED
         there = j < last
+        row_number = j
+        if SUB > 1:
+            there = there & (lane % PADDED < SUB)
+            row_number = j * SUB + lane % PADDED
+        exists = there
         theirs = j
         if ids is not None:
             theirs = tl.load(ids + j, mask=there, other=-1)
         held = holds_features(there, theirs, ids, MASK_EMPTY)
-        c = _cosines(unit, i, real, base, j, held, D, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE)
+        c = _cosines(unit, i, real, base, row_number, held, D, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE)
         if norms is not None:
-            norm = tl.load(norms + j, mask=held, other=0.0)
+            norm = tl.load(norms + row_number, mask=held, other=0.0)
             c *= norm[None, :]
         slot = j
         if start is not None:
@@ -308,6 +319,8 @@ def _sweep_again(
         alive = is_negative(
             there[None, :], slot[None, :], theirs[None, :], y[:, None], mine[:, None], ids, identity, MASK_EMPTY
         )
+        if SUB > 1:
+            alive = alive & is_nearest(c, SUB, 1, PADDED)
         shown, value, z, slope = logits_of(c, alive, scale, r0, r1, r2, r3, KIND)
         p = tl.exp(z - shift[:, None])
         total += tl.sum(p, 1)
@@ -320,15 +333,15 @@ def _sweep_again(
             if norms is not None:
                 weighed *= norm[None, :]
             tl.store(
-                kept + i[:, None] * stride + j[None, :],
+                kept + i[:, None] * stride + row_number[None, :],
                 weighed.to(kept.dtype.element_ty),
-                mask=anew[:, None] & (j < last)[None, :],
+                mask=anew[:, None] & exists[None, :],
             )
         summed = tl.load(
-            base + j.to(tl.int64)[:, None] * D + columns[None, :],
+            base + row_number.to(tl.int64)[:, None] * D + columns[None, :],
             mask=held[:, None] & (columns < D)[None, :],
             other=0.0,
-        ).to(tl.float32)
+        ).to(moment.dtype)
         if norms is not None:
             summed *= norm[:, None]
         moment = tl.dot(
@@ -342,7 +355,8 @@ def again_kernel(
     again, unit, w, window, inverse, start, own_rows, identity, slot_identity, window_identity, rows, shifts, partial, moment,
     kept, N, K, D, B, rows_in_group, blocks_in_group, stride, lift,
     KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, EVEN: tl.constexpr, SCALE_SLOPE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
+    SUB: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A block of probes and some columns of their moments; ends at once unless one of these probes needs it.
 
@@ -368,7 +382,8 @@ def again_kernel(
         wanting = tl.maximum(tl.where(total == total, wanting, 0), anew)
     if tl.max(wanting, 0) == 0:
         return
-    y, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
+    own_row, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
+    y = tl.where(own_row < 0, -1, own_row // SUB)
     mine = y
     if identity is not None:
         mine = tl.load(identity + i, mask=real, other=-2)
@@ -380,11 +395,11 @@ def again_kernel(
     if start is not None:
         begin = tl.load(start).to(tl.int32)
     sums, weighed = scale * 0.0, scale * 0.0
-    found = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+    found = tl.zeros([BLOCK_N, COLUMNS], rows.dtype.element_ty)
     sums, weighed, found = _sweep_again(
         w, slot_identity, inverse, begin, begin < 0, K, unit, i, real, y, mine, identity, scale, r0, r1, r2, r3, shift, even,
         lift, sums, weighed, found, start, kept, (anew > 0) & (r * 0 + tl.program_id(1) == 0), stride, K, D, B, columns,
-        KIND, MASK_EMPTY, STRAIGHT, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
+        KIND, MASK_EMPTY, STRAIGHT, SUB, PADDED, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
     )  # fmt: skip
     if window is not None:
         norms = inverse
@@ -396,7 +411,7 @@ def again_kernel(
         sums, weighed, found = _sweep_again(
             window + group.to(tl.int64) * B * D, ids, norms, begin, begin >= 0, B, unit, i, real, y, mine, identity, scale, r0,
             r1, r2, r3, shift, even, lift, sums, weighed, found, start, None, anew > 0, stride, K, D, B, columns,
-            KIND, MASK_EMPTY, STRAIGHT, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
+            KIND, MASK_EMPTY, STRAIGHT, SUB, PADDED, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
         )  # fmt: skip
     tl.store(moment + at, found, mask=inside & (wanting > 0)[:, None])
     if again is not None:
@@ -413,7 +428,7 @@ def keep_kernel(
 ):  # fmt: skip
     """Completes what forward keeps of a block of probes: ``kept`` [N, stride] are weights relative to ``shifts`` [N] less ``lift``.
 
-    The last of a row's words, float32 [N, words], becomes what turns its weights into derivatives of the row's loss in cosines. The
+    The last of a row's words [N, words], float32 or wide, becomes what turns its weights into derivatives of the row's loss in cosines. The
     target's weight is such that this holds for it too (TARGETS: unless these are explicit positives), or 0: where it would exceed the
     range, and where probe and prototype are nearly parallel (:meth:`split_parallel`). Backward adds these apart.
     """
@@ -424,7 +439,7 @@ def keep_kernel(
     over = shift - lift - tl.load(lse + i, mask=real, other=0.0)
     over = tl.where(over > -LEAST, -LEAST, over)  # only of a row without negatives, all of whose weights are 0
     each = scale * tl.exp(over)
-    tl.store(kept_words + i * words + words - 1, each.to(tl.float32), mask=real)
+    tl.store(kept_words + i * words + words - 1, each, mask=real)
     if TARGETS:
         y = tl.load(own_rows + i, mask=real, other=-1)
         known = real & (y >= 0)
@@ -439,14 +454,14 @@ def keep_kernel(
             sine = tl.load(exact_cosine + 1 + N + i, mask=real, other=0.0)
             p = tl.where(sine < PARALLEL, 0.0, p)
         p = tl.where(tl.abs(p) <= most, p, 0.0)
-        tl.store(kept + i * stride + y, p.to(tl.float32).to(kept.dtype.element_ty), mask=known)
+        tl.store(kept + i * stride + y, p.to(kept_words.dtype.element_ty).to(kept.dtype.element_ty), mask=known)
 
 
 @triton.jit(do_not_specialize=["first", "count"])
 def finish_prototypes_kernel(
     sums, w, inverse, factor, gradient, first, count, D, WEIGHED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the prototypes' gradient from ``sums`` [count, D], float32: divided by ``factor`` [1] and taken through the
+    """Rows of the prototypes' gradient from ``sums`` [count, D], float32 or wide: divided by ``factor`` [1] and taken through the
     normalisation, where there are such. WEIGHED: the inverse norm is in the sums already."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = n < count
@@ -461,5 +476,8 @@ def finish_prototypes_kernel(
         if WEIGHED:
             known = norm > 0  # not that of a row that is not finite, whose sums are 0
             result *= tl.where(known, 1.0 / tl.where(known, norm, 1.0), 0.0)[:, None]
-        result = through_norm(result, tl.load(w + at, mask=inside, other=0.0).to(tl.float32), norm)
+        result = through_norm(result, tl.load(w + at, mask=inside, other=0.0).to(result.dtype), norm)
+    # Triton's interpreter makes NaN of some numbers on the way from float64 to bfloat16.
+    if gradient.dtype.element_ty != tl.float64:
+        result = result.to(tl.float32)
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)

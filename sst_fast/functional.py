@@ -259,7 +259,9 @@ def _run(a: Arguments, backend: str, trains: bool = False) -> tuple[Tensor, Stat
         torch.is_grad_enabled()
         and a.prototypes.requires_grad
         and a.embedding.requires_grad
-        and BACKENDS[backend].keeps_weights(a.embedding.shape[0], a.prototypes.shape[0], a.prototypes.dtype)
+        and BACKENDS[backend].keeps_weights(
+            a.embedding.shape[0], a.prototypes.shape[0], a.wide if a.wide == torch.float64 else a.prototypes.dtype
+        )
     )
     packed = a.packed(keeps)
     loss, lse, target_cosine, hardest_cosine, hardest_slot, beats_target, residual, row_weight, *rest = _operator(
@@ -273,6 +275,8 @@ def _run(a: Arguments, backend: str, trains: bool = False) -> tuple[Tensor, Stat
             a.margin.kind,
             a.normalize_prototypes,
             a.label_smoothing > 0,
+            a.sub_centers,
+            a.wide,
         )
         if kind not in _backward_runs:
             with torch.no_grad():

@@ -24,7 +24,7 @@ from sst_fast.backends.triton import PARALLEL, Blocks, blocks_for
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 TENSOR = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA|HMMA", 100: "UTCHMMA|UTCQMMA|UTCOMMA|HMMA", 120: "HMMA"}
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1, "fp64": 8}
 DIMS = (64, 128, 256, 512, 1024)
 SWEEPS = ("sweep_kernel", "prototypes_kernel")
 STAGED = ("weigh_kernel", "again_kernel", "gather_kernel", "keep_kernel", "finish_prototypes_kernel")
@@ -37,14 +37,16 @@ NUMBERS = {
     "tf32": "tf32",
     "ieee": "ieee",
     "fp8e4nv": "float8",
+    "fp64": "float64",
 }  # what the table calls them
+WITHOUT_TENSOR_CORES = ("ieee", "fp64")  # in our own kernels: the staged sweep leaves these products to the library
 # What is no tensor of the inputs' dtypes.
-FLOATS = {
-    "inverse", "cosine", "rows", "lse", "partial", "moment", "moment_out", "row_weight", "target_slope", "grad_loss",
+FLOATS = {  # float64 where the inputs are
+    "inverse", "cosine", "rows", "lse", "partial", "moment", "moment_out", "row_weight", "target_slope",
     "shifts", "incoming", "partial_out", "sums", "factor", "loss_out", "lse_out", "hardest_out", "residual_out", "slope_out", "gradient_out",
     "scale_slope_out", "kept_words",
 }  # fmt: skip
-DOUBLES = {"exact_cosine", "margin_rows", "scale_rows"}
+DOUBLES = {"exact_cosine", "margin_rows", "scale_rows", "smoothing"}
 SCALARS = {"lift", "label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
 INTEGERS = {"own_rows", "counts", "counts_out", "again"}
 LONGS = {
@@ -57,16 +59,19 @@ SPILL_FREE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # wha
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+PRESENT = "present"  # a tensor that is left out elsewhere
+
+
 def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **changes: object) -> ASTSource:
     """The kernel as the launcher would specialise it, with everything switched on that is not in ``changes``."""
     function = getattr(margin_softmax, kernel, None) or getattr(staged, kernel)
     constants = {
         "KIND": kind, "MASK_EMPTY": True, "STRAIGHT": False, "MOMENT": True, "SECOND": False, "SMOOTH": False, "MEAN": True,
-        "LOSS": True, "TARGETS": True, "EACH": 0, "P": 6, "PRECISION": "tf32" if dtype == "tf32" else "ieee",
+        "LOSS": True, "TARGETS": True, "P": 6, "PRECISION": "tf32" if dtype == "tf32" else "ieee",
         "BLOCK_N": blocks.rows, "BLOCK_K": blocks.slots, "BLOCK_D": dim, "ROWS": max(1, 512 // dim),
         "NORMALIZE": kernel == "prepare_kernel", "positive": None, "SCALE_SLOPE": False, "SUB": 1, "PADDED": 1,
         "OF_WINDOW": False, "SEEN": True, "STORE": True, "KEEP": False, "EVEN": False, "WEIGHED": True, "PARALLEL": PARALLEL,
-        "GIVEN": dtype == "ieee", "COMMON": True, "TILES": 32, "COLUMNS": min(dim, COLUMNS),
+        "GIVEN": dtype in WITHOUT_TENSOR_CORES, "COMMON": True, "TILES": 32, "COLUMNS": min(dim, COLUMNS),
         "PIECE": min(dim, PIECE_BYTES // DTYPES[{"tf32": "fp32", "ieee": "fp32"}.get(dtype, dtype)]),
     }  # fmt: skip
     if kernel == "sweep_kernel":
@@ -74,7 +79,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
     if kernel == "prototypes_kernel":
         constants |= {"BLOCK_N": blocks.slots, "BLOCK_K": blocks.rows}
     if kernel == "combine_kernel":
-        constants["SMOOTH"] = True
+        constants |= {"SMOOTH": True, **({} if dtype == "fp64" else {"smoothing": None})}
     if kernel == "weigh_kernel":
         constants |= dict.fromkeys(("inverse", "shifts", "incoming", "target_slope"))
     if kernel == "again_kernel":
@@ -85,7 +90,9 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
         constants["BLOCK_N"] = 128
     if kernel == "finish_prototypes_kernel":
         constants["ROWS"] = max(1, 4096 // dim)
-    constants = {name: value for name, value in (constants | changes).items() if name in function.arg_names}
+    constants = {
+        name: value for name, value in (constants | changes).items() if name in function.arg_names and value != PRESENT
+    }  # fmt: skip
     stored = {"tf32": "fp32", "ieee": "fp32"}.get(dtype, dtype)
     multiplied = stored
     if dtype == "fp8e4nv":
@@ -96,7 +103,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
         if name in constants:
             signature[name] = "constexpr"
         elif name in FLOATS:
-            signature[name] = "*fp32"
+            signature[name] = "*fp64" if dtype == "fp64" else "*fp32"
         elif name in DOUBLES:
             signature[name] = "*fp64"
         elif name in SCALARS:
@@ -122,7 +129,7 @@ def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int, changes: dict
     if dtype == "fp8e4nv" and sm < 89:
         return f"{kernel} sm_{sm} {dtype}: left to the reference", []
     if kernel == "weigh_kernel":
-        blocks = weigh_tile(128, NUMBERS[dtype], sm)
+        blocks = weigh_tile(changes.get("PROBES", 128), NUMBERS[dtype], sm, "SUB" in changes)
     elif by_row:
         blocks = Blocks(1, 1, 4, 1 if kernel == "again_kernel" else 3)
     else:
@@ -149,12 +156,14 @@ def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int, changes: dict
         ).stdout
     spills = len(re.findall(r"\b(LDL|STL)\b", code))
     tensor = len(re.findall(rf"\b({TENSOR[sm]})\b", code))
-    # The other kernels run once per probe; what they keep in local memory is the range reduction of sine and cosine.
-    if SPILL_FREE and spills > FEW and kernel in SWEEPS:
+    # The other kernels run once per probe; what they keep in local memory is the range reduction of sine and cosine. Weights of a tile
+    # may spill outside the loop, which is looked at below.
+    by_library = kernel == "weigh_kernel" and dtype in WITHOUT_TENSOR_CORES
+    if SPILL_FREE and spills > FEW and (kernel in SWEEPS or by_library):
         wrong.append(f"{spills} spill instructions")
-    if not tensor and dtype != "ieee" and kernel in (*SWEEPS, "weigh_kernel"):
+    if not tensor and dtype not in WITHOUT_TENSOR_CORES and kernel in (*SWEEPS, "weigh_kernel"):
         wrong.append("no tensor-core instruction")
-    if kernel == "weigh_kernel" and dtype != "ieee":
+    if kernel == "weigh_kernel" and dtype not in WITHOUT_TENSOR_CORES:
         wrong += wrong_with_loop(code, sm, dim, blocks, plain=not changes and kind == 1 and dtype == "bf16")
     if (kernel, sm, dtype, kind, changes) == ("sweep_kernel", 90, "bf16", 1, {}) and SPILL_FREE:
         _, loops = loops_of(code, sm)
@@ -188,7 +197,7 @@ def wrong_with_loop(code: str, sm: int, dim: int, blocks: Blocks, plain: bool) -
     spills = sum(name.startswith(("LDL", "STL")) for name in loops[0])
     if SPILL_FREE and spills:
         wrong.append(f"{spills} spill instructions in the loop")
-    if sm == 90 and not any(name.startswith("HGMMA") for name in loops[0]):
+    if sm == 90 and blocks.rows >= 64 and not any(name.startswith("HGMMA") for name in loops[0]):  # which takes 64 rows
         wrong.append("no wgmma in the loop")
     if dim == 512 and plain and SPILL_FREE:
         issued = (count - len(loops[0])) * blocks.warps / 4
@@ -218,8 +227,11 @@ def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
     work += [("sweep_kernel", sm, "fp8e4nv", dim, 1, {}) for dim in DIMS]
     work += [("sweep_kernel", sm, "bf16", 512, kind, {}) for kind in (4, 8)]
     work.append(("sweep_kernel", sm, "bf16", 512, 1, {"SCALE_SLOPE": True}))
-    work += [(kernel, sm, "bf16", 512, 1, {"SUB": 3, "PADDED": 4}) for kernel in (*SWEEPS, "prepare_kernel")]
-    work += [(kernel, sm, dtype, 512, 1, {}) for kernel, dtype in product(STAGED, ("bf16", "tf32", "ieee"))]
+    several = (*SWEEPS, "prepare_kernel", "weigh_kernel", "again_kernel")
+    work += [(kernel, sm, "bf16", 512, 1, {"SUB": 3, "PADDED": 4}) for kernel in several]
+    work += [(kernel, sm, dtype, 512, 1, {}) for kernel, dtype in product(STAGED, ("bf16", "tf32", "ieee", "fp64"))]
+    work += [(kernel, sm, "fp64", 512, 3, {}) for kernel in ("prepare_kernel", "combine_kernel", "weigh_kernel")]
+    work.append(("again_kernel", sm, "fp64", 2048, 3, {}))
     work += [("weigh_kernel", sm, "bf16", 2048, 1, {}), ("weigh_kernel", sm, "bf16", 512, 8, {})]
     work += [
         ("weigh_kernel", sm, "bf16", 512, 1, {"STORE": False}),
@@ -227,6 +239,31 @@ def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
         ("weigh_kernel", sm, "bf16", 512, 1, {"SCALE_SLOPE": True}),
         ("weigh_kernel", sm, "fp16", 512, 1, {"SEEN": False, "EVEN": True}),
         ("weigh_kernel", sm, "bf16", 64, 1, {"OF_WINDOW": True}),
+    ]
+    normalised = {"inverse": PRESENT}
+    again = {
+        "shifts": PRESENT,
+        "SEEN": False,
+        "incoming": PRESENT,
+        "target_slope": PRESENT,
+    }  # backward, where nothing was kept
+    work += [
+        ("weigh_kernel", sm, dtype, 512, 1, changes)
+        for dtype in multiplied
+        for changes in (
+            normalised,
+            {**again, **normalised},
+            {"STORE": False, "SMOOTH": True},
+            {"shifts": PRESENT, "SEEN": False, "EVEN": True},
+        )
+    ]
+    work += [
+        ("weigh_kernel", sm, "bf16", 512, 1, changes)
+        for changes in ({"PROBES": 1, "N": 1}, {"PROBES": 32}, {"PROBES": 64})
+    ]  # the smaller tiles
+    work += [
+        ("sweep_kernel", sm, "bf16", 512, 1, changes)
+        for changes in (normalised, {"SMOOTH": True, "SECOND": True}, {"N": 1})
     ]
     for kernel in ("prepare_kernel", "combine_kernel"):
         work += [(kernel, sm, "bf16", 512, kind, {}) for kind in (3, 6)]

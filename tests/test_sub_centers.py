@@ -12,6 +12,8 @@ from sst_fast.functional import margin_softmax, target_cosine
 STATES = backends("cpu", sub_centers=True)["margin_softmax"].implementations
 BACKENDS = [name for name, state in STATES.items() if state == "available" and name != "triton"]
 COMPILED = [name for name in BACKENDS if name != "reference"]
+if "staged" in BACKENDS:
+    import interpreter  # noqa: F401
 
 
 def plain(x, w, target, margin, scale, sub_centers):

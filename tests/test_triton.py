@@ -94,6 +94,14 @@ def test_every_margin(kernels, margin):
     check(kernels, make(12, 50, 24, identities=15, empty=0.2).to(torch.float32), margin=margin, scale=30.0)
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "scale": 17.3}, {"prototypes": True}], ids=repr)
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+def test_every_margin_in_float64(margin, options):
+    """By the staged sweep: numbers reach it as exactly as tensors do."""
+    problem = make(12, 50, 24, identities=15, empty=0.2)
+    check("staged", problem, 1e-13, margin=margin, trains_scale=True, **options)
+
+
 @pytest.mark.parametrize("margin", MARGINS[::3], ids=repr)
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"gradient": "straight_through"}, {"scale": torch.linspace(1, 64, 12)}], ids=repr)  # fmt: skip
 def test_options(kernels, margin, options):
@@ -164,26 +172,26 @@ def test_trained_scale(kernels, margin, options):
 @pytest.mark.parametrize("options", [{}, {"normalize_prototypes": True, "label_smoothing": 0.1}], ids=repr)
 @pytest.mark.parametrize("margin", MARGINS[::4], ids=repr)
 @pytest.mark.parametrize(("classes", "sub_centers", "dim"), [(30, 3, 24), (9, 16, 40), (41, 2, 300)])
-def test_sub_centers(classes, sub_centers, dim, margin, options):
+def test_sub_centers(kernels, classes, sub_centers, dim, margin, options):
     problem = make_sub_centers(12, classes, sub_centers, dim)
     problem.slot_identity = torch.arange(classes) % 7 - 1
     problem.identity = problem.slot_identity[problem.target]
-    check("triton", problem.to(torch.float32), margin=margin, prototypes=True, scale=16.0, trains_scale=True, **options)
+    check(kernels, problem.to(torch.float32), margin=margin, prototypes=True, scale=16.0, trains_scale=True, **options)
 
 
-def test_sub_centers_that_tie_or_are_not_finite():
+def test_sub_centers_that_tie_or_are_not_finite(kernels):
     """Equally near rows: the first is trained. A row that is not finite is not lost."""
     # Rows of 1/2, whose products are exact whatever their order.
     once = torch.stack([torch.eye(8).roll(k, 1)[:4].sum(0) / 2 for k in range(5)])
     problem = replace(make_sub_centers(5, 5, 1, 8).to(torch.float32), embedding=once.roll(1, 1), target=torch.arange(5))
     w = once.repeat_interleave(3, 0).requires_grad_()
-    margin_softmax(problem.embedding, w, problem.target, sub_centers=3, scale=4.0, backend="triton").backward()
+    margin_softmax(problem.embedding, w, problem.target, sub_centers=3, scale=4.0, backend=kernels).backward()
     assert w.grad[::3].any(1).all()
     assert not w.grad.view(5, 3, 8)[:, 1:].any()
     bad = w.detach().clone()
     bad[7, 2] = torch.nan
     assert (
-        margin_softmax(problem.embedding, bad, problem.target, sub_centers=3, reduction="none", backend="triton")
+        margin_softmax(problem.embedding, bad, problem.target, sub_centers=3, reduction="none", backend=kernels)
         .isnan()
         .all()
     )

@@ -66,8 +66,8 @@ class Backend:
         """Whether it may be chosen without being asked for, where it can compute the problem."""
         return True
 
-    def keeps_weights(self, probes: int, slots: int, dtype: torch.dtype) -> bool:
-        """Whether forward keeps the weights of all slots for the gradient of prototypes in this dtype, rather than make them again."""
+    def keeps_weights(self, probes: int, rows: int, dtype: torch.dtype) -> bool:
+        """Whether forward keeps the weights of all rows of prototypes, in this dtype, for their gradient, rather than make them again."""
         return False
 
     def tiles(self, problem: Problem) -> list[tuple[int, int, int, int]]:

@@ -64,8 +64,26 @@ def fused_time(problem: Problem, architecture: int, processors: int) -> float:
     return max(computing, reading) + 3 * LAUNCH
 
 
+class Terms(NamedTuple):
+    """Of the staged sweep's time."""
+
+    products: float
+    epilogue: float
+    weights: float
+    moments: float
+    launches: float
+
+
 def staged_time(problem: Problem, architecture: int, processors: int) -> float:
-    """Of the library's products and what lies between them."""
+    """Of the library's products and what lies between them: all one after the other, or reading the slots from memory, if that takes longer than
+    the products and what follows them."""
+    terms = staged_terms(problem, architecture, processors)
+    reading = (problem.slots or 16384) * problem.dim * max(problem.queue_dtype.itemsize, 2) / RATES[architecture].memory
+    return max(terms.products + terms.epilogue, reading) + terms.weights + terms.moments + terms.launches
+
+
+def staged_terms(problem: Problem, architecture: int, processors: int) -> Terms:
+    """What takes the time."""
     n, k, d = problem.probes or 1024, problem.slots or 16384, problem.dim  # 0: not known
     rates = RATES[architecture]
     size = max(problem.queue_dtype.itemsize, 2)
@@ -77,16 +95,16 @@ def staged_time(problem: Problem, architecture: int, processors: int) -> float:
     tile_product = 2 * tile * tile * d / (LIBRARY * flops)
     sweeps = 2 if problem.queue_dtype == torch.float16 or problem.smooths else 1  # the rows' own shifts come first
     again = problem.trains_prototypes and n * k * size > KEPT  # backward makes weights anew, and multiplies by them
-    first = (sweeps + again) * rounds * (tile_product + STAGED_EPILOGUE[architecture]) / CLOCK
+    first = (sweeps + again) * rounds / CLOCK
     second = max(2 * n * k * d / (LIBRARY * flops * processors * CLOCK), k * d * size / rates.cache)
     weights = 2 * n * k * size / rates.cache
     moments = 8 * chunks * n * d / rates.cache
-    reading = k * d * size / rates.memory
     launches = (1 + sweeps) * chunks + 4
     if problem.trains_prototypes:
         second, launches = 2 * second, launches + (1 + again) * chunks + 2
         weights += 2 * n * k * size / (rates.cache if again else rates.memory)  # what is kept leaves the cache
-    return max(first + second, reading) + weights + moments + launches * LAUNCH
+    epilogue = first * STAGED_EPILOGUE[architecture]
+    return Terms(first * tile_product + second, epilogue, weights, moments, launches * LAUNCH)
 
 
 def _flops(problem: Problem, rates: Rates) -> float:

@@ -4,13 +4,16 @@ The slots are taken in chunks whose weights P [N, C] fit :data:`WEIGHTS`, so tha
 
 1. ``weigh_kernel`` multiplies probes and slots in tiles and turns the cosines into weights and partial sums where they are made;
    product 1 of float32 without tf32 and of float64 is the library's, into the memory of P, which the kernel then replaces.
-2. The library multiplies P by the chunk, which is in the cache still, and adds to the moments [N, D] in float32.
+2. The library multiplies P by the chunk, which is in the cache still, and adds to the moments [N, D] in float32 at least.
 3. Behind the last chunk ``gather_kernel`` adds up the tiles' sums, ``again_kernel`` sweeps those rows again whose weights the
    exponents' range did not hold, and ends at once if there are none, and ``combine_kernel`` of the fused sweep finishes.
 
 One sweep takes a common shift, which is known beforehand. A float16 queue has too narrow a range for that, and so has a scale so large that
 every row's sum would vanish: there, and for label smoothing, a sweep without weights finds each row's own shift first. Without a gradient
 it is the only one.
+
+Sub-centres are columns of P like any others: those that are not nearest to a probe hold 0. float64 takes the same way, all of it in
+float64.
 
 Trained prototypes get their gradient from one more product, of P and the probes. Where P for all slots fits :data:`KEPT`, forward keeps it
 for backward, with what a row's weights are to be multiplied by: three products in all, as many as PyTorch's own graph of the loss takes.
@@ -45,7 +48,7 @@ from sst_fast.backends.triton import (
     why_no_kernels,
 )  # fmt: skip
 
-SUMS = 32 << 20  # bytes of the prototypes' gradient that are held in float32 at once
+SUMS = 32 << 20  # bytes of the prototypes' gradient that are held as they are summed
 TILE = 128  # slots
 LONGEST = 1 << 16  # features
 WIDEST = 124.0  # how far the largest possible logit may lie above that of an unrelated slot for the common shift to do
@@ -64,11 +67,9 @@ class Staged(Backend):
     def why_not(self, problem: Problem) -> str | None:
         """None where it can, otherwise the reason."""
         reason = why_no_kernels(problem)
-        if reason is not None:
-            return reason
-        if problem.sub_centers:
-            return "one row a class"
-        return f"for up to {LONGEST} features" if problem.dim > LONGEST else None
+        if reason is None and problem.dim > LONGEST:
+            reason = f"for up to {LONGEST} features"
+        return reason
 
     def volunteers(self, problem: Problem) -> bool:
         """On a GPU, where the model says so or the fused sweep cannot; the interpreter is for tests."""
@@ -80,12 +81,14 @@ class Staged(Backend):
         times = (time(problem, here.architecture, here.processors) for time in (staged_time, fused_time))
         return next(times) <= next(times)
 
-    def keeps_weights(self, probes: int, slots: int, dtype: torch.dtype) -> bool:
+    def keeps_weights(self, probes: int, rows: int, dtype: torch.dtype) -> bool:
         """Where they fit :data:`KEPT`."""
-        return probes * kept_bytes(slots, dtype) <= KEPT
+        return probes * kept_bytes(rows, dtype) <= KEPT
 
     def tiles(self, problem: Problem) -> list[tuple[int, int, int, int]]:
         """The neighbours of its tile; a kept row ends with a whole one of at most :data:`TILE` slots."""
+        if torch.float64 in (problem.dtype, problem.queue_dtype):
+            return []
         number = float32_precision() if problem.queue_dtype == torch.float32 else "16 bits"
         cut = weigh_tile(problem.probes or TILE, number, machine(problem.device).architecture)
         return neighbours(cut, most_slots=TILE)
@@ -95,17 +98,18 @@ class Staged(Backend):
         register("staged", margin_softmax, prototype_gradient)
 
 
-def kept_bytes(slots: int, dtype: torch.dtype) -> int:
-    """Of a row of kept weights; csrc/arguments.h says the same."""
-    return -(-slots // TILE) * TILE * dtype.itemsize + 128
+def kept_bytes(rows: int, dtype: torch.dtype) -> int:
+    """Of a row of kept weights, one for each of so many rows of prototypes; csrc/arguments.h says the same."""
+    return -(-rows // TILE) * TILE * dtype.itemsize + 128
 
 
-def weigh_tile(rows_in_group: int, number: str, architecture: int) -> Blocks:
-    """How ``weigh_kernel`` is cut for so many probes of a group; ``number`` as in the table of the fused sweep's tiles."""
-    if number == "ieee":  # the library makes the product
-        return Blocks(32, TILE, 4, 1)
-    rows = max(16, min(128, 1 << (rows_in_group - 1).bit_length()))
-    return Blocks(rows, TILE, 4, 2 if architecture in (86, 89, 120) else 3)
+def weigh_tile(rows_in_group: int, number: str, architecture: int, sub_centers: bool = False) -> Blocks:
+    """How ``weigh_kernel`` is cut for so many probes of a group; ``number`` as in the table of the fused sweep's tiles, or "float64"."""
+    if number in ("ieee", "float64"):  # the library makes the product
+        return Blocks(32 if number == "ieee" else 16, TILE, 4, 1)
+    most, warps = (64, 8) if sub_centers else (128, 4)  # the maximum of a class takes registers
+    rows = max(16, min(most, 1 << (rows_in_group - 1).bit_length()))
+    return Blocks(rows, TILE, warps, 2 if architecture in (86, 89, 120) else 3)
 
 
 class Chunk(NamedTuple):
@@ -114,7 +118,7 @@ class Chunk(NamedTuple):
     of_window: bool
     first: int
     last: int
-    matrices: list[Tensor]  # [last - first, D], as products take them: for all probes, or one for each group
+    matrices: list[Tensor]  # [(last - first) S, D], as products take them: for all probes, or one for each group
     whole: Tensor  # where these lie,
     row: int  # from this row on,
     stride: int  # so many rows apart
@@ -127,6 +131,8 @@ class Staging(Call):
     @property
     def product_dtype(self) -> torch.dtype:
         """What products are made of; every float8_e4m3fn is a bfloat16, whose range holds the weights."""
+        if self.wide == torch.float64:
+            return torch.float64
         return torch.bfloat16 if self.prototypes.dtype == torch.float8_e4m3fn else self.prototypes.dtype
 
     @property
@@ -142,13 +148,19 @@ class Staging(Call):
     @property
     def given(self) -> bool:
         """Whether the library makes product 1 as well."""
-        return self.product_dtype == torch.float32 and self.precision == "ieee"
+        return self.product_dtype.itemsize >= 4 and self.precision == "ieee"
 
     @cached_property
     def cut(self) -> Blocks:
         """Tile sizes."""
-        number = {4: self.precision}.get(self.product_dtype.itemsize, "16 bits")
-        return self.stored_tile("staged") or weigh_tile(self.sizes[4], number, machine(self.device).architecture)
+        number = {4: self.precision, 8: "float64"}.get(self.product_dtype.itemsize, "16 bits")
+        stored = None if number == "float64" else self.stored_tile("staged")
+        return stored or weigh_tile(self.sizes[4], number, machine(self.device).architecture, self.sub_centers > 1)
+
+    @property
+    def step(self) -> int:
+        """Slots of a tile: a power of two of its lanes for each."""
+        return self.cut.slots // self.padded
 
     @property
     def piece(self) -> int:
@@ -157,15 +169,15 @@ class Staging(Call):
 
     @cached_property
     def chunk(self) -> int:
-        """Slots of a chunk C: a multiple of a tile's."""
+        """Slots of a chunk: a multiple of a tile's. It has a column of weights for each of their rows."""
         n, k, _, b, _ = self.sizes
-        most = WEIGHTS // (n * self.product_dtype.itemsize)
-        return min(max(most // self.cut.slots, 1), -(-max(k, b) // self.cut.slots)) * self.cut.slots
+        most = WEIGHTS // (n * self.product_dtype.itemsize * self.sub_centers)
+        return min(max(most // self.step, 1), -(-max(k, b) // self.step)) * self.step
 
     @property
     def tiles(self) -> int:
         """Tiles of a chunk T."""
-        return self.chunk // self.cut.slots
+        return self.chunk // self.step
 
     @property
     def makes_unit(self) -> bool:
@@ -202,43 +214,45 @@ class Staging(Call):
         """What weights are kept in: rows [N] of bytes."""
         if not self.keeps:
             return super().kept_memory()
-        n, k, _, _, _ = self.sizes
-        return torch.empty(n, kept_bytes(k, self.product_dtype), dtype=torch.uint8, device=self.device)
+        bytes_of_row = kept_bytes(len(self.prototypes), self.product_dtype)
+        return torch.empty(len(self.embedding), bytes_of_row, dtype=torch.uint8, device=self.device)
 
     def memory(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         """The weights of a chunk that is not kept, and the chunk as products take it where that is not as it is."""
         n, _, dim, b, rows_in_group = self.sizes
         groups = 1 if self.window is None else n // rows_in_group
-        converted = max(self.chunk, groups * min(b, self.chunk)) if self.converts else 0
-        held = min(-(-b // TILE) * TILE, self.chunk) if self.keeps else self.chunk
+        columns = self.chunk * self.sub_centers
+        converted = max(columns, groups * min(b, self.chunk)) if self.converts else 0
+        held = min(-(-b // TILE) * TILE, self.chunk) if self.keeps else columns
         return [(self.product_dtype, (n, held)), (self.product_dtype, (converted, dim))]
 
     def place(self, chunk: Chunk, weights: Tensor, kept: Tensor) -> Tensor:
         """Where the weights of a chunk belong."""
         if chunk.of_window or not self.keeps:
             return weights
-        return kept.view(self.product_dtype)[:, chunk.first :]
+        return kept.view(self.product_dtype)[:, chunk.first * self.sub_centers :]
 
     def chunks(self, inverse: Tensor, converted: Tensor, window: bool = True) -> Iterator[Chunk]:
         """All chunks: the queue's, then the batch window's."""
         _, k, _, b, _ = self.sizes
+        sub = self.sub_centers  # 1 beside a window
         for of_window, source in ((False, self.prototypes[None]), (True, self.window)):
             if source is None or (of_window and not window):
                 continue
             size = source.shape[1]
             norms = inverse[k:].view(-1, b) if of_window and self.normalize else inverse[None]
-            for first in range(0, size, self.chunk):
-                last = min(first + self.chunk, size)
-                rows = source[:, first:last]
+            for at in range(0, size, self.chunk * sub):
+                end = min(at + self.chunk * sub, size)
+                rows = source[:, at:end]
                 if self.converts:
                     rows = converted[: rows.shape[0] * rows.shape[1]].view(rows.shape)
                     if self.makes_unit:
-                        torch.mul(source[:, first:last], norms[:, first:last, None], out=rows)
+                        torch.mul(source[:, at:end], norms[:, at:end, None], out=rows)
                     else:
-                        rows.copy_(source[:, first:last])
-                    yield Chunk(of_window, first, last, list(rows), rows, 0, last - first)
+                        rows.copy_(source[:, at:end])
+                    yield Chunk(of_window, at // sub, end // sub, list(rows), rows, 0, end - at)
                 else:
-                    yield Chunk(of_window, first, last, list(rows), source, first, size)
+                    yield Chunk(of_window, at // sub, end // sub, list(rows), source, at, size)
 
     def weigh(
         self, chunk: Chunk, scratch: list[Tensor], cosine: Tensor, weights: Tensor, tiles: list[Tensor] | None = None, *,
@@ -252,27 +266,28 @@ class Staging(Call):
         unit, rows, own_rows, _, inverse = scratch
         count = chunk.last - chunk.first
         if self.given:
-            for x, matrix, out in self.by_group(chunk, unit[:, :dim], weights[:, :count]):
+            for x, matrix, out in self.by_group(chunk, unit[:, :dim], weights[:, : count * self.sub_centers]):
                 torch.mm(x, matrix.T, out=out)
         ids = self.window_identity if chunk.of_window else self.slot_identity
         blocks_in_group = -(-rows_in_group // self.cut.rows)
         launch(
-            weigh_kernel, (n // rows_in_group * blocks_in_group, self.tiles if fresh else -(-count // self.cut.slots)),
+            weigh_kernel, (n // rows_in_group * blocks_in_group, self.tiles if fresh else -(-count // self.step)),
             self.device, unit, chunk.whole, inverse if self.normalize and not self.makes_unit else None, self.window_start,
             own_rows, self.identity, None if self.slot_identity is None else ids, rows, cosine, shifts, incoming, target_slope,
             weights, *(tiles or (None, None)), n, k, dim, b, rows_in_group, blocks_in_group, chunk.first, count, chunk.row,
             chunk.stride, self.tiles, weights.stride(0), int(fresh), self.lift if even and incoming is None else 0.0, KIND=self.kind,
             MASK_EMPTY=self.mask_empty, STRAIGHT=self.unit_slope, OF_WINDOW=chunk.of_window, SEEN=tiles is not None,
             STORE=store, KEEP=keep, SMOOTH=self.label_smoothing > 0,
-            SCALE_SLOPE=self.need_scale_gradient, EVEN=even, GIVEN=self.given, PRECISION=self.precision,
-            BLOCK_N=self.cut.rows, BLOCK_K=self.cut.slots, BLOCK_D=self.block_d, PIECE=self.piece, num_warps=self.cut.warps,
+            SCALE_SLOPE=self.need_scale_gradient, EVEN=even, GIVEN=self.given, SUB=self.sub_centers, PADDED=self.padded,
+            PRECISION=self.precision, BLOCK_N=self.cut.rows, BLOCK_K=self.cut.slots, BLOCK_D=self.block_d, PIECE=self.piece, num_warps=self.cut.warps,
             num_stages=self.cut.stages,
         )  # fmt: skip
 
     def add_moments(self, chunk: Chunk, weights: Tensor, moment: Tensor, first: bool) -> None:
         """Product 2: adds the weighed slots of a chunk to ``moment`` [N, D], which it makes if the chunk is the first."""
         _, _, dim, _, _ = self.sizes
-        for some, matrix, out in self.by_group(chunk, weights[:, : chunk.last - chunk.first], moment[:, :dim]):
+        columns = (chunk.last - chunk.first) * self.sub_centers
+        for some, matrix, out in self.by_group(chunk, weights[:, :columns], moment[:, :dim]):
             _product(out, some, matrix, add=not first)
 
     def multiply(
@@ -280,7 +295,8 @@ class Staging(Call):
         factor: Tensor | None,
     ) -> None:  # fmt: skip
         """Rows ``first`` and on of the prototypes' gradient: ``weights`` [N, .] times ``probes`` [N, D], over ``factor``, taken through
-        the normalisation. ``sums`` is memory for some of the rows in float32; none: there is nothing to do behind the product."""
+        the normalisation. ``sums`` is memory for some of the rows in which they are summed; none: there is nothing to do behind the
+        product."""
         from sst_fast.kernels.staged import finish_prototypes_kernel
 
         dim, last = probes.shape[1], first + weights.shape[1]
@@ -306,10 +322,80 @@ class Staging(Call):
         launch(
             keep_kernel, (-(-n // 128),), self.device, rows, own_rows, exact, inverse if self.normalize else None,
             self.window_start, found.lse, shifts, found.target_slope, found.kept.view(self.product_dtype),
-            found.kept.view(torch.float32), n, k, b, found.kept.shape[1] // self.product_dtype.itemsize,
-            found.kept.shape[1] // 4, self.lift if self.label_smoothing > 0 else 0.0, TARGETS=self.positive is None,
+            found.kept.view(self.wide), n, k, b, found.kept.shape[1] // self.product_dtype.itemsize,
+            found.kept.shape[1] // self.wide.itemsize, self.lift if self.label_smoothing > 0 else 0.0, TARGETS=self.positive is None,
             PARALLEL=PARALLEL, BLOCK_N=128,
         )  # fmt: skip
+
+    def gradient_memory(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """Rows of the gradient as they are summed, where there is something to do behind the products; then :meth:`memory` for weights
+        that are not kept."""
+        dim = self.prototypes.shape[1]
+        finishes = self.half or self.normalize or self.prototypes.dtype != self.product_dtype
+        rows = min(self.chunk * self.sub_centers, max(SUMS // (self.wide.itemsize * dim), 1)) if finishes else 0
+        return [(self.wide, (rows, dim)), *([] if self.keeps else self.memory())]
+
+    def fill_gradient(
+        self, gradient: Tensor, scratch: list[Tensor], memory: list[Tensor], incoming: Tensor, cosine: Tensor, lse: Tensor,
+        negatives: Tensor, target_slope: Tensor, kept: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """One product, of kept weights or of each chunk's, made anew, and the probes."""
+        sums, *memory = memory
+        if self.keeps:
+            return self._fill_from_kept(gradient, scratch, sums, incoming, target_slope, kept)
+        from sst_fast.kernels.margin_softmax import LARGEST_FLOAT16, SCALE, UNIFORM
+
+        unit, rows, own_rows, exact, inverse = scratch
+        weights, converted = memory
+        share = factor = None
+        if self.normalize and self.positive is None:
+            target_slope, share = self.split_parallel(exact, own_rows, target_slope, incoming)
+        if self.label_smoothing > 0:
+            rows[UNIFORM.value] = self.label_smoothing / (1.0 + negatives.to(self.wide))
+        if self.half:  # its range is narrow: the largest weight is brought to the upper end
+            most = torch.maximum(4.0 * rows[SCALE.value], target_slope.abs()) * incoming.abs()
+            factor = LARGEST_FLOAT16.value / most.max().clamp_min(1e-30)
+            incoming = incoming * factor
+        for chunk in self.chunks(inverse, converted, window=False):
+            self.weigh(
+                chunk, scratch, cosine, weights, store=True, shifts=lse, incoming=incoming,
+                target_slope=target_slope if self.positive is None else None, even=self.label_smoothing > 0,
+            )  # fmt: skip
+            some = weights[:, : (chunk.last - chunk.first) * self.sub_centers]
+            self.multiply(
+                some, unit[:, : gradient.shape[1]], chunk.first * self.sub_centers, sums, gradient, inverse, factor
+            )
+        return share
+
+    def _fill_from_kept(
+        self,
+        gradient: Tensor,
+        scratch: list[Tensor],
+        sums: Tensor,
+        incoming: Tensor,
+        target_slope: Tensor,
+        kept: Tensor,
+    ) -> Tensor | None:
+        from sst_fast.kernels.margin_softmax import INVERSE_NORM, LARGEST_FLOAT16
+
+        _, rows, own_rows, _, inverse = scratch
+        factor = None
+        weights = kept.view(self.product_dtype)[:, : len(self.prototypes)]
+        each = torch.where(incoming == 0, 0.0, incoming * kept.view(self.wide)[:, -1])
+        if self.half:  # as above, of rows
+            factor = LARGEST_FLOAT16.value / each.abs().max().clamp_min(1e-30)
+            each = each * factor
+        each = (each * rows[INVERSE_NORM.value])[:, None]
+        probes = torch.where((incoming == 0)[:, None], 0.0, self.embedding * each).to(self.product_dtype)
+        self.multiply(weights, probes, 0, sums, gradient, inverse, factor)
+        if self.positive is not None:
+            return None
+        wanting = (own_rows >= 0) & (weights.gather(1, own_rows.clamp_min(0).long()[:, None])[:, 0] == 0)
+        if self.window is not None:  # its slots get no gradient
+            assert self.window_start is not None
+            _, k, _, b, _ = self.sizes
+            wanting = wanting & ((own_rows - self.window_start) % k >= b)
+        return torch.where(wanting & (incoming != 0), target_slope * incoming, 0.0)
 
     def by_group(self, chunk: Chunk, *rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of two tensors [N, .] the rows of the probes that see one matrix: (of the first, the matrix, of the second)."""
@@ -370,7 +456,7 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
                 p.window_identity, rows, shifts, partials[0], partials[2],
                 found.kept.view(p.product_dtype) if p.keeps and not twice else None, n, k, dim, b, rows_in_group,
                 blocks_in_group, found.kept.shape[1] // p.product_dtype.itemsize, p.lift if smooths else 0.0, KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.unit_slope, EVEN=smooths,
-                SCALE_SLOPE=p.need_scale_gradient, PRECISION=p.precision, BLOCK_N=AGAIN, BLOCK_K=32, BLOCK_D=p.block_d, PIECE=min(p.piece, 32),
+                SCALE_SLOPE=p.need_scale_gradient, SUB=p.sub_centers, PADDED=p.padded, PRECISION=p.precision, BLOCK_N=AGAIN, BLOCK_K=32, BLOCK_D=p.block_d, PIECE=min(p.piece, 32),
                 COLUMNS=columns, num_warps=4, num_stages=1,
             )  # fmt: skip
         if smooths and p.need_gradient:
@@ -384,61 +470,8 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
 
 
 def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -> Tensor:
-    """The operator ``sst_fast::staged_prototype_gradient``: [K, D] in the prototypes' dtype."""
-    from sst_fast.kernels.margin_softmax import INVERSE_NORM, LARGEST_FLOAT16, SCALE, UNIFORM
-
-    row_weight, lse, negatives, target_slope, kept = found
-    p = Staging.received(*received)
-    n, k, dim, b, _ = p.sizes
-    gradient = torch.empty_like(p.prototypes)
-    if n == 0:
-        return gradient.zero_()
-    sums_rows = min(p.chunk, max(SUMS // (4 * dim), 1)) if p.half or p.normalize else 0
-    *memory, cosine, weight, sums = carve(
-        p.device, *p.scratch(), *([] if p.keeps else p.memory()), (torch.float32, (n,)), (torch.float32, (n,)),
-        (torch.float32, (sums_rows, dim)),
-    )  # fmt: skip
-    scratch = memory[:5]
-    unit, rows, own_rows, exact, inverse = scratch
-    with torch.autocast(p.device.type, enabled=False):
-        p.prepare(scratch, cosine, weight)
-        incoming = torch.where(row_weight == 0, 0.0, grad_loss.float() * row_weight)
-        share = factor = None
-        if p.keeps:
-            weights = kept.view(p.product_dtype)[:, :k]
-            each = torch.where(incoming == 0, 0.0, incoming * kept.view(torch.float32)[:, -1])
-            if p.half:  # its range is narrow: the largest row is brought to the upper end
-                factor = LARGEST_FLOAT16.value / each.abs().max().clamp_min(1e-30)
-                each = each * factor
-            each = (each * rows[INVERSE_NORM.value])[:, None]
-            probes = torch.where((incoming == 0)[:, None], 0.0, p.embedding * each).to(p.product_dtype)
-            p.multiply(weights, probes, 0, sums, gradient, inverse, factor)
-            if p.positive is None:
-                wanting = (own_rows >= 0) & (weights.gather(1, own_rows.clamp_min(0).long()[:, None])[:, 0] == 0)
-                if p.window is not None:  # its slots get no gradient
-                    assert p.window_start is not None
-                    wanting = wanting & ((own_rows - p.window_start) % k >= b)
-                share = torch.where(wanting & (incoming != 0), target_slope * incoming, 0.0)
-        else:
-            weights, converted = memory[5:]
-            if p.normalize and p.positive is None:
-                target_slope, share = p.split_parallel(exact, own_rows, target_slope, incoming)
-            if p.label_smoothing > 0:
-                rows[UNIFORM.value] = p.label_smoothing / (1.0 + negatives)
-            if p.half:
-                most = torch.maximum(4.0 * rows[SCALE.value], target_slope.abs()) * incoming.abs()
-                factor = LARGEST_FLOAT16.value / most.max().clamp_min(1e-30)
-                incoming = incoming * factor
-            for chunk in p.chunks(inverse, converted, window=False):
-                p.weigh(
-                    chunk, scratch, cosine, weights, store=True, shifts=lse, incoming=incoming,
-                    target_slope=target_slope if p.positive is None else None, even=p.label_smoothing > 0,
-                )  # fmt: skip
-                some = weights[:, : chunk.last - chunk.first]
-                p.multiply(some, unit[:, :dim], chunk.first, sums, gradient, inverse, factor)
-        if share is not None:
-            p.add_parallel(gradient, own_rows, share)
-    return gradient
+    """The operator ``sst_fast::staged_prototype_gradient``."""
+    return Staging.received(*received).prototype_gradient(grad_loss, found)
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from sst_fast.arguments import REDUCTIONS, Packed
+from sst_fast.arguments import REDUCTIONS, Packed, wide_dtype
 from sst_fast.backends import tuned
 from sst_fast.backends.backend import Backend, Problem
 from sst_fast.backends.extension import compiled, why_not_compiled
@@ -37,6 +37,8 @@ class Triton(Backend):
         reason = why_no_kernels(problem)
         if reason is not None:
             return reason
+        if torch.float64 in (problem.dtype, problem.queue_dtype):
+            return "float64 is more exact than its kernels are"
         here = machine(problem.device)
         kernels = ("sweep", "prototypes") if problem.trains_prototypes else ("sweep",)
         for kernel, number in product(kernels, _numbers(problem.queue_dtype)):
@@ -72,8 +74,6 @@ def why_no_kernels(problem: Problem) -> str | None:
         return f"not for {problem.device.type} tensors (but with TRITON_INTERPRET=1)"
     if problem.product_dtype is not None:
         return "rounds no products"
-    if torch.float64 in (problem.dtype, problem.queue_dtype):
-        return "float64 is more exact than its kernels are"
     here = machine(problem.device)
     if here.capability < (8, 0):
         return f"needs compute capability 8.0, this device has {'.'.join(map(str, here.capability))}"
@@ -299,7 +299,7 @@ class Call(Packed):
     @property
     def varying(self) -> int:
         """How many of the margin's parameters vary from row to row."""
-        return 0 if self.margin_rows is None else len(self.margin_rows)
+        return 0 if self.by_row[0] is None else len(self.by_row[0])
 
     @property
     def unit_slope(self) -> bool:
@@ -310,6 +310,26 @@ class Call(Packed):
     def product_dtype(self) -> torch.dtype:
         """What products are made of; every float8_e4m3fn is a float16."""
         return torch.float16 if self.prototypes.dtype == torch.float8_e4m3fn else self.prototypes.dtype
+
+    @cached_property
+    def wide(self) -> torch.dtype:
+        """Of sums and results."""
+        return wide_dtype(self.embedding, self.prototypes)
+
+    @cached_property
+    def by_row(self) -> tuple[Tensor | None, Tensor | None]:
+        """Parameters [P, N] and scales [N] of the probes, float64, where they vary; None: numbers serve. A launch rounds these to float32: in
+        float64 they take this way too."""
+        margin, scale = self.margin_rows, self.scale_rows
+        if self.wide == torch.float64:
+            n = len(self.embedding)
+            if margin is None and self.parameters:
+                margin = torch.empty(len(self.parameters), n, dtype=torch.float64, device=self.device)
+                for row, number in zip(margin, self.parameters, strict=True):
+                    row.fill_(number)
+            if scale is None:
+                scale = torch.full((n,), self.scale, dtype=torch.float64, device=self.device)
+        return margin, scale
 
     @property
     def precision(self) -> str:
@@ -344,8 +364,8 @@ class Call(Packed):
         n, k, _, b, rows_in_group = self.sizes
         norms = k * self.sub_centers + n // rows_in_group * b if self.normalize else 0
         return [
-            (self.product_dtype, (n, self.block_d)), (torch.float32, (ROW_FIELDS, n)), (torch.int32, (n,)),
-            (torch.float64, (2 * n + 1,)), (torch.float32, (norms,)),
+            (self.product_dtype, (n, self.block_d)), (self.wide, (ROW_FIELDS, n)), (torch.int32, (n,)),
+            (torch.float64, (2 * n + 1,)), (self.wide, (norms,)),
         ]  # fmt: skip
 
     def prepare(self, scratch: list[Tensor], cosine: Tensor, row_weight: Tensor) -> None:
@@ -359,7 +379,7 @@ class Call(Packed):
         unit, rows, own_rows, exact, inverse = scratch
         launch(
             prepare_kernel, (blocks,), self.device, self.embedding, self.prototypes, self.window, self.positive,
-            self.window_start, self.target, self.weight, self.margin_rows, self.scale_rows, unit, rows, own_rows, exact,
+            self.window_start, self.target, self.weight, *self.by_row, unit, rows, own_rows, exact,
             inverse if self.normalize else None, cosine, row_weight, n, k, dim, b, rows_in_group, self.ignore_index,
             *self.numbers, self.scale, KIND=self.kind, P=self.varying, NORMALIZE=self.normalize,
             SUB=self.sub_centers, ROWS=self.rows, BLOCK_D=self.block_d,
@@ -372,9 +392,9 @@ class Call(Packed):
         n = len(self.embedding)
         moment = (parts, n, self.block_d) if self.need_gradient else (0,)
         return [
-            (torch.float32, (PARTIAL_FIELDS, parts, n)),
+            (self.wide, (PARTIAL_FIELDS, parts, n)),
             (torch.int32, (COUNT_FIELDS, parts, n)),
-            (torch.float32, moment),
+            (self.wide, moment),
         ]
 
     def combine(
@@ -385,11 +405,15 @@ class Call(Packed):
 
         n, k, dim, b, rows_in_group = self.sizes
         _, rows, own_rows, exact, _ = scratch
+        smoothing = None
+        if self.wide == torch.float64 and self.label_smoothing > 0:
+            smoothing = torch.full((1,), self.label_smoothing, dtype=torch.float64, device=self.device)
         launch(
             combine_kernel, (-(-n // self.rows),), self.device, self.embedding, self.prototypes, self.window, self.positive,
-            self.window_start, self.margin_rows, rows, own_rows, exact, *partials, found.loss, found.lse, found.hardest_cosine,
+            self.window_start, self.by_row[0], rows, own_rows, exact, *partials, found.loss, found.lse, found.hardest_cosine,
             found.hardest_slot, found.beats_target, found.residual, found.row_weight, found.gradient, found.negatives,
-            found.target_slope, found.scale_slope if self.need_scale_gradient else None, n, k, dim, b, rows_in_group, partials[0].shape[1], self.label_smoothing, *self.numbers,
+            found.target_slope, found.scale_slope if self.need_scale_gradient else None, smoothing, n, k, dim, b, rows_in_group,
+            partials[0].shape[1], self.label_smoothing, *self.numbers,
             KIND=self.kind, P=self.varying, NORMALIZE=self.normalize, STRAIGHT=self.straight_through, LOSS=with_loss,
             MOMENT=with_moment, SMOOTH=self.label_smoothing > 0, MEAN=self.reduction == REDUCTIONS.index("mean"),
             ROWS=self.rows, BLOCK_D=self.block_d,
@@ -402,10 +426,10 @@ class Call(Packed):
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-        loss, lse, cosine, hardest, residual, weight, slope = (empty(torch.float32, n) for _ in range(7))
+        loss, lse, cosine, hardest, residual, weight, slope = (empty(self.wide, n) for _ in range(7))
         slot, beats, live = (empty(torch.int64, n) for _ in range(3))
-        gradient = empty(torch.float32, n if self.need_gradient else 0, dim)
-        scale_slope = empty(torch.float32, n if self.need_scale_gradient else 0)
+        gradient = empty(self.wide, n if self.need_gradient else 0, dim)
+        scale_slope = empty(self.wide, n if self.need_scale_gradient else 0)
         return Results(
             loss, lse, cosine, hardest, slot, beats, residual, weight, gradient, live, slope, scale_slope, self.kept_memory()
         )  # fmt: skip
@@ -418,6 +442,53 @@ class Call(Packed):
         """The results as the operator gives them: the loss of each probe, weighed, or their sum."""
         none = self.reduction == REDUCTIONS.index("none")
         return found if none else found._replace(loss=found.loss.sum())
+
+    def prototype_gradient(self, grad_loss: Tensor, found: list[Tensor]) -> Tensor:
+        """[K S, D] in the prototypes' dtype. ``found`` by forward: row_weight, lse, negatives, target_slope, kept."""
+        row_weight, *found = found
+        n = len(self.embedding)
+        gradient = torch.empty_like(self.prototypes)
+        if n == 0:
+            return gradient.zero_()
+        *memory, cosine, weight = carve(
+            self.device, *self.scratch(), *self.gradient_memory(), (self.wide, (n,)), (self.wide, (n,))
+        )  # fmt: skip
+        scratch, memory = memory[:5], memory[5:]
+        with torch.autocast(self.device.type, enabled=False):
+            self.prepare(scratch, cosine, weight)
+            incoming = torch.where(row_weight == 0, 0.0, grad_loss.to(self.wide) * row_weight)
+            share = self.fill_gradient(gradient, scratch, memory, incoming, cosine, *found)
+            if share is not None:
+                self.add_parallel(gradient, scratch[2], share)
+        return gradient
+
+    def gradient_memory(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """What :meth:`fill_gradient` takes beside what is prepared: nothing."""
+        return []
+
+    def fill_gradient(
+        self, gradient: Tensor, scratch: list[Tensor], memory: list[Tensor], incoming: Tensor, cosine: Tensor, lse: Tensor,
+        negatives: Tensor, target_slope: Tensor, kept: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """Fills ``gradient`` [K S, D] with what the probes' losses, each times ``incoming`` [N], make of the prototypes; returns what is left
+        for :meth:`add_parallel`, if there is any."""
+        from sst_fast.kernels.margin_softmax import prototypes_kernel
+
+        n, k, dim, b, _ = self.sizes
+        unit, rows, own_rows, exact, inverse = scratch
+        share = None
+        if self.normalize and self.positive is None:
+            target_slope, share = self.split_parallel(exact, own_rows, target_slope, incoming)
+        cut = self.blocks("prototypes")
+        launch(
+            prototypes_kernel, (-(-k // (cut.rows // self.padded)),), self.device, unit, self.prototypes,
+            inverse if self.normalize else None, self.window_start, own_rows, self.identity, self.slot_identity, rows, lse,
+            negatives, incoming.contiguous(), target_slope, gradient, n, k, dim, b, self.label_smoothing, KIND=self.kind,
+            MASK_EMPTY=self.mask_empty, STRAIGHT=self.unit_slope, TARGETS=self.positive is None, SUB=self.sub_centers,
+            PADDED=self.padded, PRECISION=self.precision, BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=self.block_d,
+            num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+        return share
 
     def split_parallel(
         self, exact: Tensor, own_rows: Tensor, target_slope: Tensor, incoming: Tensor
@@ -502,29 +573,5 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
 
 
 def prototype_gradient(grad_loss: Tensor, found: list[Tensor], *received: Any) -> Tensor:
-    """The operator ``sst_fast::triton_prototype_gradient``: [K, D] in the prototypes' dtype. Two launches, one allocation of scratch."""
-    from sst_fast.kernels.margin_softmax import prototypes_kernel
-
-    row_weight, lse, negatives, target_slope, _ = found
-    p = Call.received(*received)
-    n, k, dim, b, _ = p.sizes
-    gradient = torch.empty_like(p.prototypes)
-    if n == 0:
-        return gradient.zero_()
-    *scratch, cosine, weight = carve(p.device, *p.scratch(), (torch.float32, (n,)), (torch.float32, (n,)))
-    unit, rows, own_rows, exact, inverse = scratch
-    p.prepare(scratch, cosine, weight)
-    parallel = None
-    if p.normalize and p.positive is None:
-        target_slope, parallel = p.split_parallel(exact, own_rows, target_slope, grad_loss.float() * row_weight)
-    cut = p.blocks("prototypes")
-    launch(
-        prototypes_kernel, (-(-k // (cut.rows // p.padded)),), p.device, unit, p.prototypes, inverse if p.normalize else None,
-        p.window_start, own_rows, p.identity, p.slot_identity, rows, lse, negatives, grad_loss.contiguous(), row_weight,
-        target_slope, gradient, n, k, dim, b, p.label_smoothing, KIND=p.kind, MASK_EMPTY=p.mask_empty,
-        STRAIGHT=p.unit_slope, TARGETS=p.positive is None, EACH=grad_loss.dim(), SUB=p.sub_centers, PADDED=p.padded, PRECISION=p.precision,
-        BLOCK_N=cut.slots, BLOCK_K=cut.rows, BLOCK_D=p.block_d, num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
-    if parallel is not None:
-        p.add_parallel(gradient, own_rows, parallel)
-    return gradient
+    """The operator ``sst_fast::triton_prototype_gradient``. Two launches of kernels, one allocation of scratch."""
+    return Call.received(*received).prototype_gradient(grad_loss, found)
