@@ -430,11 +430,9 @@ def test_nothing_but_the_target_and_bad_rows(kernels):
 def test_every_configuration_compiles():
     """In a process of its own, without the interpreter: fits shared memory, spills nothing, uses tensor cores.
 
-    For the two kinds of GPU that differ most; ``python tests/compile_triton.py`` does all six and takes three times as long.
+    For one kind of GPU; ``python tests/compile_triton.py`` does all six, every night in the public CI.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_triton.py")
-    done = subprocess.run(
-        [sys.executable, script, "86", "90"], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, script, "90"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
