@@ -96,7 +96,8 @@ def test_gradcheck(backend):
         return margin_softmax(x, w, p.target, scale=s, margin=ArcSoftmax(0.3), sub_centers=3, reduction="none",
                               normalize_prototypes=True, backend=backend)  # fmt: skip
 
-    assert torch.autograd.gradcheck(function, (x, w, s.requires_grad_()))
+    # The interpreter takes its time: along random directions there.
+    assert torch.autograd.gradcheck(function, (x, w, s.requires_grad_()), fast_mode=backend == "staged")
 
 
 @pytest.mark.parametrize("backend", COMPILED)

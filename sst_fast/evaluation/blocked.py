@@ -442,7 +442,7 @@ def _guess(embeddings: Tensor, labels: Tensor, fars: Sequence[float]) -> NDArray
 
 
 def _rows_of_block(device: torch.device, block: int | None) -> int:
-    return block or (512 if device.type == "cpu" else 8192)
+    return block or (512 if device.type == "cpu" else 4096)
 
 
 T = TypeVar("T")
