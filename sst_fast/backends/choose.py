@@ -76,27 +76,24 @@ def backends(device: str | torch.device | None = None, **problem: object) -> dic
     return {name: _decide(Problem(name, where)._replace(**problem), None) for name in OPERATIONS}  # type: ignore[arg-type]
 
 
-def choose(problem: Problem, requested: str | None = None) -> str:
-    """Name of the backend that runs ``problem``; ValueError with the reason if the requested one cannot."""
-    return _remembered(problem, requested)
+def choose(fields: tuple[Any, ...], requested: str | None = None) -> str:
+    """Name of the backend that runs a problem; ValueError with the reason if the requested one cannot.
 
+    A graph of torch.compile keeps the decision; how it is made is not traced.
 
-def _remembered(fields: tuple[Any, ...], requested: str | None) -> str:
-    key = (fields, requested)
-    name = _decisions.get(key)
+    Args:
+        fields: of the :class:`Problem`, the first of them or all, as a plain tuple or as the problem itself.
+        requested: the backend that was asked for by name, or None.
+    """
+    name = _decisions.get((fields, requested))
     if name is None:
-        name = _decisions[key] = _decide(Problem(*fields), requested).chosen
+        name = _decisions[fields, requested] = _decide(Problem(*fields), requested).chosen
         BACKENDS[name].load()
     return name
 
 
-def _kept_by_graph(fields: tuple[Any, ...], requested: str | None) -> str:
-    """:func:`_remembered` under torch.compile, which does not trace how a decision is made; the graph keeps it."""
-    return _remembered(fields, requested)
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler, and with it a second of waiting.
-_kept_by_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _decisions: dict[tuple[tuple[Any, ...], str | None], str] = {}  # (fields of a problem, what was asked for) -> backend
 _refused: dict[tuple[str, Problem], str] = {}  # (backend, problem of any size) -> why
@@ -114,9 +111,9 @@ def attempt(fields: tuple[Any, ...], requested: str | None, run: Callable[[str],
         run: does the work by the backend of that name.
     """
     if torch.compiler.is_compiling():
-        return run(_kept_by_graph(fields, requested))
+        return run(choose(fields, requested))
     while True:
-        name = _remembered(fields, requested)
+        name = choose(fields, requested)
         try:
             return run(name)
         except Exception as error:

@@ -65,21 +65,21 @@ def fused_time(problem: Problem, architecture: int, processors: int) -> float:
 
 
 class Terms(NamedTuple):
-    """Of the staged sweep's time."""
+    """Of the staged sweep's time. ``reading`` the slots from memory passes meanwhile."""
 
     products: float
     epilogue: float
     weights: float
     moments: float
     launches: float
+    reading: float
 
 
 def staged_time(problem: Problem, architecture: int, processors: int) -> float:
     """Of the library's products and what lies between them: all one after the other, or reading the slots from memory, if that takes longer than
     the products and what follows them."""
     terms = staged_terms(problem, architecture, processors)
-    reading = (problem.slots or 16384) * problem.dim * max(problem.queue_dtype.itemsize, 2) / RATES[architecture].memory
-    return max(terms.products + terms.epilogue, reading) + terms.weights + terms.moments + terms.launches
+    return max(terms.products + terms.epilogue, terms.reading) + terms.weights + terms.moments + terms.launches
 
 
 def staged_terms(problem: Problem, architecture: int, processors: int) -> Terms:
@@ -104,7 +104,8 @@ def staged_terms(problem: Problem, architecture: int, processors: int) -> Terms:
         second, launches = 2 * second, launches + (1 + again) * chunks + 2
         weights += 2 * n * k * size / (rates.cache if again else rates.memory)  # what is kept leaves the cache
     epilogue = first * STAGED_EPILOGUE[architecture]
-    return Terms(first * tile_product + second, epilogue, weights, moments, launches * LAUNCH)
+    reading = k * d * size / rates.memory
+    return Terms(first * tile_product + second, epilogue, weights, moments, launches * LAUNCH, reading)
 
 
 def _flops(problem: Problem, rates: Rates) -> float:

@@ -100,27 +100,7 @@ def choices(device: str) -> dict[tuple[object, ...], str]:
 
 def choice(problem: Problem) -> str | None:
     """The stored choice for a problem, or None."""
-    device = str(problem.device)
-    for word in _dims(device).split():
-        # In a graph the number of features may be a symbol, which no dictionary takes; a comparison settles it.
-        if problem.dim == int(word):
-            return _choice(device, key(problem._replace(dim=int(word))))
-    return None
-
-
-def _dims(device: str) -> str:
-    """The numbers of features of all stored choices, as words of a string, which a graph takes for a constant."""
-    at = Problem._fields.index("dim") - 1
-    return " ".join(sorted({str(known[at]) for known in choices(device)}))
-
-
-def _choice(device: str, known: tuple[object, ...]) -> str | None:
-    return choices(device).get(known)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds: a graph keeps the decision.
-_dims._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return choices(str(problem.device)).get(key(problem))
 
 
 def tile(
