@@ -6,7 +6,9 @@
 
 namespace sst_fast::cpu::SST_NAMESPACE {
 
-constexpr int kDepth = 64;    // E per pass of product 1: keeps its right side in the first-level cache, and sums short
+// E per pass of product 1: its right side, as wide as the widest panel, takes at most 16 KiB of the first-level cache.
+constexpr int kDepth = SST_NV * SST_VECTOR_BYTES > 128 ? 64 : 128;
+constexpr int kShortSum = 16;  // E per pass where sums are added up with compensation
 constexpr float kExact = 64;  // beyond this scale float cosines are summed with compensation
 
 // Whether the rounding of cosines, times the scale, would show in the weights.
@@ -25,7 +27,7 @@ static void tile_cosines(SlotTile<E>& tile, const E* x, int64_t D, SumOf<E>* cos
   typedef SumOf<E> T;
   typedef typename Vector<T>::type V;
   constexpr int W = NV * lanes<T>;
-  const int64_t length = D / Element<E>::kEach, depth = parts ? kDepth / 4 : kDepth;
+  const int64_t length = D / Element<E>::kEach, depth = parts ? kShortSum : kDepth;
   T *part = parts, *error = parts + tile.count * W;
   for (int64_t k = 0; k < length; k += depth) {
     const bool first = k == 0, apart = parts && !first;
