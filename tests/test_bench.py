@@ -50,10 +50,11 @@ def test_a_wrong_result_is_named():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The suite itself, smallest form; memory, which takes a process for each problem, has a test of its own."""
+    """The suite itself, smallest form; memory, which takes a process for each problem, has a test of its own. So does the
+    opening of most formats."""
     path = tmp_path_factory.mktemp("bench") / "run.json"
     command = [sys.executable, "-m", "pytest", "bench", "--size", "smoke", "-q", "--device", "cpu", "--benchmark-json", path,
-               "-k", "not compile", "-p", "no:cacheprovider", "--no-memory"]  # fmt: skip
+               "-k", "not compile and (not opening or list)", "-p", "no:cacheprovider", "--no-memory"]  # fmt: skip
     # Each problem measures all its contenders, selected or not; torch.compile, which takes seconds, then does nothing.
     quick = {"TRITON_INTERPRET": "0", "TORCHDYNAMO_DISABLE": "1"}
     # A process that thinks itself a worker of ours would measure nothing.
