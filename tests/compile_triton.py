@@ -55,7 +55,8 @@ LONGS = {
 FEW = (
     32  # spill instructions that are let pass, of a thousand and more; where they lie is not looked at. Worst seen: 28
 )
-SPILL_FREE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # what the table of tile sizes was made for
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+SPILL_FREE = TRITON >= (3, 8)  # what the table of tile sizes was made for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -126,7 +127,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
 def examine(kernel: str, sm: int, dtype: str, dim: int, kind: int, changes: dict[str, object]) -> tuple[str, list[str]]:
     """One configuration: a line about it, and what is wrong with it."""
     by_row = kernel not in (*SWEEPS, "weigh_kernel")
-    if dtype == "fp8e4nv" and sm < 89:
+    if (dtype == "fp8e4nv" and sm < 89) or (dtype == "fp64" and TRITON < (3, 5)):
         return f"{kernel} sm_{sm} {dtype}: left to the reference", []
     if kernel == "weigh_kernel":
         blocks = weigh_tile(changes.get("PROBES", 128), NUMBERS[dtype], sm, "SUB" in changes)

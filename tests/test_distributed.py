@@ -157,6 +157,7 @@ def check_fsdp(rank, world):
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
     fully_shard(model.probe, mesh=mesh)
     fully_shard(model.gallery, mesh=mesh)
+    model.probe.set_force_sum_reduction_for_comms(True)  # as in examples/fsdp2_sst.py
     train(model, rows_of(rank), world, model)
     train(alone, slice(None), world, alone)
     for name in ("probe", "gallery"):

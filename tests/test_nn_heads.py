@@ -346,7 +346,7 @@ def test_topk_makes_no_table_of_all_cosines():
 def test_topk_of_a_queue_of_half_precision():
     torch.manual_seed(0)
     queue = F.normalize(torch.randn(50, 16)).to(torch.float8_e4m3fn)
-    found = sst_fast.functional.topk(queue[[3, 7]].float(), queue)
+    found = sst_fast.functional.topk(queue.float()[[3, 7]], queue)
     assert found.row.tolist() == [[3], [7]]
     assert found.cosine.dtype == torch.float32
     assert sst_fast.functional.topk(torch.zeros(0, 16), queue, 2).row.shape == (0, 2)

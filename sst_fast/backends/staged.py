@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +69,8 @@ class Staged(Backend):
         reason = why_no_kernels(problem)
         if reason is None and problem.dim > LONGEST:
             reason = f"for up to {LONGEST} features"
+        if reason is None and problem.device.type == "cuda" and torch.float64 in (problem.dtype, problem.queue_dtype):
+            reason = _why_not_double()
         return reason
 
     def volunteers(self, problem: Problem) -> bool:
@@ -96,6 +98,15 @@ class Staged(Backend):
     def load(self) -> None:
         """Registers its operators."""
         register("staged", margin_softmax, prototype_gradient)
+
+
+@cache
+def _why_not_double() -> str | None:
+    """``tl.dot`` takes float64 from Triton 3.5 on; in the interpreter it always did."""
+    import triton
+
+    old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5)
+    return f"float64 needs Triton 3.5, this is {triton.__version__}" if old else None
 
 
 def kept_bytes(rows: int, dtype: torch.dtype) -> int:
