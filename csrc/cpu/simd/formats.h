@@ -68,37 +68,41 @@ SST_INLINE uint16_t to_bfloat16(float x) {
   return x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-SST_INLINE uint16_t to_half(float x) {
+// All bits where true. A choice by such a mask has no branch, so that the compiler vectorises loops over it.
+SST_INLINE uint32_t where(bool condition) { return 0u - uint32_t(condition); }
+SST_INLINE uint32_t choose(uint32_t mask, uint32_t yes, uint32_t no) { return (yes & mask) | (no & ~mask); }
+
+// |x| + `above`: leaves in the last bits the rounded multiple of what these are worth there.
+SST_INLINE uint32_t bits_of_sum(uint32_t bits, float above) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  x += above;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+SST_INLINE uint32_t to_half(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  const uint32_t sign = bits >> 16 & 0x8000;
   bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (bits >= 0x47800000) return uint16_t(sign | 0x7c00);  // 65,536 and more
-  if (bits < 0x38800000) {  // below 2^-14: adding 1/2 leaves the rounded multiple of 2^-24 in the last bits
-    float small;
-    __builtin_memcpy(&small, &bits, 4);
-    small += 0.5f;
-    __builtin_memcpy(&bits, &small, 4);
-    return uint16_t(sign | (bits - 0x3f000000));
-  }
-  return uint16_t(sign | ((bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13));
+  const uint32_t tiny = bits_of_sum(bits, 0.5f) - 0x3f000000;  // in multiples of 2^-24
+  const uint32_t usual = (bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13;
+  uint32_t code = choose(where(bits < 0x38800000), tiny, usual);  // below 2^-14
+  code = choose(where(bits >= 0x47800000), 0x7c00, code);         // 65,536 and more
+  return sign | choose(where(bits > 0x7f800000), 0x7e00, code);
 }
 
 // e4m3 without infinities; 480 and more become NaN.
-SST_INLINE uint8_t to_float8(float x) {
+SST_INLINE uint32_t to_float8(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   const uint32_t sign = bits >> 24 & 0x80;
   bits &= 0x7fffffff;
-  float small;
-  __builtin_memcpy(&small, &bits, 4);
-  small += 16384.0f;  // leaves the rounded multiple of 2^-9 in the last bits
-  uint32_t tiny;
-  __builtin_memcpy(&tiny, &small, 4);
+  const uint32_t tiny = bits_of_sum(bits, 16384.0f) - 0x46800000;  // in multiples of 2^-9
   const uint32_t usual = (bits + 0x7ffff + (bits >> 20 & 1) - 0x3c000000) >> 20;
-  const uint32_t code = bits < 0x3c800000 ? tiny - 0x46800000 : usual;  // below 2^-6
-  return uint8_t(sign | (bits >= 0x43f00000 ? 0x7f : code));
+  const uint32_t code = choose(where(bits < 0x3c800000), tiny, usual);  // below 2^-6
+  return sign | choose(where(bits >= 0x43f00000), 0x7f, code);
 }
 
 static int64_t bytes_of(Format format) {
@@ -121,8 +125,8 @@ static void write(const T* from, int64_t count, void* to, Format format, int64_t
       if constexpr (is == Format::f64) static_cast<double*>(to)[at + d] = from[d];
       if constexpr (is == Format::f32) static_cast<float*>(to)[at + d] = float(from[d]);
       if constexpr (is == Format::bf16) static_cast<uint16_t*>(to)[at + d] = to_bfloat16(float(from[d]));
-      if constexpr (is == Format::f16) static_cast<uint16_t*>(to)[at + d] = to_half(float(from[d]));
-      if constexpr (is == Format::f8) static_cast<uint8_t*>(to)[at + d] = to_float8(float(from[d]));
+      if constexpr (is == Format::f16) static_cast<uint16_t*>(to)[at + d] = uint16_t(to_half(float(from[d])));
+      if constexpr (is == Format::f8) static_cast<uint8_t*>(to)[at + d] = uint8_t(to_float8(float(from[d])));
     }
   });
 }
