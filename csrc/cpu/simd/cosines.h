@@ -9,7 +9,7 @@ namespace sst_fast::cpu::SST_NAMESPACE {
 // E per pass of product 1: its right side, as wide as the widest panel, takes at most 16 KiB of the first-level cache.
 constexpr int kDepth = SST_NV * SST_VECTOR_BYTES > 128 ? 64 : 128;
 constexpr int kShortSum = 16;  // E per pass where sums are added up with compensation
-constexpr float kExact = 64;  // beyond this scale float cosines are summed with compensation
+constexpr float kExact = 64;   // beyond this scale float cosines are summed with compensation
 
 // Whether the rounding of cosines, times the scale, would show in the weights.
 template <typename E>
