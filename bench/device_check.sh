@@ -6,6 +6,7 @@
 #   bench/device_check.sh [--device cuda|cpu] [--size smoke|default] [STAGE...]
 #
 # A stage has LIMIT seconds (480). One that is finished is not run again, and one that was cut off goes on where it can: run it again.
+# Tests that have an outcome are not run again: remove tests.jsonl to have them run.
 # Needs torch and, for the tests, pytest; no network. PYTHON: another Python. OUT: another folder. WHEELS: wheels of peers.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -38,8 +39,8 @@ base="$OUT/$name-$(date +%F)"
 mkdir -p "$base"
 rows="$base/rows.jsonl"
 seconds=2
-n=1024 k=16384 d=512
-[ "$SIZE" = smoke ] && seconds=0 n=20 k=300 d=64
+n=1024 few=64 k=16384 d=512
+[ "$SIZE" = smoke ] && seconds=0 n=20 few=2 k=300 d=64
 failed=0
 
 # --- the stages: one function each, run in a shell of its own ---------------------------------------------------------
@@ -52,49 +53,67 @@ build() {
     if [ -n "${WHEELS:-}" ]; then "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl; fi
     TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c "import torch
 major, minor = torch.cuda.get_device_capability(); print(f'{major}.{minor}' + 'a' * (major == 9))")} \
-        SST_FAST_FORCE_CUDA=1 "$PYTHON" setup.py build_ext --inplace
+        SST_FAST_FORCE_CUDA=1 "$PYTHON" setup.py build_ext --inplace || return
     [ -e sst_fast/kernels ] || ln -s ../kernels sst_fast/kernels
     "$PYTHON" -c "import sst_fast; print(*sst_fast.backends('cuda').values(), sep='\n')"
 }
 
 check() { "$PYTHON" -m sst_fast.check --device "$DEVICE" --json "$base/check.json"; }
 
-pytest_or_not() { # a machine without pytest has no tests
-    if "$PYTHON" -c "import pytest" 2> /dev/null; then
-        "$PYTHON" -m pytest -q -p no:cacheprovider "$@"
-    else
-        echo "pytest is not installed: not run"
+once() { # NAME COMMAND...: unless it has ended well before; once half of the time is over, nothing more is begun
+    local mark="$base/$1.done"
+    shift
+    [ -e "$mark" ] && return
+    if [ "$SECONDS" -gt $((LIMIT / 2)) ]; then
+        echo "device_check: half of the time is over; run it again to go on"
+        return
     fi
+    "$@" && touch "$mark"
 }
 
-tests() { pytest_or_not -m "gpu and not slow" tests/test_gpu.py; }
+pytest_or_not() { # FILE ARGUMENTS...: outcomes go to FILE as they come; a machine without pytest has no tests
+    local outcomes="$base/$1.jsonl" status before
+    shift
+    if ! "$PYTHON" -c "import pytest" 2> /dev/null; then
+        echo "pytest is not installed: not run"
+        return
+    fi
+    touch "$outcomes"
+    while before=$(wc -l < "$outcomes"); do
+        "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -p bench.resume --outcomes "$outcomes" "$@"
+        status=$?
+        # 2: the GPU has refused its work; above 5: the process died. Another goes on, as long as that leads further.
+        if { [ $status != 2 ] && [ $status -le 5 ]; } || [ "$(wc -l < "$outcomes")" = "$before" ]; then return $status; fi
+    done
+}
 
-more_tests() { pytest_or_not -m "gpu and slow" tests/test_gpu.py; }
+tests() { pytest_or_not tests -m "gpu and not slow" tests/test_gpu.py; }
+
+more_tests() { pytest_or_not more_tests -m "gpu and slow" tests/test_gpu.py; }
 
 rows() {
     "$PYTHON" -m bench.rows "$rows" --device "$DEVICE" --size "$SIZE" --seconds "$seconds" --within $((LIMIT * 3 / 5))
 }
 
 tune() {
-    local problem=(--n "$n" --k "$k" --d "$d" --device "$DEVICE")
-    "$PYTHON" -m sst_fast.tune "${problem[@]}" --dtype bfloat16 || return
-    [ "$SIZE" = smoke ] && return
-    "$PYTHON" -m sst_fast.tune "${problem[@]}" --dtype bfloat16 --prototypes || return
-    "$PYTHON" -m sst_fast.tune "${problem[@]}" --dtype float8_e4m3fn || return
-    "$PYTHON" -m sst_fast.tune --n 64 --k "$k" --d "$d" --device "$DEVICE" --dtype bfloat16
+    local on=(--k "$k" --d "$d" --device "$DEVICE")
+    once tune-bfloat16 "$PYTHON" -m sst_fast.tune --n "$n" "${on[@]}" --dtype bfloat16 || return
+    once tune-prototypes "$PYTHON" -m sst_fast.tune --n "$n" "${on[@]}" --dtype bfloat16 --prototypes || return
+    once tune-float8 "$PYTHON" -m sst_fast.tune --n "$n" "${on[@]}" --dtype float8_e4m3fn || return
+    once tune-few "$PYTHON" -m sst_fast.tune --n "$few" "${on[@]}" --dtype bfloat16
 }
 
 sanitizers() {
-    if [ "$DEVICE" = cpu ] || ! command -v compute-sanitizer > /dev/null; then
+    if ! command -v compute-sanitizer > /dev/null; then
         echo "compute-sanitizer is not here: the same without it"
         "$PYTHON" -m sst_fast.check reference --device "$DEVICE" --budget 5
         return
     fi
-    local bad=0
+    local bad=0 tool backend
     for tool in memcheck racecheck; do
-        for backend in hopper cuda triton; do
+        for backend in staged triton hopper cuda; do
             echo "$tool, $backend"
-            timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            once "$tool-$backend" timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 \
                 "$PYTHON" -m sst_fast.check "$backend" --device "$DEVICE" --budget 30 || bad=1
         done
     done
@@ -107,8 +126,8 @@ profiles() {
 
 # --- running them ------------------------------------------------------------------------------------------------------
 
-export -f build check pytest_or_not tests more_tests rows tune sanitizers profiles
-export PYTHON DEVICE SIZE LIMIT base rows seconds n k d
+export -f build check once pytest_or_not tests more_tests rows tune sanitizers profiles
+export PYTHON DEVICE SIZE LIMIT base rows seconds n few k d
 for stage in "${STAGES[@]}"; do
     if ! declare -F "$stage" > /dev/null; then
         echo "device_check: there is no stage $stage" >&2
@@ -118,12 +137,14 @@ for stage in "${STAGES[@]}"; do
         echo "== $stage: done before"
         continue
     fi
-    begin=$SECONDS
+    begin=$SECONDS log="$base/$stage.log"
+    touch "$log"
+    before=$(wc -l < "$log")
     echo "== $stage"
-    timeout --kill-after 10 "$LIMIT" bash -c "$stage" 2>&1 | tee "$base/$stage.log"
+    timeout --kill-after 10 "$LIMIT" bash -c "$stage" 2>&1 | tee -a "$log"
     status=${PIPESTATUS[0]}
     echo "== $stage: status $status after $((SECONDS - begin)) s" | tee -a "$base/summary.txt"
-    if [ "$status" = 0 ] && ! grep -q "run it again to go on" "$base/$stage.log"; then
+    if [ "$status" = 0 ] && [ "$(tail -n +$((before + 1)) "$log" | grep -c "run it again to go on")" = 0 ]; then
         touch "$base/$stage.done"
     elif [ "$status" != 0 ]; then
         failed=1

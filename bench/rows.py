@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import problems, providers, report, timing
+from bench.lines import append, read
 from bench.problems import Problem
 
 PATIENCE = 150.0  # seconds for the process of one problem
@@ -137,22 +138,6 @@ def clocks(device: torch.device) -> str:
 
 def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """What was written; a line that was cut off in the middle is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as out:
-        out.write(json.dumps(row) + "\n")
 
 
 def run_all(path: Path, device: torch.device, size: str, seconds: float, within: float) -> None:

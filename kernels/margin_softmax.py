@@ -17,8 +17,9 @@ from sst_fast.kernels.margins import needs_hard_mean, phi, phi_is_identity, phi_
 
 from sst_fast.reference import MIN_NORM as MIN_NORM_OF_ALL
 
-# Never compiled as constants, as Triton does with arguments that are 1; D and N keep what is known of their divisibility.
-COUNTS = ["K", "B", "S", "rows_in_group", "blocks_in_group", "tiles_in_split"]
+# What may change from step to step: Triton would compile anew where one of these becomes 1 or stops being divisible by 16. D does not
+# change, and what is known of its divisibility is needed.
+COUNTS = ["N", "K", "B", "S", "rows_in_group", "blocks_in_group", "tiles_in_split"]
 # Cosine of a masked slot: finite, so that nothing becomes NaN on the way, and the same number in any dtype.
 NEVER = tl.constexpr(-(2.0**100))
 FLOOR = tl.constexpr(-(2.0**99))  # a shift before anything was seen: exp(NEVER - FLOOR) is 0
@@ -707,10 +708,10 @@ def prototypes_kernel(
             c = tl.dot(features, tl.trans(x), input_precision=PRECISION)
         c *= norm[:, None]
         is_target = counts[:, None] & (row_number[:, None] == own_row[None, :])
+        # Probes behind the last one need no mask here: their factors are 0.
         alive = is_negative(
-            real[None, :] & counts[:, None], j[:, None], theirs[:, None], y[None, :], mine[None, :], slot_identity, identity,
-            MASK_EMPTY,
-        )  # fmt: skip
+            counts[:, None], j[:, None], theirs[:, None], y[None, :], mine[None, :], slot_identity, identity, MASK_EMPTY
+        )
         if SUB > 1:
             alive = alive & is_nearest(c, SUB, 0, PADDED)
         value, slope = phi(c, r0[None, :], r1[None, :], r2[None, :], r3[None, :], KIND)

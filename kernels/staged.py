@@ -223,7 +223,7 @@ def weigh_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["N", "T"])
 def gather_kernel(
     partial, counts, rows, own_rows, partial_out, counts_out, again, N, T, lift,
     KIND: tl.constexpr, COMMON: tl.constexpr, SMOOTH: tl.constexpr, SCALE_SLOPE: tl.constexpr, TILES: tl.constexpr,

@@ -14,6 +14,8 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -113,6 +115,15 @@ def make(
     return Example(embedding, prototypes, target, identity=identity, slot_identity=slot_identity, window=window)
 
 
+def make_sub_centers(n: int, classes: int, sub_centers: int, d: int, *, seed: int = 0) -> Example:
+    """n probes, each near one of the sub-centres of its class; unit rows. In float64 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = F.normalize(torch.randn(classes * sub_centers, d, generator=generator, dtype=torch.float64))
+    row = torch.randint(classes * sub_centers, (n,), generator=generator)
+    embedding = 2 * prototypes[row] + torch.randn(n, d, generator=generator, dtype=torch.float64) / d**0.5
+    return Example(embedding, prototypes, row // sub_centers, sub_centers=sub_centers)
+
+
 def _far_away() -> Example:
     """Every cosine near -1 but the target's: at a large scale a sum of exponentials that is shifted by the bound vanishes."""
     example = make(40, 300, 128, masks=False)
@@ -148,6 +159,17 @@ def _positive() -> Example:
     )
 
 
+def _sub_centers() -> Example:
+    """As SubCenterArcFace trains them, and some classes that are masked."""
+    example = make_sub_centers(50, 130, 3, 512)
+    assert example.target is not None
+    slot_identity = torch.arange(130) % 90 - 1
+    return replace(
+        example, prototypes=1.5 * example.prototypes, normalize_prototypes=True, margin=ArcSoftmax(0.5),
+        slot_identity=slot_identity, identity=slot_identity[example.target],
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Case:
     """A problem that is checked: ``example`` makes it in float64, and it is rounded to ``dtype`` and ``queue_dtype``."""
@@ -179,6 +201,7 @@ CASES = (
     Case("mined negatives, float16", lambda: replace(make(70, 333, 128, identities=500), margin=MVSoftmax(arc=True)), HALF),
     Case("trained prototypes, smoothed", lambda: replace(make(20, 333, 64), label_smoothing=0.1), trains=True),
     Case("explicit positives", _positive),
+    Case("sub-centres, bfloat16", _sub_centers, BRAIN, trains=True),
     Case("D 3, one probe", lambda: replace(make(1, 200, 3), margin=Softmax())),
     Case("circle loss, scale 256", lambda: replace(make(40, 130, 64), margin=CircleLoss(), scale=256.0)),
     Case("weighted mean, smoothed", _weighted),
@@ -213,6 +236,7 @@ def problem_of(example: Arguments, trains: bool = False) -> Problem:
         "margin_softmax", example.embedding.device, example.embedding.dtype, example.prototypes.dtype,
         example.embedding.shape[1], example.window is not None, example.positive is not None, trains,
         example.normalize_prototypes, example.label_smoothing > 0, example.product_dtype,
+        sub_centers=example.sub_centers > 1,
     )  # fmt: skip
 
 
@@ -264,21 +288,21 @@ def differences(
     by its cosine; counts may be off by the slots that lie within u of the target's cosine.
     """
     s = float(example.scale.max()) if isinstance(example.scale, Tensor) else float(example.scale)
-    k, d = example.prototypes.shape
+    rows, d = example.prototypes.shape
     unit, _, counted = reference.unit_probes(example)
     result = {}
     for name, right in exact.items():
         mine = found[name]
         if name == "hardest slot":
             there = counted & (right >= 0)
-            if not torch.equal(mine[counted] < 0, right[counted] < 0) or bool((mine[there] >= k).any()):
+            if not torch.equal(mine[counted] < 0, right[counted] < 0) or bool((mine[there] >= example.slots).any()):
                 result[name] = (math.inf, 0.0)
                 continue
-            rows = reference.target_rows(replace(example, positive=None), unit, mine.clamp_min(0))
-            lacks = exact["hardest cosine"] - (unit * rows).sum(1)
+            nearest = reference.target_rows(replace(example, positive=None), unit, mine.clamp_min(0))
+            lacks = exact["hardest cosine"] - (unit * nearest).sum(1)
             result[name] = (float(lacks[there].abs().max()) if bool(there.any()) else 0.0, 2 * u)
         elif name == "beats target":
-            result[name] = (float((mine - right)[counted].abs().max()), 1 + k * u * d**0.5)
+            result[name] = (float((mine - right)[counted].abs().max()), 1 + rows * u * d**0.5)
         elif "gradient" in name:
             least = 0.05 if example.reduction == "none" else 0.05 / len(unit)
             result[name] = (float((mine - right).norm() / max(float(right.norm()), least)), s * u)
@@ -502,37 +526,48 @@ def command(backend: str, device: torch.device) -> list[str]:
 
 
 def isolated(backend: str, command: Sequence[str], patience: float = BUDGET + PATIENCE) -> Iterator[Row]:
-    """Rows that ``command`` prints, which is stopped after ``patience`` seconds; if it ended badly, how is one more row."""
-    rows: list[Row] = []
-    try:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=patience)
-        text, errors = finished.stdout, finished.stderr
-        end = "" if finished.returncode == 0 else f"its process ended with status {finished.returncode}"
-        if finished.returncode < 0:
-            end = f"its process was ended by signal {-finished.returncode}"
-    except subprocess.TimeoutExpired as late:
-        text, errors = _text(late.stdout), _text(late.stderr)
-        end = f"it was stopped after {patience:g} s"
-    for line in text.splitlines():
+    """Rows that ``command`` prints, as it prints them; it is stopped after ``patience`` seconds. If it ended badly, how is one more row."""
+    after, late = "before the first problem was done", threading.Event()
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace") as process,
+    ):
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(patience, stop)
+        timer.start()
         try:
-            row = Row(**json.loads(line))
-            rows.append(replace(row, difference=_float(row.difference), bound=_float(row.bound)))
-        except (ValueError, TypeError):  # something else that was printed
-            continue
-    yield from rows
-    if end:
-        last = [line.strip() for line in errors.splitlines() if line.strip()][-1:]
-        after = f"after {rows[-1].problem!r}" if rows else "before the first problem was done"
+            assert process.stdout is not None
+            for line in process.stdout:
+                try:
+                    row = Row(**json.loads(line))
+                    row = replace(row, difference=_float(row.difference), bound=_float(row.bound))
+                except (ValueError, TypeError):  # something else that was printed
+                    continue
+                after = f"after {row.problem!r}"
+                yield row
+            status = process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
+        errors.seek(0)
+        last = [line.strip() for line in errors if line.strip()][-1:]
+    if late.is_set():
+        end = f"it was stopped after {patience:g} s"
+    elif status < 0:
+        end = f"its process was ended by signal {-status}"
+    else:
+        end = f"its process ended with status {status}"
+    if status != 0:
         yield Row(backend, after, "failed", note=": ".join([end, *last]))
 
 
 def _float(value: float | str | None) -> float | None:
     """The reverse of what :func:`as_json` does to infinities."""
     return None if value is None else float(value)
-
-
-def _text(value: bytes | str | None) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
 
 
 def absent(device: torch.device) -> dict[str, str]:
@@ -545,14 +580,11 @@ def absent(device: torch.device) -> dict[str, str]:
     return reasons
 
 
-def check(device: torch.device, out: TextIO) -> tuple[list[Row], dict[str, str]]:
-    """Every backend that exists here; rows are printed to ``out`` as they come, and a summary at the end.
-
-    Returns:
-        The rows, and why other backends were not checked.
-    """
-    missing = absent(device)
+def check(device: torch.device, out: TextIO, file: Path | None = None) -> list[Row]:
+    """Every backend that exists here; rows are printed to ``out`` and written to ``file`` as they come, and a summary is printed at the end."""
+    missing, about = absent(device), tuned.identity(device)
     rows: list[Row] = []
+    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n", file=out)
     print(heading(), file=out)
     for name in BACKENDS:
         if name in missing:
@@ -560,10 +592,12 @@ def check(device: torch.device, out: TextIO) -> tuple[list[Row], dict[str, str]]
         for row in isolated(name, command(name, device)):
             rows.append(row)
             print(shown(row), file=out, flush=True)
+            if file is not None:  # all of it each time: the machine may be gone any minute
+                write(file, rows, missing, about)
     print(file=out)
     for line in summary(rows, missing):
         print(line, file=out)
-    return rows, missing
+    return rows
 
 
 def wrong(rows: Sequence[Row]) -> bool:
@@ -646,20 +680,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if options.backend is None:
-        return run(device, options.json)
+        return int(wrong(check(device, sys.stdout, options.json)))
     for row in examine(options.backend, device, options.budget):
         print(json.dumps(as_json([row])[0]), flush=True)
     return 0
-
-
-def run(device: torch.device, file: Path | None) -> int:
-    """Checks, prints, writes ``file``; the exit status: 1 if something is wrong."""
-    about = tuned.identity(device)
-    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
-    rows, missing = check(device, sys.stdout)
-    if file is not None:
-        write(file, rows, missing, about)
-    return int(wrong(rows))
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
             signature[name] = f"*{multiplied}"
         else:
             signature[name] = "i32"
-        if signature[name].startswith("*") or name in ("N", "D", "C"):
+        if signature[name].startswith("*") or name in ("D", "C"):
             attributes[(at,)] = [["tt.divisibility", 16]]
     return ASTSource(function, signature, {(function.arg_names.index(n),): v for n, v in constants.items()}, attributes)
 
@@ -259,12 +259,10 @@ def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
         )
     ]
     work += [
-        ("weigh_kernel", sm, "bf16", 512, 1, changes)
-        for changes in ({"PROBES": 1, "N": 1}, {"PROBES": 32}, {"PROBES": 64})
+        ("weigh_kernel", sm, "bf16", 512, 1, changes) for changes in ({"PROBES": 1}, {"PROBES": 32}, {"PROBES": 64})
     ]  # the smaller tiles
     work += [
-        ("sweep_kernel", sm, "bf16", 512, 1, changes)
-        for changes in (normalised, {"SMOOTH": True, "SECOND": True}, {"N": 1})
+        ("sweep_kernel", sm, "bf16", 512, 1, changes) for changes in (normalised, {"SMOOTH": True, "SECOND": True})
     ]
     for kernel in ("prepare_kernel", "combine_kernel"):
         work += [(kernel, sm, "bf16", 512, kind, {}) for kind in (3, 6)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sst_fast import (
@@ -24,7 +23,7 @@ from sst_fast import (
     reference,
 )  # fmt: skip
 from sst_fast.check import Example as Problem
-from sst_fast.check import make
+from sst_fast.check import make, make_sub_centers
 from sst_fast.margins import Parameter
 from sst_fast.reference import MarginSoftmax
 
@@ -36,15 +35,6 @@ MARGINS = [
     MVSoftmax(), MVSoftmax(0.5, 1.2, arc=True), CurricularFace(0.5, 0.3), NPCFace(), CircleLoss(), ArcNegFace(),
     FilteredMargin(threshold=0.2),
 ]  # fmt: skip
-
-
-def make_sub_centers(n: int, classes: int, sub_centers: int, d: int, *, seed: int = 0) -> Problem:
-    """n probes, each near one of the sub-centres of its class; unit rows."""
-    generator = torch.Generator().manual_seed(seed)
-    prototypes = F.normalize(torch.randn(classes * sub_centers, d, generator=generator, dtype=torch.float64))
-    row = torch.randint(classes * sub_centers, (n,), generator=generator)
-    embedding = 2 * prototypes[row] + torch.randn(n, d, generator=generator, dtype=torch.float64) / d**0.5
-    return Problem(embedding, prototypes, row // sub_centers, sub_centers=sub_centers)
 
 
 def answer(

@@ -298,6 +298,18 @@ def test_a_wrong_number_is_seen(bent, number, output, change):
 
 
 @needs_extension
+def test_a_row_is_no_class(bent):
+    """With sub-centres a hardest slot is the number of a class. Who cannot have them is not checked with them."""
+    example = check.make_sub_centers(20, 30, 3, 128)
+    bent(4, lambda t: t + 30)
+    row = check.compare(example.to(torch.float32), "mock", CPU)
+    assert (row.verdict, row.output) == ("wrong", "hardest slot")
+    assert check.compare(example.to(torch.float32), "cpu", CPU, trains=True).verdict == "right"
+    problem = check.problem_of(example.to(torch.float32, torch.bfloat16))
+    assert "no sub-centres" in decisions.BACKENDS["hopper"].why_not_shape(problem)
+
+
+@needs_extension
 def test_a_wrong_gradient_is_seen(monkeypatch):
     real = check.outputs
 
@@ -353,6 +365,30 @@ def test_a_crash_is_a_row_and_keeps_what_was_found(end, said):
     assert rows[1].problem == "after 'first'"
     assert "illegal memory access" in rows[1].note
     assert check.wrong(rows)
+
+
+def test_rows_come_as_they_are_found(tmp_path):
+    """The process waits for a file that is made once its first row has come."""
+    go = tmp_path / "go"
+    wait = f"while not os.path.exists({str(go)!r}): time.sleep(0.01)"
+    found = check.isolated("reference", [sys.executable, "-c", CRASHES % wait], 60.0)
+    assert next(found).problem == "first"
+    go.touch()
+    assert list(found) == []
+
+
+def test_the_file_holds_what_was_found_so_far(monkeypatch, tmp_path):
+    file, held = tmp_path / "check.json", []
+
+    def isolated(backend, command):
+        yield check.Row(backend, "first", "right")
+        held.append([row["problem"] for row in json.loads(file.read_text())["rows"]])
+        yield check.Row(backend, "second", "failed")
+
+    monkeypatch.setattr(check, "isolated", isolated)
+    assert check.main(["--device", "cpu", "--json", str(file)]) == 1
+    assert held[0] == ["first"]
+    assert {row["verdict"] for row in json.loads(file.read_text())["rows"]} == {"right", "failed"}
 
 
 @pytest.fixture
@@ -616,27 +652,99 @@ def test_bad_options_are_named(changed, message, capsys):
 
 # --- bench/device_check.sh ---------------------------------------------------------------------------------------------
 
+ROOT = Path(__file__).parent.parent
+
+
+def script(path, text):
+    """An executable file of bash."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text if text.startswith("#!") else f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
 
 @pytest.mark.slow
 @needs_extension
 def test_every_stage_of_the_device_check_runs_on_the_cpu(tmp_path):
-    """Twice: what is finished is not run again."""
-    root = Path(__file__).parent.parent
-    command = ["bash", str(root / "bench" / "device_check.sh"), "--device", "cpu", "--size", "smoke"]
+    """Twice: what is finished is not run again. A mock stands in for compute-sanitizer."""
+    command = ["bash", str(ROOT / "bench" / "device_check.sh"), "--device", "cpu", "--size", "smoke"]
+    script(tmp_path / "bin" / "compute-sanitizer", 'echo "sanitizing: $*"; shift 4; exec "$@"')
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "TRITON_INTERPRET": "0"}
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     (results,) = (tmp_path / "out").glob("*.json")
     content = json.loads(results.read_text())
     assert {row["extra_info"]["provider"] for row in content["benchmarks"]} >= {"bare products", "ours (cpu)", "eager"}
     assert all(row["extra_info"].get("bitwise", True) for row in content["benchmarks"])
-    assert (tmp_path / "cache" / "sst-fast" / "tuned.json").exists()
+    choices = json.loads((tmp_path / "cache" / "sst-fast" / "tuned.json").read_text())["choices"]
+    assert len({json.dumps(choice["problem"], sort_keys=True) for choice in choices}) >= 4
+    sanitized = [line for line in done.stdout.splitlines() if line.startswith("sanitizing: ")]
+    assert len(set(sanitized)) == 8
+    assert all(" --error-exitcode 9 " in line and " -m sst_fast.check " in line for line in sanitized)
+    (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    outcomes = {row["outcome"] for row in rows.read(folder / "tests.jsonl")}
+    assert outcomes == ({"begun", "passed"} if torch.cuda.is_available() else {"begun", "skipped"})
+    assert {row["verdict"] for row in json.loads((folder / "check.json").read_text())["rows"]} >= {"right"}
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert again.stdout.splitlines() == [
         f"== {stage}: done before"
         for stage in ("build", "check", "tests", "rows", "tune", "sanitizers", "more_tests", "profiles")
     ]
+
+
+def test_a_stage_that_fails_or_takes_too_long_is_tried_again(tmp_path):
+    """Building, by a mock of Python that tells of a GPU; the next stage is run all the same."""
+    check_script = tmp_path / "bench" / "device_check.sh"
+    script(check_script, (ROOT / "bench" / "device_check.sh").read_text())
+    (tmp_path / "sst_fast").mkdir()
+    python = """case "$*" in
+        *identity*) echo mock-gpu ;;
+        *get_device_capability*) echo 9.0a ;;
+        *build_ext*) echo "$TORCH_CUDA_ARCH_LIST, $SST_FAST_FORCE_CUDA, $*"; $BUILDING ;;
+        *) echo "$*" ;;
+    esac"""
+    script(tmp_path / "python", python)
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out"), "LIMIT": "3"}
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)
+    told = []
+    for building in ("exit 3", "sleep 60", "true", "false"):
+        command = ["bash", str(check_script), "build", "check"]
+        done = subprocess.run(command, env=environment | {"BUILDING": building}, capture_output=True, text=True)
+        told.append((done.returncode, done.stdout.splitlines()))
+    assert [status for status, _ in told] == [1, 1, 0, 0]
+    assert all("9.0a, 1, setup.py build_ext --inplace" in lines for _, lines in told[:3])  # for the card that is there
+    assert any(line.startswith("-m sst_fast.check --device cuda --json") for line in told[0][1])
+    assert "== check: done before" in told[1][1]
+    assert told[3][1] == ["== build: done before", "== check: done before"]
+    (log,) = (tmp_path / "out").glob("mock-gpu-*/build.log")
+    assert log.read_text().count("setup.py build_ext") == 3  # of every attempt
+
+
+POISONED = """
+import os, time
+def test_a(): pass
+def test_b(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_c(): pass
+def test_d(): os._exit(7)
+def test_e(): pass
+"""
+
+
+def test_what_a_test_has_spoilt_is_not_what_the_next_one_finds(tmp_path):
+    """Processes follow one another until every test has an outcome; none is run twice."""
+    (tmp_path / "test_it.py").write_text(POISONED)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.resume", "--rootdir", str(tmp_path)]
+    command += ["-c", os.devnull, "--outcomes", str(tmp_path / "outcomes.jsonl"), str(tmp_path / "test_it.py")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(4)]
+    assert [process.returncode for process in done] == [2, 7, 1, 1], done[0].stdout + done[0].stderr
+    assert "FAILED earlier test_it.py::test_d: the process died, or was stopped" in done[3].stdout
+    found = rows.read(tmp_path / "outcomes.jsonl")
+    last = {row["test"][-1]: row["outcome"] for row in found}
+    assert last == {"a": "passed", "b": "failed", "c": "passed", "d": "failed", "e": "passed"}
+    assert [row["test"][-1] for row in found if row["outcome"] == "begun"] == list("abcde")
 
 
 def test_rows_go_on_where_they_were_and_a_crash_is_a_row(monkeypatch, tmp_path):

@@ -146,6 +146,8 @@ def loss_case(data, small: bool, wide: bool = True) -> Case:
         st.integers(0, min(k, 10 if small else 70)) if windowed else st.integers(0, 24 if small else 140), "rows"
     )
     d = draw(st.sampled_from([1, 2, 3, 8, 17, 33] if small else [1, 2, 3, 7, 16, 40, 100, 129, 200]), "d")
+    sub_centers = 1 if windowed else draw(st.sampled_from([1, 1, 2, 3, 5]), "sub_centers")
+    rows = k * sub_centers
     dtype, queue_dtype = (
         draw(st.sampled_from(some if wide else some[1:]), name)
         for name, some in (("dtype", FLOATS), ("queue dtype", QUEUE_FLOATS))
@@ -156,16 +158,16 @@ def loss_case(data, small: bool, wide: bool = True) -> Case:
     largest = min(torch.finfo(dtype).max / 4, 1e30)
 
     normalize = draw(st.booleans(), "normalize_prototypes")
-    w = unit_rows(rand(k, d) + draw(st.sampled_from([0.0, 0.0, 3.0]), "cone"))
+    w = unit_rows(rand(rows, d) + draw(st.sampled_from([0.0, 0.0, 3.0]), "cone"))
     window = start = None
     if windowed:
         start = draw(st.integers(0, k - 1), "start")
         window = unit_rows(rand(groups, n // groups, d))
     if draw(st.booleans(), "rows coincide"):
-        w = w[torch.randint(max(k // 3, 1), (k,), generator=generator)]
+        w = w[torch.randint(max(rows // 3, 1), (rows,), generator=generator)]
     if normalize and queue_dtype != torch.float8_e4m3fn:  # float8 holds nothing below 2e-3
         ends = [1.0, 3.0, 0.01] + ([1e-20, 1e20, 0.0] if queue_dtype not in (torch.float16,) else [1e-3, 100.0, 0.0])
-        w = w * pick(k, draw(st.sampled_from([ends[:1], ends[:3], ends]), "lengths of prototypes"))[:, None]
+        w = w * pick(rows, draw(st.sampled_from([ends[:1], ends[:3], ends]), "lengths of prototypes"))[:, None]
     w = w.to(queue_dtype)
 
     few = draw(st.sampled_from([1, 2, 5, 1000]), "identities")
@@ -190,7 +192,8 @@ def loss_case(data, small: bool, wide: bool = True) -> Case:
     # Probes around their targets.
     seen = torch.stack([w.double().index_copy(0, slots, window.features[g].to(queue_dtype).double()) for g in range(groups)]) \
         if windowed else w.double()[None]  # fmt: skip
-    own = unit_rows(seen[torch.arange(n) // max(n // groups, 1), target]) if n else rand(0, d)
+    some_row = target * sub_centers + torch.randint(sub_centers, (n,), generator=generator)
+    own = unit_rows(seen[torch.arange(n) // max(n // groups, 1), some_row]) if n else rand(0, d)
     positive = None
     if draw(st.sampled_from([False, False, True]), "positive"):
         positive = unit_rows(rand(n, d))
@@ -225,7 +228,7 @@ def loss_case(data, small: bool, wide: bool = True) -> Case:
     masks = draw(st.sampled_from(["both", "both", "slots", "none"]), "masks")
     mask_empty = draw(st.booleans(), "mask_empty")
     if masks != "none" and mask_empty and queue_dtype != torch.float8_e4m3fn and target is None:
-        w = w.masked_fill((slot_identity < 0)[:, None], torch.nan)  # whatever an empty slot holds is masked
+        w = w.masked_fill((slot_identity < 0).repeat_interleave(sub_centers)[:, None], torch.nan)  # whatever an empty slot holds is masked
     reduction = draw(st.sampled_from(["none", "mean", "sum"] if n else ["none", "sum"]), "reduction")
     scale = draw(st.sampled_from([30.0, 1.0, 64.0, 1e-3, 1000.0, "a tensor", "rows"]), "scale")
     scale = {"a tensor": torch.tensor(16.0), "rows": torch.linspace(1, 64, n)}.get(scale, scale)
@@ -236,7 +239,7 @@ def loss_case(data, small: bool, wide: bool = True) -> Case:
         "weight": weight if weight is None else pick(n, [0.0, 0.5, 1.0, 90.0]).to(weight), "ignore_index": ignore,
         "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 0.9]), "label_smoothing"),
         "identity": identity if masks == "both" else None, "slot_identity": None if masks == "none" else slot_identity,
-        "mask_empty": mask_empty, "normalize_prototypes": normalize,
+        "mask_empty": mask_empty, "normalize_prototypes": normalize, "sub_centers": sub_centers,
         "gradient": draw(st.sampled_from(["exact", "exact", "straight_through"]), "gradient"),
     }  # fmt: skip
     how = lambda name: draw(
@@ -258,22 +261,24 @@ def loss_case(data, small: bool, wide: bool = True) -> Case:
 
 @dataclass
 class Truth:
-    """What a float64 answer is judged by, of each probe [N] and each slot [N, K]."""
+    """What a float64 answer is judged by, of each probe [N] and each slot [N, K]: the nearest of its rows."""
 
     cosine: torch.Tensor  # [N, K]
+    ahead: torch.Tensor  # [N, K]: of the slot's second nearest row
     live: torch.Tensor  # bool [N, K]: negatives
     own: torch.Tensor  # cosine with the target
     sine: torch.Tensor
     norm: torch.Tensor
-    prototype_norm: torch.Tensor  # [K]
+    prototype_norm: torch.Tensor  # of each row
     counts: torch.Tensor  # bool [N]: finite and not ignored
     ignored: torch.Tensor
     weight: torch.Tensor  # what a row's loss is multiplied by in the end
 
     @staticmethod
     def of(case: Case) -> "Truth":
-        x, w, n, k = case.embedding.double(), case.prototypes.double(), len(case.embedding), len(case.prototypes)
-        options = case.options
+        x, w, n, options = case.embedding.double(), case.prototypes.double(), len(case.embedding), case.options
+        sub_centers = options["sub_centers"]
+        k = len(w) // sub_centers
         target = torch.full((n,), -1) if case.target is None else case.target
         ignored = torch.zeros(n, dtype=torch.bool) if case.target is None else target == options["ignore_index"]
         target = target.where(~ignored, -1)
@@ -291,9 +296,16 @@ class Truth:
         cosine = (
             torch.stack([unit[i] @ seen[g].T for i, g in enumerate(group.tolist())])
             if n
-            else torch.zeros(0, k).double()
+            else torch.zeros(0, len(w)).double()
         )
-        own = normalised(case.positive.double()) if case.positive is not None else seen[group, target.clamp_min(0)]
+        of_rows = cosine.view(n, k, sub_centers)
+        cosine, ahead = of_rows.amax(2), torch.full((n, k), torch.inf).double()
+        if sub_centers > 1:
+            two = of_rows.topk(2).values
+            ahead = two[:, :, 0] - two[:, :, 1]
+        slot = target.clamp_min(0)
+        nearest = slot * sub_centers + of_rows[torch.arange(n), slot].argmax(1)
+        own = normalised(case.positive.double()) if case.positive is not None else seen[group, nearest]
         a = (unit * own).sum(1)
         live = torch.ones(n, k, dtype=torch.bool)
         if ids is not None and options["identity"] is not None:
@@ -307,6 +319,7 @@ class Truth:
             weight = weight / (weight.sum() if weight.any() else 1)
         return Truth(
             cosine,
+            ahead,
             live,
             a,
             (own - a[:, None] * unit).norm(dim=1),
@@ -316,6 +329,19 @@ class Truth:
             ignored,
             weight,
         )
+
+    def at_ties(self, margin: Margin, scale: torch.Tensor, lse: torch.Tensor, even: float, h: float) -> torch.Tensor:
+        """[N]: the weights of slots of which rounding by ``h`` decides what row is nearest; ``even``: label smoothing."""
+        z = scale[:, None] * margin.phi(self.cosine, self.own[:, None], self.sine[:, None])
+        weights = (z - lse[:, None]).exp().clamp_max(1) + even / (1 + self.live.sum(1, keepdim=True))
+        return torch.where(self.live & (self.ahead <= 2 * h), weights, 0).sum(1).nan_to_num()
+
+    def undecided(self, target: torch.Tensor | None) -> torch.Tensor:
+        """bool [N]: two of the target's rows are equally near, to within the rounding of float64."""
+        if target is None:
+            return torch.zeros_like(self.counts)
+        slot = target.clamp(0, self.ahead.shape[1] - 1)
+        return self.ahead.gather(1, slot[:, None])[:, 0] < 1e-9
 
     def uncertain(self, margin: Margin, h: float) -> torch.Tensor:
         """bool [N]: rounding of cosines by ``h`` decides between the pieces of psi or phi."""
@@ -388,11 +414,13 @@ def check(case: Case, backend: str) -> None:
     margin, scale = options["margin"], options["scale"]
     margin = margin.map(torch.Tensor.double)
     norm = truth.norm.where(truth.counts, 0)
-    scale = torch.as_tensor(margin.scale_for(scale, len(case.prototypes), norm)).double().expand(n)
+    scale = torch.as_tensor(margin.scale_for(scale, truth.cosine.shape[1], norm)).double().expand(n)
     penalty = margin.penalty(norm) if margin.uses_norm else None
     margin = margin.for_batch(norm)
     of_cosines, of_weights = rounding(case, backend)
     good = truth.counts & ~truth.uncertain(margin, 2 * of_cosines)
+    if case.positive is None:
+        good &= ~truth.undecided(case.target)
     poisoned = ~truth.ignored & ~truth.counts
     event(f"{int(good.sum()) * 4 // max(n, 1)} quarters of the rows are compared")
 
@@ -407,6 +435,9 @@ def check(case: Case, backend: str) -> None:
     incoming = (case.incoming.expand(n) * truth.weight).abs()
     across = 2.0**-48 / truth.sine.clamp_min(MIN_NORM)  # the direction in which the target lies
     of_row = incoming * scale * share * steepness * (step + of_weights + 16 * torch.finfo(wide).eps + across)
+    # Of two rows that are equally near, either is right; unit rows are 2 apart at most.
+    at_ties = truth.at_ties(margin, scale, known.lse.double(), options["label_smoothing"], 2 * of_cosines)
+    of_row = of_row + 2 * incoming * scale * steepness * at_ties
 
     # Losses.
     if options["reduction"] == "none":

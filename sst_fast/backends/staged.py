@@ -234,7 +234,8 @@ class Staging(Call):
         groups = 1 if self.window is None else n // rows_in_group
         columns = self.chunk * self.sub_centers
         converted = max(columns, groups * min(b, self.chunk)) if self.converts else 0
-        held = min(-(-b // TILE) * TILE, self.chunk) if self.keeps else columns
+        rounded = -(-columns // 16) * 16  # that rows begin at multiples of 16 bytes is compiled in, and must stay so
+        held = min(-(-b // TILE) * TILE, self.chunk) if self.keeps else rounded
         return [(self.product_dtype, (n, held)), (self.product_dtype, (converted, dim))]
 
     def place(self, chunk: Chunk, weights: Tensor, kept: Tensor) -> Tensor:

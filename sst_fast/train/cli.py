@@ -176,7 +176,8 @@ def check(device: str = "auto", json: str = "") -> int:
     from sst_fast import check
     from sst_fast.train.config import device_named
 
-    return check.run(device_named(device), Path(json) if json else None)
+    rows = check.check(device_named(device), sys.stdout, Path(json) if json else None)
+    return int(check.wrong(rows))
 
 
 def tune(
