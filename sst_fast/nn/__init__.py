@@ -5,7 +5,7 @@ Some names exist twice. The package itself has *margins*: formulas without weigh
 formula, ``sst_fast.nn.CurricularFace(classes, dim, 0.5)`` is the head that uses it.
 
 All losses take embeddings [N, D] in float64, float32, bfloat16 or float16, and normalise them inside. Labels and identities are
-int64 [N]. The loss is 0-d: float64 for float64 embeddings, else float32. TypeError and ValueError name the argument, what was expected
+int64 [N]. The loss is 0-d: float64 if an input is float64, else float32. TypeError and ValueError name the argument, what was expected
 and what came.
 
 A *head* (ArcFace, CosFace ...) holds one weight vector for each of K classes. ``loss = head(embedding, label)`` takes class numbers
