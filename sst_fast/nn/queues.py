@@ -77,8 +77,8 @@ def log_sum_exp(
     """log of the sum of exp(scale phi(c)) over a probe's keys, [N], in one sweep; -inf where it has no key.
 
     The operator gives log(1 + sum of exp(z - t)) for a target with logit t, from which the sum of exp(z) follows. As the target we
-    give it a row along the probe itself, with cosine ``lowest``. The cosine is the same wherever the probe moves, so the target adds
-    no gradient. Its logit is at most as large as all others, so no term of the sum is lost to underflow.
+    give it a row along the probe itself, with cosine ``lowest``. A cosine's gradient has no part along the probe, so this target adds
+    none. Its logit is not above any other, so no term of the sum is lost to underflow.
 
     Args:
         embedding: probes [N, D], normalised inside; with gradient, as are keys of a batch.
