@@ -271,7 +271,7 @@ def margin(name: str, example: Margin) -> None:
     left.legend(fontsize=7)
     right.plot(degrees, slope.numpy() * np.sin(theta.numpy()))
     right.plot(degrees, np.sin(theta.numpy()), color="0.6", lw=1)
-    right.set(xlabel="angle in degrees", ylabel="pull on the angle, |dψ/dθ|")
+    right.set(xlabel="angle in degrees", ylabel="pull on the angle, −dψ/dθ")
     figure.savefig(HERE / f"margin_{name}.svg", metadata={"Date": None})
     plt.close(figure)
 

@@ -1,7 +1,8 @@
-"""Several processes: what Semi-Siamese Training exchanges between ranks, and how losses over queue shards are combined.
+"""Several processes: what losses exchange between ranks, and how losses over queue shards are combined.
 
-W ranks, each with its own batch of B identities; every rank must bring the same B (as DistributedSampler with
-``drop_last`` does), which :func:`assert_same_batch` checks.
+There are W ranks, each with its own batch of B identities. Every rank must bring the same B (as DistributedSampler with ``drop_last``
+does); :func:`assert_same_batch` checks it. In all functions ``group`` is the process group (default: all processes). All ranks of the
+group must call them. Without a process group there is one rank, and nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def ranks(group: Group = None) -> tuple[int, int]:
 
 
 def begin_gather(x: Tensor, group: Group = None) -> Callable[[], Tensor]:
-    """Begins :func:`gather`; what it returns waits for the end and gives the result. Compute in between overlaps with it."""
+    """Begins :func:`gather`. Call what it returns for the result; that waits. Work in between overlaps with the transfer."""
     _, world = ranks(group)
     mine = x.detach().contiguous()
     if world == 1:
@@ -51,14 +52,14 @@ def begin_gather(x: Tensor, group: Group = None) -> Callable[[], Tensor]:
 
 
 def gather(x: Tensor, group: Group = None) -> Tensor:
-    """Tensors [B, ...] of all ranks as [W B, ...], in order of rank, without gradient. Any dtype."""
+    """The ``x`` [B, ...] of all ranks as [W B, ...], in order of rank, without gradient. Any dtype; the same shape on every rank."""
     return begin_gather(x, group)()
 
 
 def begin_shift(x: Tensor, group: Group = None) -> Callable[[], Tensor]:
-    """Begins to send ``x`` to the next rank of a ring; what it returns waits for, and gives, the previous rank's, without gradient.
+    """Begins to send ``x`` to the next rank of a ring. Call what it returns for the previous rank's tensor; that waits.
 
-    Every rank's has the same shape and dtype. After as many shifts as there are ranks each is home again.
+    Without gradient. Shape and dtype must be the same on every rank. After W shifts each tensor is back on its own rank.
     """
     rank, world = ranks(group)
     mine = x.detach().contiguous()
@@ -83,12 +84,13 @@ def begin_shift(x: Tensor, group: Group = None) -> Callable[[], Tensor]:
 
 
 def assert_same_batch(batch: Tensor, group: Group = None) -> None:
-    """Every rank must bring as many rows: backends end the process, or hang, where shapes differ.
+    """Checks that ``batch`` [B, ...] has the same B on every rank. Where shapes differ, collectives end the process or hang.
 
-    Asked on the host, so that no device is waited for; where the group has no backend for the host, nothing is asked.
+    Sizes are exchanged on the host, so that it does not wait for the device. If the batch is on a device and the group has no backend
+    for the host (such as gloo), nothing is checked.
 
     Raises:
-        ValueError: on every rank, naming the sizes.
+        ValueError: the sizes differ; on every rank, with all sizes.
     """
     if ranks(group)[1] == 1 or (batch.device.type != "cpu" and not _speaks_on_the_host(group)):
         return
@@ -102,12 +104,18 @@ def assert_same_batch(batch: Tensor, group: Group = None) -> None:
 def assert_agreed(
     settings: dict[str, object], error: Exception | None, device: torch.device, group: Group = None
 ) -> None:
-    """What every rank must have alike, and what is wrong on one of them: raised on all, so that nobody waits for a rank that left.
+    """Checks that settings are the same on every rank, and that no rank has met an error.
 
-    Waits for all ranks, and for the device. ``error`` is this rank's own, or None.
+    If one rank alone raised an error, the others would wait for it without end. So all ranks raise one. Waits for all ranks, and for
+    the device.
+
+    Args:
+        settings: name -> value.
+        error: what is wrong on this rank, or None.
+        device: where tensors of the exchange may be.
 
     Raises:
-        ``error`` where there is one; on ranks without, the first other rank's, its type kept and the rank named.
+        Exception: ``error``, if there is one. Otherwise the first other rank's error, of the same type, with the rank's number.
         ValueError: a setting differs between ranks; names it and the values.
     """
     digest = hashlib.sha256(repr((settings, error)).encode()).digest()[:8]
@@ -135,14 +143,14 @@ def _speaks_on_the_host(group: Group) -> bool:
 
 
 def from_first(x: Tensor, group: Group = None) -> Tensor:
-    """Rank 0's tensor, on every rank."""
+    """Overwrites ``x`` with rank 0's, in place, and returns it. Shape and dtype must be the same on every rank."""
     if ranks(group)[1] > 1:
         dist.broadcast(x, 0 if group is None else dist.get_global_rank(group, 0), group=group)
     return x
 
 
 def sum_of(x: Tensor, group: Group = None) -> Tensor:
-    """Sum over ranks, without gradient."""
+    """Sum of ``x`` over ranks, without gradient; ``x`` stays as it is."""
     if ranks(group)[1] == 1:
         return x
     total = x.contiguous().clone()
@@ -151,12 +159,12 @@ def sum_of(x: Tensor, group: Group = None) -> Tensor:
 
 
 def mean(x: Tensor, group: Group = None) -> Tensor:
-    """Mean over ranks, without gradient."""
+    """Mean of ``x`` over ranks, without gradient; ``x`` stays as it is."""
     return sum_of(x.detach(), group) / ranks(group)[1]
 
 
 class _Gather(torch.autograd.Function):
-    """:func:`gather` whose gradient goes back to the rank a row came from, summed over the ranks that used it."""
+    """:func:`gather`. A row's gradient is summed over ranks and goes back to the rank that the row came from."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -198,36 +206,40 @@ class _Replicated(torch.autograd.Function):
 
 
 def replicated(x: Tensor, group: Group = None) -> Tensor:
-    """``x``, a parameter that is the same on every rank, with the mean over ranks as its gradient."""
+    """``x``, which has the same values on every rank. Its gradient is the mean over ranks."""
     same: Tensor = _Replicated.apply(x, group)
     return same
 
 
 def gather_with_gradient(x: Tensor, group: Group = None) -> Tensor:
-    """:func:`gather` with gradient: of the *sum* over ranks of what each rank computes from it."""
+    """:func:`gather` with gradient: ``x`` gets that of the *sum* over ranks of what each rank computes from the result."""
     gathered: Tensor = _Gather.apply(x, group)
     return gathered
 
 
 def combine_shards(mine: Tensor, group: Group = None) -> Tensor:
-    """Losses [N] over the whole queue from each rank's losses over its shard, the same on every rank.
+    """Losses over the whole queue, [N], from this rank's losses over its shard, ``mine`` [N]. The result is the same on every rank.
 
-    With t the target logit and z the negatives' logits, a shard's loss is log(1 + sum over the shard of exp(z - t)), so
+    Row i is the same probe on every rank. With t its target logit and z the negatives' logits, a shard's loss is
+    log(1 + sum over the shard of exp(z - t)), so
 
-        loss = log(1 + sum over shards of (exp(loss_r) - 1)),   d loss / d loss_r = exp(loss_r - loss):
+        loss = log(1 + sum over shards of (exp(loss_r) - 1)),   d loss / d loss_r = exp(loss_r - loss).
 
-    a shard's own gradient needs no more than this factor to become its part of the whole one. The gradient is that of the
-    *sum* over ranks of what each computes from the losses: let each rank use its own rows.
+    This factor turns the gradient over one shard into that shard's part of the whole gradient. The gradient is that of the *sum* over
+    ranks of what each rank computes from the losses. So each rank should use only the rows of its own probes.
     """
     loss: Tensor = _Combine.apply(mine, group)
     return loss
 
 
 def assert_same(tensors: dict[str, Tensor], group: Group = None) -> None:
-    """Waits for all ranks and the device; nothing to do for a single process.
+    """Checks that tensors are the same on every rank, bit for bit. Waits for all ranks and for the device.
+
+    Args:
+        tensors: name -> tensor, with the same names in the same order on every rank.
 
     Raises:
-        RuntimeError: a tensor is not the same on every rank, bit for bit; names it and the ranks that differ from rank 0.
+        RuntimeError: a tensor differs; names it and the ranks where it differs from rank 0's.
     """
     if ranks(group)[1] == 1:
         return

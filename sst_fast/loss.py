@@ -75,9 +75,10 @@ class RunningMargin(nn.Module):
         average: distributed.Average = None,
         **options: Any,
     ) -> None:
-        """Moves the running parameters on by a batch; arguments as of :func:`sst_fast.functional.margin_softmax`.
+        """Updates the running parameters from a batch; arguments as of :func:`sst_fast.functional.margin_softmax`.
 
-        Probes that are ignored or not finite do not count; where none counts, nothing moves. ``average`` is applied to the new values: the mean over ranks, where each has seen another batch.
+        Probes that are ignored or not finite do not count. If none counts, nothing changes. ``average`` is applied to the new values: the
+        mean over ranks, each of which has seen another batch.
         """
         if not self.margin.running:
             return

@@ -1,9 +1,9 @@
-"""``sst-fast tune``: which backend is fastest for a problem of the user's, measured here and stored for the dispatcher.
+"""``sst-fast tune``: which backend is fastest for a problem of the user's, measured here and stored for later choices.
 
-Candidates are all backends that can compute the problem on this device, the Hopper sweep among them, which nothing chooses without, and
-those that are written in Triton with tiles of several sizes. Each
-is first compared with the reference, on few probes over the whole queue; only what agrees is timed and can be stored. As in
-``sst-fast check``, a candidate has a process of its own, so that one that crashes spoils nothing.
+Candidates are all backends that can compute the problem on this device. The Hopper sweep is among them: without a stored choice it runs
+only when asked for by name. Backends written in Triton are measured with tiles of several sizes. Each candidate is first compared with
+the reference, on few probes over the whole queue. Only what agrees is timed and can be stored. As in ``sst-fast check``, a candidate has
+a process of its own, so that one that crashes does not end the others.
 """
 
 from __future__ import annotations

@@ -177,6 +177,7 @@ def figures(results: Sequence[grid.Result], folder: Path, data: str) -> list[str
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = data  # the same numbers give the same file
+    matplotlib.rcParams["figure.constrained_layout.use"] = True
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +185,8 @@ def figures(results: Sequence[grid.Result], folder: Path, data: str) -> list[str
 
     def save(name: str, title: str) -> None:
         path = folder / f"{data}_{name}.svg"
-        pyplot.tight_layout()
+        names = dict(zip(*pyplot.gcf().axes[0].get_legend_handles_labels()[::-1], strict=True))
+        pyplot.gcf().legend(list(names.values()), list(names), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
         pyplot.savefig(path, metadata={"Date": None})
         pyplot.close()
         shown.append(f"![{title}]({folder.name}/{path.name})")
@@ -204,7 +206,6 @@ def figures(results: Sequence[grid.Result], folder: Path, data: str) -> list[str
                 )
     pyplot.xticks(range(len(losses)), losses)
     pyplot.ylabel("TAR at FAR 1e-3, %")
-    pyplot.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     save("losses", "TAR at FAR 1e-3 on unseen identities by loss and method")
 
     am = [r for r in tested if r["loss"] == "am-softmax"]
@@ -231,7 +232,6 @@ def figures(results: Sequence[grid.Result], folder: Path, data: str) -> list[str
                         )
             ax.set_xlabel("step")
             ax.set_title(title, fontsize=10)
-        axes[0].legend(frameon=False, fontsize=7)
         save("curves", "rank and cosines while training, AM-softmax")
         pyplot.figure(figsize=(5, 3.2))
         for method, colour in COLOURS.items():
@@ -244,7 +244,6 @@ def figures(results: Sequence[grid.Result], folder: Path, data: str) -> list[str
                     )
         pyplot.xlabel("singular value")
         pyplot.ylabel("share of their sum")
-        pyplot.legend(frameon=False, fontsize=7)
         save("spectrum", "spectrum of the features, AM-softmax")
     return [*shown, ""]
 

@@ -1,12 +1,14 @@
 """Which backend computes what: what exists here, what is chosen, and why.
 
-A backend says of a problem whether it can compute it here (:class:`sst_fast.backends.backend.Backend`). It is asked once for each kind
-of problem, and the answer is remembered. What ``sst-fast tune`` has stored for the problem (:mod:`sst_fast.backends.tuned`) comes
-before the order of preference. Force one per call (``backend="reference"``) or by
-the environment variable ``SST_FAST_BACKEND``, which is read when the first decision is made: a name for every operation
-(``reference``) or a list (``margin_softmax=reference,enqueue=cpu``).
+A *backend* is one implementation of the operations. It says of a problem whether it can compute it here
+(:class:`sst_fast.backends.backend.Backend`). It is asked once for each kind of problem, and the answer is remembered. If ``sst-fast
+tune`` has stored a choice for the problem (:mod:`sst_fast.backends.tuned`), that one is taken. Otherwise the first of
+:data:`BACKENDS` that can compute it.
 
-Kernels that a card refuses are nobody's wish: unless they were forced, the next backend serves (:func:`attempt`).
+A backend can be forced for one call (``backend="reference"``), or by the environment variable ``SST_FAST_BACKEND``: a name for all
+operations (``reference``) or a list (``margin_softmax=reference,enqueue=cpu``). The variable is read when the first decision is made.
+
+If a GPU cannot run the kernels of a backend that was not forced, the next backend takes its place (:func:`attempt`).
 """
 
 from __future__ import annotations
@@ -35,23 +37,31 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
 }  # fmt: skip
 ENVIRONMENT = "SST_FAST_BACKEND"
 NO_DEVICE = "PyTorch finds no CUDA device"
-# Not the kernels' fault: wrong arguments, what a backend does not do on purpose, and memory, of which the others need more.
+# Errors after which no other backend is tried: wrong arguments, what a backend does not do on purpose, and memory, of which the others
+# need more.
 NOT_REFUSED = (ValueError, TypeError, IndexError, NotImplementedError, torch.OutOfMemoryError)
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What :func:`backends` says of one problem."""
+    """What :func:`backends` says of one problem.
+
+    Attributes:
+        problem: the problem.
+        implementations: name of each backend -> 'available', or why it cannot compute the problem.
+        chosen: name of the backend that computes it.
+        why: the reason for the choice, in words.
+    """
 
     problem: Problem
-    implementations: dict[str, str]  # name -> "available" or why it is not
+    implementations: dict[str, str]
     chosen: str
     why: str
 
     @property
     def operation(self) -> str:
-        """Its name."""
+        """Name of the operation."""
         return self.problem.operation
 
     def __str__(self) -> str:
@@ -63,9 +73,17 @@ def backends(device: str | torch.device | None = None, **problem: object) -> dic
     """For each operation, which backends exist here, which one runs a problem on ``device`` and why.
 
     Args:
-        device: 'cpu' or 'cuda'; default: 'cuda' if a CUDA device is available.
-        problem: what the problem is like where it is not the usual one; fields of :class:`Problem`, such as
+        device: 'cpu', 'cuda' or 'cuda:N'; default: 'cuda' if a CUDA device is available.
+        problem: fields of :class:`sst_fast.backends.backend.Problem` that differ from its defaults, such as
             ``queue_dtype=torch.bfloat16`` or ``trains_prototypes=True``.
+
+    Returns:
+        Operation -> :class:`Choice`, which ``print`` shows in words. Operations are 'margin_softmax' (the loss), 'enqueue', 'dequeue' and
+        'window' (the queue).
+
+    Raises:
+        TypeError: a problem has no such field.
+        ValueError: ``SST_FAST_BACKEND`` names a backend that does not exist or cannot compute the problem.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     unknown = set(problem) - set(Problem._fields[2:])
@@ -79,7 +97,7 @@ def backends(device: str | torch.device | None = None, **problem: object) -> dic
 def choose(fields: tuple[Any, ...], requested: str | None = None) -> str:
     """Name of the backend that runs a problem; ValueError with the reason if the requested one cannot.
 
-    A graph of torch.compile keeps the decision; how it is made is not traced.
+    A graph of torch.compile keeps the decision as a constant. How it is made is not traced.
 
     Args:
         fields: of the :class:`Problem`, the first of them or all, as a plain tuple or as the problem itself.
@@ -101,9 +119,9 @@ _told: set[str] = set()
 
 
 def attempt(fields: tuple[Any, ...], requested: str | None, run: Callable[[str], _Result]) -> _Result:
-    """``run(name)`` by the backend that :func:`choose` names; where a card refuses its kernels, by the next, after one warning.
+    """``run(name)`` for the backend that :func:`choose` names. If a GPU cannot run its kernels: a warning, and the next backend.
 
-    A backend that was asked for by name raises what it met. So does a compiled graph, which holds its decision.
+    The kernels' error is raised where the backend was asked for by name, and in a graph of torch.compile, which keeps its decision.
 
     Args:
         fields: of the :class:`Problem`, the first of them or all: a plain tuple, because it is made and looked up in every call.
@@ -156,7 +174,7 @@ def _answers(device: torch.device) -> bool:
 
 
 def forget() -> None:
-    """Decides anew from here on, and reads environment and stored choices again."""
+    """Forgets all decisions. The next one reads the environment and the stored choices again."""
     _decisions.clear()
     _refused.clear()
     _told.clear()
@@ -196,7 +214,7 @@ def _decide(problem: Problem, requested: str | None) -> Choice:
 
 @lru_cache(maxsize=1)
 def _environment() -> dict[str, str]:
-    """Operation -> backend, as the environment wishes."""
+    """Operation -> backend, as ``SST_FAST_BACKEND`` has it."""
     value = os.environ.get(ENVIRONMENT, "").strip()
     if not value:
         return {}

@@ -1,4 +1,4 @@
-"""C++ for the CPU (csrc/cpu): the loss in vectors of the widest instruction set, and the queue."""
+"""C++ for the CPU (csrc/cpu): the loss, by the widest vectors that the processor has, and the queue."""
 
 from __future__ import annotations
 

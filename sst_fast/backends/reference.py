@@ -1,4 +1,4 @@
-"""Plain PyTorch (sst_fast/reference.py): computes everything, everywhere, and holds all logits in memory."""
+"""Plain PyTorch (sst_fast/reference.py): runs everywhere, and holds all N x K logits in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sst_fast.backends.backend import Backend, Problem
 
 
 class Reference(Backend):
-    """What serves where nothing faster can."""
+    """Chosen where no other backend can compute the problem."""
 
     def why_not(self, problem: Problem) -> str | None:
         """None where it can, otherwise the reason."""

@@ -1,9 +1,9 @@
-"""What ``sst-fast tune`` has measured on this machine: which backend is fastest for a problem, and with tiles of which size where it has
-such (:meth:`sst_fast.backends.backend.Backend.tiles`), in a file of the user's cache.
+"""What ``sst-fast tune`` has measured on this machine, in a file of the user's cache: which backend is fastest for a problem, and with which
+tile if it has several (:meth:`sst_fast.backends.backend.Backend.tiles`).
 
-An entry holds for one device by name and capability, for the versions of torch, triton and sst-fast that it was measured with, and for one
-problem with N and K rounded up to powers of two. Only results that agreed with the reference are stored. The file is read once, when
-the first decision is made; ``SST_FAST_TUNE=0`` leaves it unread.
+An entry is valid for one device by name and capability, for the versions of torch, triton and sst-fast that it was measured with, and for
+one problem with N and K rounded up to powers of two. Only results that agreed with the reference are stored. The file is read once,
+when the first decision is made. ``SST_FAST_TUNE=0`` leaves it unread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _tried: dict[str, Tile] = {}  # backend -> the tile that is being measured
 
 
 def file() -> Path:
-    """Where choices are stored: below XDG_CACHE_HOME, or where this platform keeps what a user's programs can make anew.
+    """Path of the file with the stored choices: below ``XDG_CACHE_HOME``, else in the platform's cache directory of the user.
 
     Raises:
         OSError: the user has no home directory.
@@ -54,7 +54,7 @@ def file() -> Path:
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """What an entry holds for: the device and the versions of what runs on it."""
+    """What an entry is valid for: the device and the versions of what runs on it."""
     if device.type == "cuda":
         name, capability = (
             torch.cuda.get_device_name(device),
@@ -69,7 +69,7 @@ def identity(device: torch.device) -> dict[str, str]:
 
 
 def processor() -> str:
-    """Its name, if the system tells."""
+    """The processor's name, or its architecture if the system does not tell the name."""
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
     name = re.search(r"model name\s*:\s*(.+)", text)
@@ -84,7 +84,7 @@ def _version(package: str) -> str:
 
 
 def key(problem: Problem) -> tuple[object, ...]:
-    """The problem as :func:`choices` knows it: all but the device."""
+    """The problem's fields without the device, as :func:`choices` has them."""
     return (problem[0], *problem[2:])
 
 
@@ -116,7 +116,7 @@ def tile(
 
 
 def try_tile(backend: str, cut: Tile) -> None:
-    """From here on, in this process, the backend takes this tile and nobody a stored one: to measure it."""
+    """From now on, in this process, ``backend`` uses this tile, and no stored tile is used. For measuring."""
     _tried[backend] = cut
 
 

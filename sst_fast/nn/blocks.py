@@ -1,4 +1,4 @@
-"""Blocks of cosines between rows of a batch: so many at a time that what is done to each of them stays in the cache, or near it."""
+"""Cosines between rows of a batch, block by block. A block is so small that the work on its cosines stays in the cache, or near it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from torch import Tensor
 
 from sst_fast.reference import MIN_NORM
 
-SOFTPLUS_IS_LINEAR = 80.0  # beyond, to float64's last bit; PyTorch's own 20 is off by 2e-9
-COLUMNS = 4096  # of a block, where a loss needs no whole rows
+SOFTPLUS_IS_LINEAR = 80.0  # beyond it softplus(z) = z to float64's last bit; PyTorch's own limit, 20, is off by 2e-9
+COLUMNS = 4096  # columns of a block, where a loss does not need whole rows
 AT_ONCE = {"cpu": 2**20, "cuda": 2**22}  # cosines of a block, by kind of device: 4 MiB, 16 MiB in float32
 
 
 def slices(count: int, width: int, device: torch.device) -> list[slice]:
-    """Of ``count`` rows, those of one block after the other, where a row has ``width`` cosines."""
+    """Cuts ``count`` rows, each with ``width`` cosines, into blocks: one slice of rows for each."""
     step = max(1, AT_ONCE.get(device.type, AT_ONCE["cuda"]) // max(1, width))
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
 def refuse_second_derivative() -> None:
-    """For ``backward``: under create_graph the second derivative would lack what its function does."""
+    """Raises NotImplementedError if ``backward`` runs with create_graph=True: autograd cannot differentiate these gradients again."""
     if torch.is_grad_enabled():
         raise NotImplementedError("this loss has no second derivative: its gradient is computed block by block")
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """:func:`sst_fast.reference.normalize`, with a gradient in few passes: with few rows these take as long as their cosines."""
+    """:func:`sst_fast.reference.normalize` of ``x`` [N, D], whose gradient takes fewer passes over memory than autograd's.
+
+    In small batches such passes take as long as the cosines.
+    """
     found: Tensor = _Unit.apply(x)
     return found
 
@@ -59,13 +62,14 @@ Share = Callable[..., Tensor]
 def sum_over_blocks(x: Tensor, w: Tensor, share: Share, columns: int | None = None, *numbers: Tensor) -> Tensor:
     """Sum of ``share(c, i, j, *numbers)``, 0-d, over blocks c of the cosines of unit rows ``x[i]`` of [N, D] and ``w[j]`` of [K, D].
 
-    A block's gradients are found with it, by PyTorch's autograd, and nothing of it is kept.
+    A block's gradients are found together with its value, by PyTorch's autograd. The block is then freed.
 
     Args:
-        x: float32 or float64; w: of any dtype without a gradient, of the same with one.
-        share: of a loss that is a sum over blocks.
+        x: [N, D], float32 or float64.
+        w: [K, D]; any dtype, but that of ``x`` if it requires a gradient.
+        share: gives a block's part of the loss, 0-d. ``i`` and ``j`` are the slices of rows of ``x`` and ``w`` in the block.
         columns: how many rows of ``w`` a block has at most; None: all of them, so that it holds whole rows of the N x K cosines.
-        numbers: more tensors that get a gradient.
+        numbers: more tensors that ``share`` takes and that get a gradient.
     """
     found: Tensor = _Sum.apply(x, w, share, columns, *numbers)
     return found

@@ -1,4 +1,4 @@
-"""Weights of other projects' heads, by the names that ours give them."""
+"""State dicts of other projects' heads, renamed for ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Source = Literal["insightface", "pytorch-metric-learning", "facex-zoo", "adaface
 
 
 class Entry(NamedTuple):
-    """What becomes of one of their tensors: ``name`` is ours ('' where we need none)."""
+    """What becomes of one of their tensors with ``dims`` dimensions: ``name`` is ours, '' where our heads have no such tensor."""
 
     name: str
     dims: int
@@ -42,19 +42,22 @@ KNOWN: dict[Source, dict[str, Entry]] = {
 
 
 def convert(state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]], source: Source) -> dict[str, Tensor]:
-    """The state of another project's head, for ``load_state_dict`` of ours.
+    """The state dict of our head from that of another project's head.
 
     Args:
-        state_dict: of the head alone, or of a model whose head is called ``head`` (the network's tensors are then left out);
-            a leading ``module.`` does not matter. From insightface also a list: of every rank's part, in the order of ranks.
+        state_dict: the head's state dict. It may also be that of a model whose head is called ``head``; the model's other tensors are
+            left out. A leading ``module.`` in names is removed. For insightface it may be a list: one state dict for each rank, in
+            the order of ranks.
         source: 'insightface' (arcface_torch's partial FC), 'pytorch-metric-learning', 'facex-zoo', 'adaface' or 'uniface'.
 
     Returns:
-        ``weight`` [classes, dim] and what the head follows the training with. Tensors are theirs, not copies.
-        FaceX-Zoo does not save AdaCos' scale: it starts anew, as there.
+        What ``load_state_dict`` of our head takes: ``weight`` [classes, dim], and for some heads more, such as ``margin.t`` of
+        CurricularFace. Dtypes and devices are unchanged. Tensors share memory with ``state_dict``, except the weight that is joined
+        from a list. FaceX-Zoo does not save AdaCos' scale. So ``margin.scale`` is 0, and the scale starts anew.
 
     Raises:
-        ValueError: an entry that is no tensor, has the wrong number of dimensions or no counterpart, or no weights.
+        ValueError: ``source`` is unknown; an entry is no tensor, has the wrong number of dimensions or has no counterpart in our
+            head; there are no weights.
     """
     check_word("source", source, get_args(Source))
     if isinstance(state_dict, Mapping):

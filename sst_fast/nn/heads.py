@@ -1,18 +1,20 @@
 """Heads: learned class weights with one margin each, ``loss = head(embedding, label)``.
 
-Each is a :class:`sst_fast.MarginSoftmaxHead` that makes its margin from numbers. This holds for all of them:
+Each is a :class:`sst_fast.MarginSoftmaxHead` whose margin is given by numbers. This holds for all of them:
 
 - ``classes`` K >= 2 and ``dim`` D are the sizes of ``weight`` [K, D], which starts as ``init`` makes it.
-- The margin's numbers have the names, defaults, ranges and sources of the margin that the class names.
+- The docstring of each head names a margin of :mod:`sst_fast.margins`. There stand the formula, the paper, and the unit and range of
+  each number.
+- ``scale`` is s in (0, 1000], the inverse temperature.
 - ``options`` go on to :class:`sst_fast.MarginSoftmaxHead`: ``init``, ``reduction``, ``label_smoothing``, ``ignore_index``,
-  ``gradient='straight_through'`` (for heads that apply the margin under ``no_grad``), ``backend``, ...
-- ``head(embedding, label)`` gives the mean loss. It takes class numbers int64 [N], and embeddings [N, D] as the network gives
+  ``gradient='straight_through'`` (as in heads that apply the margin under ``no_grad``), ``backend``, ...
+- ``head(embedding, label)`` gives the mean loss, 0-d. It takes class numbers int64 [N], and embeddings [N, D] as the network gives
   them: they are normalised inside, and some margins look at their norms.
 - ``head.logits(embedding)`` and ``head.topk(embedding, k)`` are for accuracy, ``head.statistics`` for progress.
-- What follows the training (CurricularFace's t, AdaFace's statistics, AdaCos' scale) is in buffers ``margin.*``.
+- Numbers that follow the training (CurricularFace's t, AdaFace's statistics, AdaCos' scale) are buffers ``margin.*``.
 
-They raise what the margin and the head raise: TypeError or ValueError that names the argument, IndexError for a label outside
-[0, K).
+Errors: TypeError or ValueError names the argument. A label outside [0, K) that is not ``ignore_index`` raises IndexError; Triton
+kernels make the loss NaN instead.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from sst_fast.nn.blocks import unit_rows
 
 
 class ArcFace(MarginSoftmaxHead):
-    """Additive angular margin; :class:`sst_fast.ArcSoftmax`. ``margin`` in radians."""
+    """Additive angular margin (Deng et al., CVPR 2019): the margin :class:`sst_fast.ArcSoftmax`. ``margin`` in radians."""
 
     def __init__(
         self, classes: int, dim: int, margin: Parameter = 0.5, scale: Parameter = 64.0, *, easy: bool = False,
@@ -44,9 +46,10 @@ class ArcFace(MarginSoftmaxHead):
 
 
 class SubCenterArcFace(ArcFace):
-    """ArcFace with several weight vectors for each class, the nearest of which counts (Deng et al., ECCV 2020).
+    """ArcFace with several weight vectors for each class (Deng et al., Sub-center ArcFace, ECCV 2020).
 
-    ``sub_centers`` is their number S, 1 to 16. ``weight`` is [classes S, dim], class c in rows c S to c S + S - 1.
+    A probe's cosine with a class is that with the nearest of its vectors. ``sub_centers`` is their number S, 1 to 16. ``weight`` is
+    [classes S, dim]. Class c has the rows c S to c S + S - 1.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class SubCenterArcFace(ArcFace):
 
 
 class CosFace(MarginSoftmaxHead):
-    """Additive cosine margin, also known as AM-softmax; :class:`sst_fast.AMSoftmax`."""
+    """Additive cosine margin (Wang et al., CosFace, CVPR 2018), also known as AM-softmax: the margin :class:`sst_fast.AMSoftmax`."""
 
     def __init__(
         self, classes: int, dim: int, margin: Parameter = 0.35, scale: Parameter = 64.0, **options: Any
@@ -68,7 +71,10 @@ class CosFace(MarginSoftmaxHead):
 
 
 class NormalizedSoftmax(MarginSoftmaxHead):
-    """Softmax of cosines without a margin, NormFace; :class:`sst_fast.Softmax`. ``temperature`` is 1 / scale."""
+    """Softmax of cosines without a margin (Wang et al., NormFace, ACM MM 2017): :class:`sst_fast.Softmax`.
+
+    ``temperature`` is 1 / scale, at least 0.001.
+    """
 
     def __init__(self, classes: int, dim: int, temperature: float = 0.05, **options: Any) -> None:
         if not is_number(temperature) or not temperature > 0:
@@ -77,9 +83,9 @@ class NormalizedSoftmax(MarginSoftmaxHead):
 
 
 class SphereFace(MarginSoftmaxHead):
-    """Multiplicative angular margin, A-softmax; :class:`sst_fast.SphereFace`, whose m1 ``margin`` is.
+    """Multiplicative angular margin, A-softmax (Liu et al., CVPR 2017): the margin :class:`sst_fast.SphereFace`.
 
-    With ``norm_scale`` the embedding's norm takes the place of ``scale``.
+    ``margin`` is its m1, a factor of the angle. With ``norm_scale`` the embedding's norm takes the place of ``scale``.
     """
 
     def __init__(
@@ -91,10 +97,10 @@ class SphereFace(MarginSoftmaxHead):
 
 
 class CombinedMargin(MarginSoftmaxHead):
-    """cos(m1 theta + m2) - m3; :class:`sst_fast.CombinedMargin`.
+    """cos(m1 theta + m2) - m3 (Deng et al., ArcFace, CVPR 2019, eq. 4): the margin :class:`sst_fast.CombinedMargin`.
 
-    With ``threshold``, a cosine, other classes above it are taken for wrong labels and left out. This is insightface's inter-class
-    filtering, :class:`sst_fast.FilteredMargin`, which has no ``annealing``.
+    ``threshold`` is a cosine. Other classes above it are taken for wrong labels: their logit becomes 0, without a gradient. This is
+    insightface's inter-class filtering, :class:`sst_fast.FilteredMargin`. It has no ``annealing``.
     """
 
     def __init__(
@@ -113,7 +119,10 @@ class CombinedMargin(MarginSoftmaxHead):
 
 
 class CurricularFace(MarginSoftmaxHead):
-    """Adaptive curriculum of hard negatives; :class:`sst_fast.CurricularFace`. Its t is the buffer ``margin.t``."""
+    """Adaptive curriculum of hard negatives (Huang et al., CVPR 2020): the margin :class:`sst_fast.CurricularFace`.
+
+    Its t follows the training, in the buffer ``margin.t``.
+    """
 
     def __init__(
         self,
@@ -129,7 +138,10 @@ class CurricularFace(MarginSoftmaxHead):
 
 
 class MVSoftmax(MarginSoftmaxHead):
-    """Mis-classified vectors; :class:`sst_fast.MVSoftmax`. ``margin`` is a cosine, or radians with ``arc``."""
+    """More weight for mis-classified vectors (Wang et al., MV-softmax, AAAI 2020): the margin :class:`sst_fast.MVSoftmax`.
+
+    ``margin`` is a cosine, or radians with ``arc``.
+    """
 
     def __init__(
         self, classes: int, dim: int, margin: Parameter = 0.35, t: Parameter = 1.12, scale: Parameter = 32.0, *,
@@ -139,7 +151,7 @@ class MVSoftmax(MarginSoftmaxHead):
 
 
 class NPCFace(MarginSoftmaxHead):
-    """Negative-positive cooperation; :class:`sst_fast.NPCFace`."""
+    """Negative-positive cooperation (Zeng et al., ACCV 2020): the margin :class:`sst_fast.NPCFace`."""
 
     def __init__(
         self, classes: int, dim: int, m0: Parameter = 0.4, m1: Parameter = 0.2, t: Parameter = 1.1, alpha: Parameter = 0.2,
@@ -150,15 +162,16 @@ class NPCFace(MarginSoftmaxHead):
 
 
 class AdaMSoftmax(MarginSoftmaxHead):
-    """A trained margin for each class, as large as the loss allows: AdaM-softmax (Liu et al., AdaptiveFace, CVPR 2019, eqs. 5 to 7).
+    """CosFace with a trained margin for each class: AdaM-softmax (Liu et al., AdaptiveFace, CVPR 2019, eqs. 5 to 7).
 
         loss = L(m) + penalty_weight (1 - mean of m),  L the loss of CosFace with margin m_y for class y
 
-    The paper has -mean of m. The 1, as in FaceX-Zoo, keeps the loss positive. ``margins`` are kept in [0, 1] in training. They should
-    have no weight decay. ``reduction`` must be 'mean'.
+    The second term makes margins grow as far as the first one allows. The paper has -mean of m. The 1, as in FaceX-Zoo, keeps the loss
+    positive. The parameter ``margins`` holds cosines. In training each call brings them back into [0, 1]. They should have no weight
+    decay. ``reduction`` must be 'mean'.
 
     Args:
-        penalty_weight: the paper's lambda; 70 as in FaceX-Zoo.
+        penalty_weight: the paper's lambda, >= 0; 70 as in FaceX-Zoo.
         per_class: True: ``margins`` is [classes]. False: it is [1], one for all classes.
         low: the least margin at the start; 0.3 as in FaceX-Zoo.
         high: the largest margin at the start; 0.4 as in FaceX-Zoo. Margins are drawn evenly in between.
@@ -185,7 +198,7 @@ class AdaMSoftmax(MarginSoftmaxHead):
         if self.training:
             with torch.no_grad():
                 self.margins.clamp_(0, 1)
-        # A wrong target is for the operator to name.
+        # The operator raises the error for a target out of range.
         own = self.margins[target.clamp(0, len(self.margins) - 1)]
         loss: Tensor
         loss, self.statistics = functional.margin_softmax(
@@ -201,15 +214,15 @@ class UniFace(MarginSoftmaxHead):
         loss_i = log(1 + exp(b - s (c_iy - m))) + negative_weight * sum over other classes j of log(1 + exp(s c_ij - b))
 
     A sigmoid for each pair takes the place of the softmax. Logits are made for one block of classes at a time, with their gradients,
-    and forgotten. The authors' code clamps logits to [-s, s], beyond which a far target has no gradient; this does not. The loss is
-    the mean.
+    and are not kept. The loss is the mean of the loss_i. The authors' code clamps logits to [-s, s]. A target that lies beyond then has
+    no gradient. Here nothing is clamped.
 
     Args:
-        margin: m, a cosine.
-        scale: s.
-        negative_weight: the paper's lambda.
-        bias: start value of the trained ``bias``, b, [1]. None: log(10 classes), as in their code.
-        init: as of :class:`sst_fast.MarginSoftmaxHead`.
+        margin: m, a cosine in [0, 2].
+        scale: s in (0, 1000].
+        negative_weight: the paper's lambda, >= 0.
+        bias: start value of the trained ``bias`` [1], the b above. None: log(10 classes), as in their code.
+        init: as of :class:`sst_fast.MarginSoftmaxHead`. No other of its options is taken.
     """
 
     def __init__(
@@ -227,7 +240,10 @@ class UniFace(MarginSoftmaxHead):
         self.m, self.negative_weight = float(margin), float(negative_weight)
 
     def forward(self, embedding: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of embeddings [N, D] with class numbers ``target``, int64 [N]. A wrong one raises on the CPU; elsewhere it gives NaN."""
+        """Mean loss of embeddings [N, D] with class numbers ``target``, int64 [N].
+
+        A class number outside [0, K) raises IndexError on the CPU. On other devices the loss is then NaN.
+        """
         check_embedding("embedding", embedding)
         check_tensor("embedding", embedding, (None, self.weight.shape[1]), (embedding.dtype,), self.weight.device)
         check_tensor("target", target, (len(embedding),), (torch.int64,), self.weight.device)
@@ -240,7 +256,7 @@ class UniFace(MarginSoftmaxHead):
             x, w = unit_rows(embedding.to(wide)), unit_rows(self.weight.to(wide))
             share = partial(self._share, target)
             total = blocks.sum_over_blocks(x, w, share, blocks.COLUMNS, self.bias.to(wide))
-        # Another device would have to be waited for.
+        # To raise an error here, the host would have to wait for the device.
         return total.masked_fill(wrong.any(), torch.nan) / max(1, len(embedding))
 
     def _share(self, target: Tensor, c: Tensor, i: slice, j: slice, bias: Tensor) -> Tensor:
@@ -254,7 +270,7 @@ class UniFace(MarginSoftmaxHead):
 
 
 class ArcNegFace(MarginSoftmaxHead):
-    """Noise-tolerant negatives; :class:`sst_fast.ArcNegFace`."""
+    """Noise-tolerant negatives (Liu et al., ICCV workshops 2019): the margin :class:`sst_fast.ArcNegFace`."""
 
     def __init__(
         self, classes: int, dim: int, margin: Parameter = 0.5, scale: Parameter = 64.0, *, alpha: Parameter = 1.2,
@@ -264,21 +280,30 @@ class ArcNegFace(MarginSoftmaxHead):
 
 
 class CircleLoss(MarginSoftmaxHead):
-    """Circle loss with class-level labels; :class:`sst_fast.CircleLoss`. ``scale`` is the paper's gamma."""
+    """Circle loss with class-level labels (Sun et al., CVPR 2020): the margin :class:`sst_fast.CircleLoss`.
+
+    ``scale`` is the paper's gamma. For pairs of embeddings see :class:`sst_fast.nn.PairCircle`.
+    """
 
     def __init__(self, classes: int, dim: int, m: Parameter = 0.25, scale: Parameter = 256.0, **options: Any) -> None:
         super().__init__(classes, dim, margins.CircleLoss(m), scale, **options)
 
 
 class AdaCos(MarginSoftmaxHead):
-    """A scale that adapts; :class:`sst_fast.AdaCos`. It is the buffer ``margin.scale``, 0 before the first batch."""
+    """No margin, but a scale that adapts (Zhang et al., CVPR 2019): :class:`sst_fast.AdaCos`.
+
+    The scale is the buffer ``margin.scale``, 0 before the first batch in training mode.
+    """
 
     def __init__(self, classes: int, dim: int, **options: Any) -> None:
         super().__init__(classes, dim, margins.AdaCos(), **options)
 
 
 class MagFace(MarginSoftmaxHead):
-    """A margin that grows with the embedding's norm; :class:`sst_fast.MagFace`. ``penalty_weight`` is the weight of its penalty on norms."""
+    """A margin that grows with the embedding's norm (Meng et al., CVPR 2021): the margin :class:`sst_fast.MagFace`.
+
+    ``penalty_weight`` is the margin's ``weight``, that of the penalty on norms.
+    """
 
     def __init__(
         self, classes: int, dim: int, scale: Parameter = 64.0, *, lower_norm: float = 10.0, upper_norm: float = 110.0,
@@ -290,9 +315,9 @@ class MagFace(MarginSoftmaxHead):
 
 
 class AdaFace(MarginSoftmaxHead):
-    """A margin that adapts to image quality; :class:`sst_fast.AdaFace`.
+    """A margin that adapts to image quality (Kim et al., CVPR 2022): the margin :class:`sst_fast.AdaFace`.
 
-    ``mean`` and ``std`` of the norms are the first values of the buffers ``margin.mean`` and ``margin.std``.
+    ``mean`` and ``std`` are the start values of the buffers ``margin.mean`` and ``margin.std``, the running statistics of the norms.
     """
 
     def __init__(

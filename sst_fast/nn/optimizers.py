@@ -1,9 +1,9 @@
-"""Optimizers for weights of which a step touches few rows: what :class:`sst_fast.nn.PartialFC` samples.
+"""Optimizers for weights of which a step touches few rows, such as those that :class:`sst_fast.nn.PartialFC` samples.
 
-PyTorch's SGD takes sparse gradients, but refuses weight decay for them and moves no row by its momentum; its SparseAdam has
-no weight decay. The two below are PyTorch's SGD and AdamW for every parameter with a dense gradient, so that one optimizer serves
-network and head. A parameter with a sparse gradient is treated as if each of its rows were a parameter of its own, and the
-gradient of the rows that were not sampled None: they, their momentum and their count of steps stay as they are.
+PyTorch's SGD takes sparse gradients, but refuses weight decay for them. Its SparseAdam has no weight decay. The two optimizers below
+are PyTorch's SGD and AdamW for every parameter with a dense gradient. So one optimizer serves network and head. In a parameter with a
+sparse gradient each row is treated like a parameter of its own. Rows that are not in the gradient stay as they are. So do their
+momentum, moments and count of steps.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, T
 
 
 class _Rows(torch.optim.Optimizer):
-    """``step`` of both: sparse gradients row by row, all others as the optimizer of PyTorch that comes next in the MRO does."""
+    """The ``step`` of both: sparse gradients row by row, all others by PyTorch's optimizer, the class that comes next in the MRO."""
 
-    # Of a parameter group that PyTorch's optimizer has written; rows have no rule for them.
+    # Options of a parameter group (PyTorch's optimizers have them) that are not implemented for rows.
     unknown = ("dampening", "maximize", "amsgrad")
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -34,7 +34,17 @@ class _Rows(torch.optim.Optimizer):
         raise NotImplementedError
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; ``closure`` evaluates the model again and returns the loss."""
+        """One step of all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss; None: nothing is evaluated.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            ValueError: a parameter with a sparse gradient is in a group with ``dampening``, ``maximize`` or ``amsgrad``.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,7 +92,9 @@ class _Rows(torch.optim.Optimizer):
 
 
 class RowSGD(_Rows, torch.optim.SGD):
-    """:class:`torch.optim.SGD` that updates, of a parameter with a sparse gradient, only the rows in it.
+    """:class:`torch.optim.SGD`. Of a parameter with a sparse gradient it updates only the rows that are in the gradient.
+
+    Weight decay and momentum act on these rows alone.
 
     Args:
         params, lr, momentum, weight_decay, nesterov: as of :class:`torch.optim.SGD`.
@@ -95,7 +107,7 @@ class RowSGD(_Rows, torch.optim.SGD):
         super().__init__(params, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """The momentum, if there is any."""
+        """Adds the momentum buffer, if the group has momentum."""
         if group["momentum"] and self.state[parameter].get("momentum_buffer") is None:
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
@@ -109,9 +121,9 @@ class RowSGD(_Rows, torch.optim.SGD):
 
 
 class RowAdamW(_Rows, torch.optim.AdamW):
-    """:class:`torch.optim.AdamW` that updates, of a parameter with a sparse gradient, only the rows in it.
+    """:class:`torch.optim.AdamW`. Of a parameter with a sparse gradient it updates only the rows that are in the gradient.
 
-    Each row counts its own steps, for the correction of its moments.
+    Weight decay acts on these rows alone. Each row counts its own steps, for the bias correction of its moments.
 
     Args:
         params, lr, betas, eps, weight_decay: as of :class:`torch.optim.AdamW`.
@@ -124,7 +136,7 @@ class RowAdamW(_Rows, torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Moments, and a number of steps for each row."""
+        """Adds both moments, and a number of steps for each row."""
         state = self.state[parameter]
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:

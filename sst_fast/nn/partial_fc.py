@@ -1,4 +1,4 @@
-"""Class weights shared out over ranks, of which each step trains a sample: partial FC."""
+"""Partial FC: class weights that are divided among ranks, and of which each step trains a sample."""
 
 from __future__ import annotations
 
@@ -23,43 +23,44 @@ from sst_fast.arguments import (
 from sst_fast.loss import RunningMargin, over_shards, splits_over_shards
 from sst_fast.margins import AMSoftmax, Margin, Parameter
 
-IGNORED, ELSEWHERE = -100, -1  # what a probe has in the place of its target's row
+IGNORED, ELSEWHERE = -100, -1  # row number of a probe's target where the probe is ignored, or another rank holds the target
 
 
 class PartialFC(nn.Module):
     """Partial FC (An et al., CVPR 2022): learned class weights, a slice of them on each rank, and a sample of them in each step.
 
-    Of W ranks, rank r holds the C_r rows of the weights [C, D] from ``first`` on. C_r differs by 1 at most. In training each
-    rank draws ``sample_rate`` C_r of its classes. Those of the batch, of all ranks, are always among them. The rest is drawn
-    anew, evenly and without repetition. The softmax runs over what all ranks have drawn; in evaluation mode over all classes.
+    Of W ranks, rank r holds the C_r rows of the weights [C, D] from ``first`` on. The C_r differ by 1 at most. In training each rank
+    draws a sample of ``sample_rate`` C_r of its classes in each step. Its classes that occur in the batches of all ranks are always in
+    it, even if they are more than that. The rest is drawn evenly and without repetition. The softmax runs over what all ranks have
+    drawn; in evaluation mode over all classes.
 
-    With a sample the gradient of ``weight`` is sparse: its rows are those drawn. :class:`sst_fast.nn.RowSGD` or
-    :class:`sst_fast.nn.RowAdamW` keeps what was not drawn as it is. With ``sparse=False`` the gradient is dense, and zero in the
+    With a sample the gradient of ``weight`` is sparse: it has the rows that were drawn. :class:`sst_fast.nn.RowSGD` and
+    :class:`sst_fast.nn.RowAdamW` leave the other rows as they are. With ``sparse=False`` the gradient is dense, and zero in the
     other rows. An optimizer of PyTorch then moves those too, by momentum and weight decay, as in insightface's partial FC v2.
 
     Leave this module out of DistributedDataParallel and FSDP: its weights differ between ranks. The value is the mean over the
-    batches of all ranks, on each of them. All ranks must call ``backward``. It gives ``weight`` the gradient of that mean, and the
-    embeddings W times theirs, since DistributedDataParallel and FSDP divide the network's gradients by W. In a step every rank must
-    bring as many embeddings. How many may change from step to step.
+    batches of all ranks, the same on each rank. All ranks must call ``backward``. It gives ``weight`` the gradient of that mean. The
+    embeddings get W times their gradient of it, since DistributedDataParallel and FSDP divide the network's gradients by W. In one
+    step all ranks must bring the same number of embeddings. It may change from step to step.
 
     Args:
         classes: number C of classes of all ranks, at least 2 and at least W.
         dim: number of features D.
         margin: a margin of :mod:`sst_fast.margins` that needs no sum over all classes (not NPCFace, AdaCos).
-        scale: inverse temperature s > 0. It and the margin's numbers may be 0-d parameters, the same on every rank. Then their
-            gradients are the same too.
+        scale: inverse temperature s in (0, 1000]. It and the margin's numbers may be 0-d parameters with the same value on every
+            rank. Their gradients are then the same too.
         sample_rate: share of a rank's classes that a step trains, in (0, 1].
         sparse: see above; without effect where ``sample_rate`` is 1.
-        gradient: 'exact' or 'straight_through', as of :func:`sst_fast.functional.margin_softmax`.
+        gradient: 'exact' or 'straight_through', as in :func:`sst_fast.functional.margin_softmax`.
         ignore_index: embeddings with this target have loss 0 and do not count in the mean.
         generator: for the draws; default: PyTorch's own on the weight's device.
-        group: the process group; default: all processes. There may be none.
+        group: the process group; default: all processes. Without a process group there is one rank.
         backend: force an implementation, see :func:`sst_fast.backends`.
 
     Attributes:
-        weight: [C_r, D], normal with standard deviation 0.01. Ranks draw different rows from the same seed.
+        weight: [C_r, D], at the start normal with standard deviation 0.01. Ranks with the same seed have different rows.
         first: number of this rank's first class.
-        sampled: int64, the rows of ``weight`` in the last step, ascending; None: all of them.
+        sampled: int64, ascending: the rows of ``weight`` that the last step used; None: all of them.
         statistics: :class:`sst_fast.functional.Statistics` of all ranks' embeddings over this rank's rows, after each call.
 
     Raises:
@@ -123,7 +124,11 @@ class PartialFC(nn.Module):
         return f"classes={self.classes}, dim={self.dim}, first={self.first}, sample_rate={self.sample_rate:g}"
 
     def forward(self, embedding: Tensor, target: Tensor) -> Tensor:
-        """Mean loss over all ranks of embeddings [B, D], normalised inside, with class numbers ``target``, int64 [B], in [0, C).
+        """Mean loss over all ranks, 0-d.
+
+        Args:
+            embedding: [B, D] of this rank; normalised inside.
+            target: class numbers in [0, C) or ``ignore_index``, int64 [B].
 
         Raises:
             TypeError, ValueError, IndexError: on every rank, if one of them brings an argument of a wrong type, shape, dtype or
@@ -197,7 +202,7 @@ class PartialFC(nn.Module):
 
 
 class _Rows(torch.autograd.Function):
-    """The rows that take part, of this rank, and the target rows of all probes, from the ranks that hold them."""
+    """This rank's rows that take part, and the target rows of all probes [N, D], from the ranks that hold them."""
 
     @staticmethod
     def forward(
@@ -213,7 +218,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_targets: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Ranks together compute W times the mean's gradient; rows, which nobody averages, get the gradient itself."""
+        """Incoming gradients add up over ranks to W times the mean's. DDP does not average those of rows, so they are divided here."""
         sampled, row = ctx.saved_tensors
         of_targets = distributed.sum_of(grad_targets, ctx.group).masked_fill((row < 0)[:, None], 0)
         grad = grad.index_add_(0, row.clamp_min(0), of_targets)  # nobody else has it: no second copy of all rows
@@ -227,7 +232,7 @@ class _Rows(torch.autograd.Function):
 
 
 def describe(margin: Margin) -> str:
-    """The margin's name and numbers; of its tensors that there is one."""
+    """The margin's name and numbers, with 'tensor' in the place of a tensor."""
     values = (
         f"{name}={'tensor' if isinstance(v, Tensor) else repr(v)}" for name, v in vars(margin).items() if name[0] != "_"
     )
@@ -235,23 +240,25 @@ def describe(margin: Margin) -> str:
 
 
 def shard_sizes(classes: int, world: int) -> list[int]:
-    """How many classes each rank holds: the first ranks one more where they cannot hold as many."""
+    """How many classes each rank holds. If they cannot hold equally many, the first ranks hold one more."""
     return [classes // world + (rank < classes % world) for rank in range(world)]
 
 
 def merge_state_dicts(shards: Sequence[Mapping[str, Any]], name: str | int = "weight") -> dict[str, Any]:
-    """The state dict of the one-process :class:`PartialFC` from those of all ranks, in their order.
+    """Joins the state dicts of all ranks into that of a :class:`PartialFC` in one process.
 
-    It takes state dicts of a module that holds one, and of an optimizer too. What belongs to rows is joined; the rest is taken from
-    rank 0. :func:`split_state_dict` then makes those of another number of ranks.
+    They may be state dicts of the :class:`PartialFC`, of a module that contains it, or of an optimizer. Tensors with a row for each
+    class are joined, on the CPU. All else is taken from rank 0. :func:`split_state_dict` then gives state dicts for another number of
+    ranks.
 
     Args:
-        shards: the state dicts of ranks 0 to W - 1.
-        name: of the weights: the key in a module's state dict, such as 'head.weight'; their number in an optimizer's.
+        shards: the state dicts of ranks 0 to W - 1, in this order.
+        name: which parameter the weights are: in a module's state dict their key, such as 'head.weight'; in an optimizer's their
+            number in ``state``.
 
     Raises:
         KeyError: there is no such parameter.
-        ValueError: the shards are not those of all ranks in order.
+        ValueError: there are no shards, or they are not those of all ranks in order.
     """
     if not shards:
         raise ValueError("shards must hold the state dict of at least one rank, got none")
@@ -268,7 +275,17 @@ def merge_state_dicts(shards: Sequence[Mapping[str, Any]], name: str | int = "we
 
 
 def split_state_dict(whole: Mapping[str, Any], world: int, name: str | int = "weight") -> list[dict[str, Any]]:
-    """The state dicts of ``world`` ranks from the whole one: the reverse of :func:`merge_state_dicts`, with arguments as there."""
+    """The state dicts of ``world`` ranks, from the whole one: the reverse of :func:`merge_state_dicts`.
+
+    Args:
+        whole: a state dict with all classes.
+        world: number of ranks W, at most the number of classes.
+        name: as in :func:`merge_state_dicts`.
+
+    Raises:
+        KeyError: there is no such parameter.
+        ValueError: ``world`` is out of range.
+    """
     world = check_count("world", world, 1)
     rows = _of_rows(whole, name)
     for key, value in rows.items():
@@ -279,7 +296,7 @@ def split_state_dict(whole: Mapping[str, Any], world: int, name: str | int = "we
 
 
 def _of_rows(state: Mapping[str, Any], name: str | int) -> dict[str, Tensor]:
-    """The tensors with one row a class."""
+    """The tensors that have a row for each class."""
     held: Mapping[Any, Any] = state["state"] if "param_groups" in state else state
     if name not in held:
         raise KeyError(f"{name!r} is no parameter of this state dict, which has {', '.join(map(repr, held)) or 'none'}")
@@ -289,7 +306,7 @@ def _of_rows(state: Mapping[str, Any], name: str | int) -> dict[str, Tensor]:
 
 
 def _with_rows(state: Mapping[str, Any], name: str | int, rows: dict[str, Tensor]) -> dict[str, Any]:
-    """A copy with these tensors in the place of its own."""
+    """A copy of ``state`` in which ``rows`` replace the tensors of the same names."""
     if "param_groups" in state:
         return {**state, "state": {**state["state"], name: {**state["state"][name], **rows}}}
     return {**state, **rows}

@@ -1,20 +1,21 @@
-"""Losses over a queue of keys, or over the batch itself. Other projects write them with an N x K matrix of logits.
+"""Losses over a queue of keys, or over the batch itself. Other projects compute them with an N x K matrix of logits.
 
-:class:`MoCo` and :class:`DCQ` have one positive for each probe, given by a second network. :class:`SupCon`, :class:`NTXent`,
-:class:`PairCircle` and :class:`Contrastive` have as many as there are keys of the probe's identity, in the batch, in a queue or in both.
-:class:`CrossBatchMemory` uses one of these four over a memory that the batch has entered.
+A *probe* is an embedding that is compared with *keys*. Its *positives* are the keys of its own identity. :class:`MoCo` and :class:`DCQ`
+have one positive for each probe, given by a second network. :class:`SupCon`, :class:`NTXent`, :class:`PairCircle` and
+:class:`Contrastive` have any number of positives, in the batch, in a queue or in both. :class:`CrossBatchMemory` uses one of these
+four over a memory of the last embeddings.
 
 Where keys are the batch alone, on the CPU, the cosines are made a block of probes at a time, and with them the block's share of the
 loss and of both gradients (:func:`sst_fast.nn.blocks.sum_over_blocks`).
 
-Over a queue, several positives need no kernel of their own. The log-sum-exp over a probe's keys, those of its own identity masked or not, is one
-call of :func:`sst_fast.functional.margin_softmax` (:func:`log_sum_exp`): one sweep over the queue. Positives are few. They are found by their
-identities, and their cosines are taken one by one. Two things are written to memory, never N x K numbers: the rows of the M keys
-whose identity occurs among the probes, [M, D], and one number for each pair of a probe and a positive.
+Over a queue, several positives need no kernel of their own. The log-sum-exp over a probe's keys is one call of
+:func:`sst_fast.functional.margin_softmax`, one sweep over the queue (:func:`log_sum_exp`). Positives are few. They are found by their
+identities, and their cosines are computed pair by pair. No N x K numbers are written to memory, but two smaller things: the rows of
+the M keys whose identity occurs among the probes, [M, D], and one number for each pair of a probe and a positive.
 
-With several processes (W ranks of a process group) every rank's keys enter every rank's queue. They are keys of every rank's probes,
-with their exact gradient. Every rank must bring the same B. The value is a mean over the rank's own probes. The mean of these over
-ranks, whose gradients DistributedDataParallel takes, is the mean over all probes.
+With several processes (W ranks of a process group) every rank's keys enter every rank's queue. A batch's keys are compared with every
+rank's probes, with exact gradients. Every rank must bring the same N. The value is a mean over the rank's own probes. The mean of
+these values over ranks is the mean over all probes, and DistributedDataParallel averages the gradients in the same way.
 
 Sizes: N probes, K keys, D features.
 """
@@ -50,7 +51,7 @@ from sst_fast.reference import normalize, taken, window_slots
 Form = Literal["outside", "inside"]
 PairReduction = Literal["mean", "nonzero", "sum"]
 
-PAIRS_AT_ONCE = 2**22  # so many numbers of gathered rows are in memory while cosines of pairs are taken
+PAIRS_AT_ONCE = 2**22  # numbers of gathered rows in memory at once, while cosines of pairs are computed
 
 
 class Keys(NamedTuple):
@@ -59,8 +60,8 @@ class Keys(NamedTuple):
     Attributes:
         rows: [K, D], of norm 1; with a gradient where they are a batch.
         identity: int64 [K]; -1 marks an empty slot.
-        own: int64 [N] or None: the number of the key that is the probe itself, and no key of it.
-        batch: they are the batch's, few and none of them empty.
+        own: int64 [N]: the number of the key that is the probe itself, which the probe is not compared with. None: there is none.
+        batch: the keys are those of the batch: few, and none of them empty.
     """
 
     rows: Tensor
@@ -73,19 +74,19 @@ def log_sum_exp(
     embedding: Tensor, keys: Keys, scale: float, *, margin: Margin = Softmax(), lowest: float = -1.0,
     identity: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """log of the sum of exp(scale phi(c)) over a probe's keys, [N], in one sweep; -inf where it has none.
+    """log of the sum of exp(scale phi(c)) over a probe's keys, [N], in one sweep; -inf where it has no key.
 
-    The operator gives log(1 + sum of exp(z - t)) for a target with logit t. We give it one along the probe itself: it has no
-    gradient, since a cosine does not change with the probe's length, and with a cosine of ``lowest`` its logit is below all
-    others, so that nothing underflows.
+    The operator gives log(1 + sum of exp(z - t)) for a target with logit t, from which the sum of exp(z) follows. As the target we
+    give it a row along the probe itself, with cosine ``lowest``. A cosine's gradient has no part along the probe, so this target adds
+    none. Its logit is not above any other, so no term of the sum is lost to underflow.
 
     Args:
         embedding: probes [N, D], normalised inside; with gradient, as are keys of a batch.
-        keys: what is summed over.
+        keys: the keys that are summed over.
         scale: inverse temperature.
         margin: whose phi is taken.
         lowest: a cosine at which the margin's psi is the least value of phi.
-        identity: int64 [N]: keys of the probe's own identity are left out; None: they are not.
+        identity: int64 [N]: keys of the probe's own identity are left out; None: none is.
         backend: as in :func:`sst_fast.functional.margin_softmax`.
     """
     kind = embedding.device.type
@@ -105,11 +106,11 @@ def log_sum_exp(
 
 
 class Positives:
-    """The keys of the probes' identities: the rows of those M keys, and which of them are positives of which probe.
+    """The keys whose identity occurs among the probes: their rows [M, D], and which of them are positives of which probe.
 
     Args:
         identity: int64 [N], of the probes.
-        keys: among which they are looked for. No probe is its own positive.
+        keys: where positives are looked for. No probe is its own positive.
     """
 
     def __init__(self, identity: Tensor, keys: Keys) -> None:
@@ -125,7 +126,7 @@ class Positives:
             self.count = self.count - 1
 
     def sums(self, unit: Tensor) -> Tensor:
-        """Sum of each probe's cosines with its positives, [N], with gradient, without looking at pairs; probes ``unit`` [N, D]."""
+        """Sum of each unit probe's cosines with its positives, [N], with gradient: its product with the sum of their rows."""
         names, which = torch.unique(self.identity, return_inverse=True)
         rows = self.rows.to(unit.dtype)
         total = rows.new_zeros(len(names), rows.shape[1]).index_add(0, torch.searchsorted(names, self.held), rows)[
@@ -148,7 +149,7 @@ class Positives:
 
 
 class _PairCosines(torch.autograd.Function):
-    """Products of rows ``probe`` [P] of x and rows ``key`` [P] of w, so many at a time that no [P, D] is made."""
+    """Products of rows ``probe`` [P] of x and rows ``key`` [P] of w, in parts, so that no [P, D] is made."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, probe: Tensor, key: Tensor) -> Tensor:
@@ -176,15 +177,15 @@ def _parts(pairs: int, features: int) -> list[slice]:
 
 
 def _pairs(count: Tensor) -> tuple[Tensor, Tensor]:
-    """For ``count``, int64 [N], pairs of each probe: the probe's number and the pair's among its own, int64 [P] both, in order."""
+    """Of all P pairs, where probe i has ``count[i]``: the probe's number and the pair's number in its probe, int64 [P] both."""
     probe = torch.arange(len(count), device=count.device).repeat_interleave(count)
     return probe, torch.arange(len(probe), device=count.device) - (count.cumsum(0) - count)[probe]
 
 
 class _LogSumExp(torch.autograd.Function):
-    """log of the sum of exp over each row of z [N, K] but for the entries ``row``, ``column`` [P]; -inf, with gradient 0, if no other is.
+    """log of the sum of exp over each row of z [N, K] without the entries (``row``, ``column``) [P]; -inf with gradient 0 if none is left.
 
-    Keeps the exponentials, which PyTorch's own takes twice.
+    The exponentials are kept for backward. PyTorch's own logsumexp computes them twice.
     """
 
     @staticmethod
@@ -204,7 +205,7 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _sum_exp_of_pairs(logit: Tensor, probe: Tensor, probes: int) -> Tensor:
-    """log of the sum of exp of the logits [P] of each probe, [N]; -inf where it has none."""
+    """log of the sum of exp of each probe's logits, [N], where logit j of [P] belongs to ``probe[j]``; -inf where a probe has none."""
     top = logit.new_full((probes,), -torch.inf).scatter_reduce(0, probe, logit.detach(), "amax")
     top = top.masked_fill(top == -torch.inf, 0.0)
     total = torch.zeros_like(top).index_add(0, probe, (logit - top[probe]).exp())
@@ -213,7 +214,7 @@ def _sum_exp_of_pairs(logit: Tensor, probe: Tensor, probes: int) -> Tensor:
 
 
 class _QueueLoss(OverRanks):
-    """A loss with a queue, which keys of all ranks enter."""
+    """A loss with a queue. The keys of all ranks enter it."""
 
     queue: GalleryQueue
 
@@ -232,7 +233,7 @@ class _QueueLoss(OverRanks):
         return Keys(self.queue.features[:size], self.queue.identities[:size])
 
     def _enqueue(self, key: Tensor, identity: Tensor, world: int) -> None:
-        """In training mode the keys of all ranks enter the queue."""
+        """Writes the keys of all ranks into the queue, in training mode."""
         if self.training:
             if world > 1:
                 key, identity = distributed.gather(key, self.group), distributed.gather(identity, self.group)
@@ -240,7 +241,7 @@ class _QueueLoss(OverRanks):
 
 
 class _KeyLoss(_QueueLoss):
-    """A probe's one positive is its key from a second network; the queue, as it was before the batch, has the negatives."""
+    """A probe's one positive is its key from a second network. Negatives are in the queue, as it was before the batch."""
 
     statistics: functional.Statistics | None
 
@@ -275,14 +276,14 @@ class MoCo(_KeyLoss):
 
         loss_i = -log( exp(q_i k_i / T) / (exp(q_i k_i / T) + sum over the queue of exp(q_i k_j / T)) )
 
-    The sum is over the queue as it was before the batch. Then the keys of all ranks enter it, in order of rank. Their number need not
-    divide the size of the queue.
+    The sum is over the queue as it was before the batch. Then the keys of all ranks enter the queue, in order of rank. Their number
+    need not divide the size of the queue.
 
     Args:
         queue: of K keys; 65,536 of 128 features in the paper.
-        temperature: T; 0.07 as in v1's code, 0.2 in v2.
-        mask_empty: slots that were never written are no negatives (default). The authors' code counts the random vectors that
-            are there at first; for that, use False with ``GalleryQueue(..., random=True)``.
+        temperature: T, at least 0.001; 0.07 as in v1's code, 0.2 in v2.
+        mask_empty: empty slots are no negatives (default). In the authors' code the queue starts with random vectors, which are
+            negatives. For that, use False with ``GalleryQueue(..., random=True)``.
         gather: with several processes, fill the queue from all of them (default) or from this one alone.
         group: the process group; default: all processes.
         backend: an implementation to force, see :func:`sst_fast.backends`.
@@ -308,11 +309,13 @@ class MoCo(_KeyLoss):
         Args:
             query: [N, D] of one view of each image, normalised inside.
             key: [N, D] of another view, by the momentum encoder; normalised inside, no gradient.
-            query_b, key_b: for the symmetric loss: ``query_b`` of the other view and ``key_b`` of the first one. The loss is the
-                sum of both directions, in one sweep. Both keys enter the queue, ``key_b`` first (as in the authors' CIFAR notebook).
+            query_b, key_b: for the symmetric loss: ``query_b`` is of the view that ``key`` is of, ``key_b`` of the view that ``query``
+                is of. The loss is the sum of both directions, in one sweep. Both keys enter the queue, ``key_b`` first (as in the
+                authors' CIFAR notebook).
 
         Raises:
-            TypeError, ValueError: a wrong type, shape, dtype or device, or more keys than the queue has slots.
+            TypeError, ValueError: a wrong type, shape, dtype or device, more keys than the queue has slots, or ranks that bring
+                different settings or batch sizes (on every rank).
         """
         directions = 1
         if (query_b is None) != (key_b is None):
@@ -335,13 +338,13 @@ class DCQ(_KeyLoss):
 
         loss_i = -log( exp(s (q_i k_i - m)) / (exp(s (q_i k_i - m)) + sum of exp(s q_i k_j)) )
 
-    The sum is over those slots of the queue whose identity is not the probe's, as it was before the batch. Then the keys of all ranks
-    enter it. For inference the momentum network is used.
+    The sum is over the queue as it was before the batch, without the slots of the probe's own identity. Then the keys of all ranks
+    enter the queue. For inference the momentum network is used.
 
     Args:
         queue: of K keys; 8,192 in the paper.
-        margin: a margin of :mod:`sst_fast.margins`; AM-softmax of 0.3 in the paper.
-        scale: s; 50 in the paper.
+        margin: a margin of :mod:`sst_fast.margins` that does not follow the training; AM-softmax of 0.3 in the paper.
+        scale: s in (0, 1000]; 50 in the paper.
         mask_empty, gather, group, backend: as :class:`MoCo`.
 
     After each call ``statistics`` holds the :class:`sst_fast.functional.Statistics` of the queries.
@@ -365,7 +368,8 @@ class DCQ(_KeyLoss):
         """Mean loss of queries [N, D]; keys [N, D] and ``identity``, int64 [N], >= 0, then enter the queue, in training mode.
 
         Raises:
-            TypeError, ValueError: a wrong type, shape, dtype, device or value, or more keys than the queue has slots.
+            TypeError, ValueError: a wrong type, shape, dtype, device or value, more keys than the queue has slots, or ranks that bring
+                different settings or batch sizes (on every rank).
         """
         _, world = self.meet(query)
         loss = self._loss(query, key, identity)
@@ -377,9 +381,9 @@ class PairLoss(_QueueLoss):
     """What losses with several positives share: where keys come from, and how the losses of probes or pairs become one number.
 
     Args:
-        queue: more keys than the batch's. The batch's keys enter it afterwards. None: the batch alone.
-        reduction: 'mean' is over the probes (or pairs, :class:`NTXent`) that have what the loss compares: a positive, and for some
-            losses a negative. 'nonzero' is over those whose loss is not 0, as pytorch-metric-learning's AvgNonZeroReducer. Or 'sum'.
+        queue: keys beside those of the batch. Afterwards the batch's keys enter it. None: the batch's keys alone.
+        reduction: 'mean': over the probes (for :class:`NTXent`: over the pairs) that have a loss. Each class says which these are.
+            'nonzero': over those of them whose loss is not 0, as pytorch-metric-learning's AvgNonZeroReducer. 'sum': their sum.
         gather: with several processes, keys are those of all of them (default) or of this one alone.
         group: the process group; default: all processes.
         backend: an implementation to force, see :func:`sst_fast.backends`.
@@ -399,8 +403,9 @@ class PairLoss(_QueueLoss):
         Args:
             embedding: probes [N, D], normalised inside; or V views each of B samples, [B, V, D], all of which are probes.
             identity: int64 [N], or [B] with views, >= 0. None with views: every sample is an identity of its own, as in SimCLR.
-            key: keys in the place of the embeddings, with the same shape, such as those of a momentum network. A probe's own key is
-                then a positive. None: the embeddings are the keys, and no probe is a key of its own.
+            key: the batch's keys, with the shape of ``embedding``, such as those of a momentum network. They get a gradient if they
+                require one. A probe's own key is one of its positives. None: the embeddings are the keys, and no probe is compared
+                with itself.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or value, more keys than the queue has slots, or ranks that
@@ -460,7 +465,7 @@ class PairLoss(_QueueLoss):
         return torch.where(counts, loss, 0).sum(), counts.sum()
 
     def _of_batch(self, embedding: Tensor, identity: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        """The same by blocks of probes, for which all keys are at hand."""
+        """The same for a batch against itself, by blocks of probes."""
         rows = keys.rows
         itself = keys.own is not None and len(rows) == len(embedding)  # not of several ranks
         unit, number = rows if itself else unit_rows(embedding.to(rows.dtype)), identity.new_zeros(())
@@ -482,11 +487,11 @@ class PairLoss(_QueueLoss):
         return total, number
 
     def _rows(self, c: Tensor, probe: Tensor, key: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`_each` for n probes' cosines c [n, K] with all keys.
+        """:meth:`_each` from the cosines c [n, K] of n probes with all keys.
 
         Args:
-            probe, key: int64 [P]: rows and columns of c whose key has the probe's identity.
-            other: bool [P]: those which are not the probe itself: its positives.
+            probe, key: int64 [P]: row and column in c of the pairs whose key has the probe's identity.
+            other: bool [P]: False where the key is the probe itself. The others are positives.
         """
         raise NotImplementedError
 
@@ -508,16 +513,16 @@ class PairLoss(_QueueLoss):
 class SupCon(PairLoss):
     """Supervised contrastive loss (Khosla et al., NeurIPS 2020), with any number of positives and an optional queue.
 
-    A(i) are the keys of probe i, its own excepted. P(i) are those of its identity among them. The sum over positives stands outside the
-    logarithm (eq. 2, which the paper recommends) or inside (eq. 3):
+    A(i) are the keys of probe i, without itself. P(i) are those of its identity among them. The sum over positives stands outside the
+    logarithm (eq. 2, which the paper recommends) or inside it (eq. 3):
 
         outside:  loss_i = -1/|P(i)| sum over p in P(i) of log( exp(c_ip / T) / sum over a in A(i) of exp(c_ia / T) )
         inside:   loss_i = -log( 1/|P(i)| sum over p in P(i) of exp(c_ip / T) / sum over a in A(i) of exp(c_ia / T) )
 
     Args:
-        temperature: T; 0.07 as in the authors' code.
+        temperature: T, at least 0.001; 0.07 as in the authors' code.
         form: 'outside' (default) or 'inside'.
-        base_temperature: the loss is multiplied by T / base_temperature. None (default): by 1. 0.07 in the authors' code.
+        base_temperature: the loss is multiplied by T / base_temperature; 0.07 in the authors' code. None (default): by 1.
         reduction: over the probes with a positive, see :class:`PairLoss`. For a probe without one the authors' code gives NaN.
         queue, gather, group, backend: as :class:`PairLoss`.
 
@@ -576,8 +581,8 @@ class NTXent(PairLoss):
     NTXentLoss.
 
     Args:
-        temperature: T; 0.07 as pytorch-metric-learning.
-        reduction: over the P pairs, see :class:`PairLoss`.
+        temperature: T, at least 0.001; 0.07 as in pytorch-metric-learning.
+        reduction: over the pairs of a probe and a positive, see :class:`PairLoss`.
         queue, gather, group, backend: as :class:`PairLoss`.
 
     Example:
@@ -614,12 +619,12 @@ class PairCircle(PairLoss):
 
         loss_i = log(1 + sum over negatives of exp(g [c + m]+ (c - m)) * sum over positives of exp(-g [1 + m - c]+ (c - 1 + m)))
 
-    The weights [.]+ are constants to the gradient, as in the authors' code. (``sst_fast.CircleLoss`` is the margin for one
-    positive, a class weight or a gallery feature.)
+    c is a cosine, and [x]+ is max(x, 0). The weights [.]+ are constants to the gradient, as in the authors' code.
+    (``sst_fast.CircleLoss`` is the margin for one positive: a class weight or a gallery feature.)
 
     Args:
         m: relaxation in [0, 1]; 0.4 as in pytorch-metric-learning. The paper has 0.25 for faces.
-        gamma: scale g; 80 as in pytorch-metric-learning. The paper has 256 for faces.
+        gamma: scale g in (0, 1000]; 80 as in pytorch-metric-learning. The paper has 256 for faces.
         reduction: over the probes with a positive and a negative, see :class:`PairLoss`.
         queue, gather, group, backend: as :class:`PairLoss`.
 
@@ -639,7 +644,7 @@ class PairCircle(PairLoss):
         self.margin, self.m, self.gamma = margin, float(m), float(gamma)
 
     def _each(self, embedding: Tensor, identity: Tensor, blocks: Sequence[Keys]) -> tuple[Tensor, Tensor]:
-        # phi is least at c = 0, where it is -m^2, as psi is at 1 - sqrt(2) m.
+        # The least value of phi is -m^2, at c = 0. psi has this value at 1 - sqrt(2) m.
         lowest = 1 - math.sqrt(2) * self.m
         negatives = self._log_sum_exp(embedding, blocks, self.gamma, identity, margin=self.margin, lowest=lowest)
         unit = normalize(embedding.to(negatives.dtype))
@@ -663,12 +668,12 @@ class Contrastive(PairLoss):
 
         loss_i = sum over positives of (1 - c) + sum over negatives of [c - threshold]+
 
-    The paper has -c in the place of 1 - c, and its code c in the place of [c - threshold]+. These are other values with the same
-    gradient. Keys are taken a block at a time, in the queue too.
+    [x]+ is max(x, 0). The paper has -c in the place of 1 - c, and its code has c in the place of [c - threshold]+ where c is above the
+    threshold. The values differ, the gradients do not. Keys are taken a block at a time, those of the queue too.
 
     Args:
-        threshold: cosine, in [-1, 1], up to which a negative is far enough; 0.5 as in the authors' code.
-        reduction: 'mean' is over all probes, as there; see :class:`PairLoss`.
+        threshold: a cosine in [-1, 1]. A negative below it has no loss; 0.5 as in the authors' code.
+        reduction: 'mean' is over all probes, as in their code; see :class:`PairLoss`.
         queue, gather, group: as :class:`PairLoss`.
 
     Example:
@@ -747,8 +752,9 @@ class CrossBatchMemory(_QueueLoss):
 
         Args:
             embedding, identity: the batch.
-            enqueue_mask: bool [N]: only these rows enter the memory, and only the others are probes. For a batch of which one half
-                comes from a momentum network. With several processes as many rows must enter on each rank.
+            enqueue_mask: bool [N]: rows that are True enter the memory, the others are probes. This is for a batch of which one half
+                comes from a momentum network. None: all rows are both. With several processes the same number of rows must enter on
+                each rank.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or value, more rows than the memory, or ranks that bring
@@ -771,7 +777,7 @@ class CrossBatchMemory(_QueueLoss):
 
 
 def check_identity(identity: Tensor, count: int, device: torch.device) -> None:
-    """TypeError or ValueError unless ``identity`` is int64 [count] on ``device`` and, where that costs nothing, >= 0."""
+    """TypeError or ValueError unless ``identity`` is int64 [count] on ``device`` and, if that is the CPU, >= 0."""
     check_tensor("identity", identity, (count,), (torch.int64,), device)
     if device.type == "cpu" and not torch.compiler.is_compiling() and bool((identity < 0).any()):
         raise ValueError(f"identity must be >= 0, got {int(identity.min())}")

@@ -8,12 +8,13 @@ from sst_fast import distributed
 
 
 class OverRanks(nn.Module):
-    """A loss whose ranks exchange embeddings, and must agree on its settings.
+    """A loss whose ranks exchange embeddings. Its settings must be the same on all ranks.
 
     Args:
-        gather: with several processes, exchange (True) or stay alone.
+        gather: with several processes, exchange embeddings (True) or use this rank's alone (False).
         group: the process group; None: all processes.
-        settings: what ``print(loss)`` shows and all ranks must have alike, beside what submodules show.
+        settings: name -> value. ``print(loss)`` shows them. They are compared between ranks, together with what ``print`` shows of
+            submodules.
     """
 
     def __init__(self, gather: bool, group: distributed.Group, settings: dict[str, object]) -> None:
@@ -28,10 +29,10 @@ class OverRanks(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
     def meet(self, embedding: Tensor) -> tuple[int, int]:
-        """(rank, number of ranks W) of those that exchange; their settings are compared once, their batch sizes each time.
+        """(rank, number of ranks W) of the exchange; (0, 1) without one. Settings are compared in the first call, batch sizes in each.
 
         Raises:
-            ValueError: they differ; on every rank.
+            ValueError: settings or batch sizes differ between ranks; raised on every rank.
         """
         rank, world = distributed.ranks(self.group) if self.gather else (0, 1)
         if world > 1:

@@ -1,13 +1,14 @@
-"""Losses of pairs of a batch in both directions, CLIP's and SigLIP's, with no more than a block of the N x N logits at once.
+"""Losses of N pairs of image and text: CLIP's and SigLIP's, with no more than a block of the N x N logits in memory at once.
 
-Rows of logits are made a block at a time by PyTorch's own products, so that what is done to each logit stays in the cache. CLIP's loss
-needs the sums of its rows and columns before any gradient. That takes two passes over the same cosines, for both directions together.
-Between the passes the cosines are kept while they are few (:data:`KEPT`). Otherwise they are made again.
+Rows of logits are made a block at a time by PyTorch's own products, so that the work on each logit stays in the cache. CLIP's loss
+needs the sums of its rows and columns before any gradient. So it takes two passes over the cosines, for both directions together.
+Between the passes the cosines are kept if they are few (:data:`KEPT`). Otherwise they are made again.
 
-With several processes (W ranks of a process group) every image is compared with every rank's texts and the other way round, with
-exact gradients. Every rank must bring the same N. Each rank computes the rows of its own images. The value is the rank's own share.
-The mean of these shares over ranks, whose gradients DistributedDataParallel takes, is the loss of the whole batch. Features get
-the gradient of the sum over ranks. A scale or bias gets that of the logits which its rank computes, so that the mean over ranks is right.
+With several processes (W ranks of a process group) every image is compared with every rank's texts, and every text with every rank's
+images, with exact gradients. Every rank must bring the same N. Each rank computes the rows of its own images, and its value is its
+share: the mean of these shares over ranks is the loss of the whole batch. Features get the gradient of the sum of the shares, of
+which DistributedDataParallel makes the mean. A scale or bias gets the gradient of the logits that its own rank computes. The mean of
+these over ranks is the gradient of the whole loss.
 
 Sizes: N pairs, D features.
 """
@@ -31,7 +32,7 @@ KEPT = 2**22  # so many cosines at most are kept for the gradient, 16 MiB; with 
 
 
 class _Symmetric(OverRanks):
-    """The logit scale, what happens to features before they meet, and open_clip's way of calling a loss."""
+    """What both losses share: the logit scale, and what happens to features before their products."""
 
     def __init__(
         self, init_logit_scale: float | None, gather: Gather, group: distributed.Group, settings: dict[str, object]
@@ -59,7 +60,7 @@ class _Symmetric(OverRanks):
     def _meet(
         self, image_features: Tensor, text_features: Tensor, *numbers: Tensor | float
     ) -> tuple[Tensor, Tensor, list[Tensor], Exchange]:
-        """Unit features, wide, and texts as they are multiplied; numbers as wide 0-d tensors; how ranks exchange them."""
+        """Unit image features in the wide dtype, unit text features in that of the products, numbers as wide 0-d tensors, the exchange."""
         check_embedding("image_features", image_features)
         check_embedding("text_features", text_features)
         if image_features.shape != text_features.shape or image_features.dtype != text_features.dtype:
@@ -84,8 +85,8 @@ class CLIPLoss(_Symmetric):
 
         loss = 1/2 mean_i [ -log softmax_j(s c_ij)_i - log softmax_j(s c_ji)_i ],  c_ij the cosine of image i and text j
 
-    The logits of both directions are the same. So each is made once forward, a block at a time, and at large N once more backward.
-    Where the N x N cosines take at most 16 MiB (N <= 2,048), they are kept instead. With several processes values are those of
+    Both directions have the same logits. So each logit is made once in forward, a block at a time, and once more in backward. Up to
+    N = 2,048 they are kept for backward instead (16 MiB in float32). With several processes values and gradients are those of
     open_clip with ``local_loss`` and ``gather_with_grad``, for half the products.
 
     Args:
@@ -114,7 +115,7 @@ class CLIPLoss(_Symmetric):
         Args:
             image_features, text_features: [N, D] of the same N pairs; normalised inside.
             logit_scale: s itself, not its logarithm, in (0, 1000]: a number or a tensor of one element.
-            logit_bias: taken as by open_clip; a softmax does not change with it.
+            logit_bias: accepted for open_clip's calls. A softmax does not change with it; its gradient is 0.
             output_dict: return {"contrastive_loss": loss}, as open_clip's training loop asks.
 
         Raises:
@@ -135,8 +136,8 @@ class SigLIPLoss(_Symmetric):
 
         loss = -1/N sum_ij log sigmoid(y_ij (s c_ij + b)),  y_ij = 1 for the pair i = j, -1 otherwise
 
-    No logit depends on another. So logits and their gradients are made a block at a time, and the logits are forgotten. With several
-    processes they are made once more backward, for the gradient of other ranks' texts.
+    A pair's loss depends on its own logit alone. So logits and their gradients are made a block at a time, and logits are not kept.
+    With several processes they are made once more in backward, for the gradient of other ranks' texts.
 
     Args:
         init_logit_scale, init_logit_bias: None (default): they are given in each call, as to open_clip's. Numbers (log(10) and -10 in the
@@ -167,8 +168,8 @@ class SigLIPLoss(_Symmetric):
 
         Args:
             image_features, text_features: [N, D] of the same N pairs; normalised inside.
-            logit_scale: s itself, not its logarithm: a number > 0 or a tensor of one element.
-            logit_bias: b, likewise.
+            logit_scale: s itself, not its logarithm, in (0, 1000]: a number or a tensor of one element.
+            logit_bias: b, any number, or a tensor of one element.
             output_dict: return {"contrastive_loss": loss}, as open_clip's training loop asks.
 
         Raises:
@@ -189,7 +190,7 @@ class SigLIPLoss(_Symmetric):
 
 
 class Exchange(NamedTuple):
-    """How this rank's images meet all ranks' texts: gathered, or a rank's at a time round the ring of ranks."""
+    """How this rank's images are compared with all ranks' texts: all gathered at once, or one rank's at a time, sent round a ring."""
 
     rank: int
     world: int
@@ -200,13 +201,17 @@ class Exchange(NamedTuple):
         self, texts: Sequence[Tensor], found: Tensor | None,
         work: Callable[[Sequence[Tensor], Tensor | None, int | None], None], together: Callable[[Tensor], Tensor],
     ) -> Tensor | None:  # fmt: skip
-        """Does ``work(texts, found, own)`` with the texts of all ranks; gives what all ranks found out about this rank's.
+        """Calls ``work(texts, found, own)`` with the texts of all ranks.
 
         Args:
-            texts: tensors [N, ...] of this rank's texts, which go to all.
-            found: [N, ...], written to by ``work`` at each rank; None: nothing is.
-            own: to ``work``, the number of the text of this rank's first image; None: it is not among them.
-            together: what all ranks found, [W N, ...] each, as one.
+            texts: tensors [N, ...] of this rank's texts, which go to all ranks.
+            found: [N, ...], results for this rank's texts, to which ``work`` adds on every rank; None: there are none.
+            work: gets texts [T, ...], their results [T, ...], and ``own``: the row of the text that belongs to this rank's first
+                image; None if it is not among them.
+            together: combines the results [W N, ...] of all ranks into one.
+
+        Returns:
+            ``found`` after all ranks' work.
         """
         if self.ring:
             for step in range(self.world):
@@ -227,16 +232,16 @@ class Exchange(NamedTuple):
         return None if found is None else together(found).chunk(self.world)[self.rank]
 
     def sum(self, found: Tensor) -> Tensor:
-        """Of all ranks'."""
+        """Sum of ``found`` over ranks."""
         return distributed.sum_of(found, self.group)
 
     def log_sum_exp(self, found: Tensor) -> Tensor:
-        """Of all ranks'."""
+        """log of the sum of exp(found) over ranks."""
         return distributed.gather(found[None], self.group).logsumexp(0)
 
 
 class _SoftmaxPairs(torch.autograd.Function):
-    """This rank's share of CLIP's loss, of unit rows [N, D]: wide, 0-d."""
+    """This rank's share of CLIP's loss of unit rows [N, D], 0-d, in the wide dtype."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, exchange: Exchange) -> Tensor:
@@ -265,7 +270,7 @@ class _SoftmaxPairs(torch.autograd.Function):
         image, text, scale, rows, columns, *kept = ctx.saved_tensors
         exchange, scaled, known = ctx.exchange, image * scale, iter(kept) if kept else None
         for_image, for_text = torch.zeros_like(image), torch.zeros_like(image)
-        # Of a rank's share, what half a row's softmax counts, and a text's; they differ where ranks weigh their losses.
+        # The weight of half a row's softmax in this rank's share. Texts bring their own rank's weight: ranks may scale their losses.
         mine = grad / (2 * len(image))
         wants_image = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         wants_text = ctx.needs_input_grad[1] or exchange.world > 1
@@ -290,9 +295,9 @@ class _SoftmaxPairs(torch.autograd.Function):
 
 
 class _SigmoidPairs(torch.autograd.Function):
-    """Sum over this rank's images and all ranks' texts of -log sigmoid(y (s c + b)), of unit rows [N, D]: wide, 0-d.
+    """Sum over this rank's images and all ranks' texts of -log sigmoid(y (s c + b)) of unit rows [N, D], 0-d, in the wide dtype.
 
-    The gradients of images, scale and bias are found in forward, that of the texts too where no other rank has any.
+    The gradients of images, scale and bias are found in forward, and with one rank that of the texts too.
     """
 
     @staticmethod
@@ -344,7 +349,10 @@ class _SigmoidPairs(torch.autograd.Function):
 def _blocks(
     image: Tensor, text: Tensor, bias: Tensor | None = None, own: int | None = None, known: Iterator[Tensor] | None = None
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """Blocks of scaled images and their logits with all the texts, made or ``known``. With a bias: those whose softplus is SigLIP's loss."""
+    """Slices of the scaled images, and their logits with all texts: computed, or taken from ``known``.
+
+    With ``bias`` the logits of pairs are negated, so that SigLIP's loss is the softplus of all of them.
+    """
     for part in slices(len(image), len(text), image.device):
         if known is not None:
             z = next(known)
@@ -360,7 +368,7 @@ def _blocks(
 
 
 def _signed(slope: Tensor, part: slice, own: int | None) -> Tensor:
-    """Derivative of softplus(z) in s c + b from that in z, whose place it takes."""
+    """The slope in z made that in s c + b, in place: pairs' logits have been negated."""
     if own is not None:
         slope.diagonal(own + part.start).neg_()
     return slope

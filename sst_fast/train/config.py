@@ -29,8 +29,7 @@ class DataConfig:
 
     Attributes:
         root: any data set that sst_fast.data.faces knows (a folder with one sub-folder per identity, a list file, RecordIO, LMDB,
-            WebDataset, Hugging Face), or 'orl' for the embedded faces; must be
-            given.
+            WebDataset, Hugging Face, 'module:dataset'), or 'orl' for the embedded faces; must be given.
         size: side of the square input in pixels.
         channels: 1 (gray) or 3 (RGB).
         images_per_identity: keep so many of each identity, chosen by seed; 0 keeps all.
@@ -76,7 +75,7 @@ class Config:
         dim: size D of the embedding.
         width: factor on MobileFaceNet's channel counts.
         margin: a class of sst_fast.margins, its fields as --margin.FIELD ('--margin.help CLASS' lists them), or a short name
-            (softmax, am, arc, combined, sphereface, mv, curricular, npc, circle, arc_neg, adacos, magface, adaface).
+            (softmax, am, arc, combined, sphereface, mv, curricular, npc, circle, arc_neg, adacos, magface, adaface, filtered).
         scale: inverse temperature s > 0 of the softmax.
         queue_size: slots K of the gallery queue, over all processes.
         queue_dtype: of the queue's features.

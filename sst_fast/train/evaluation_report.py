@@ -142,7 +142,7 @@ def _short(name: str) -> str:
 
 def _named(axes: Axes, results: Mapping[str, Target]) -> None:
     if len(results) > 1:
-        axes.legend(fontsize=8)
+        pages.legend(axes)
 
 
 def _histogram(result: Target, axes: Axes) -> None:
@@ -154,7 +154,7 @@ def _histogram(result: Target, axes: Axes) -> None:
         if name in result["figures"]:
             axes.axvline(result["figures"][name], color=colour, linestyle="--", linewidth=1.2, label=f"mean {name}")
     axes.set(xlabel="cosine", ylabel="density", yticks=[])
-    axes.legend(fontsize=8)
+    pages.legend(axes)
 
 
 def _folds(result: Target, axes: Axes) -> None:
@@ -188,7 +188,7 @@ def _spectrum(result: Target, axes: Axes) -> None:
     axes.axvline(rank, color=COLOURS["red"], linestyle="--", linewidth=1.2, label=f"effective rank {rank:.1f}")
     axes.axhline(1 / len(shares), color=COLOURS["muted"], linewidth=0.8, linestyle=":", label="all equal")
     _shares(axes, max(shares))
-    axes.legend(fontsize=8)
+    pages.legend(axes)
 
 
 def _shares(axes: Axes, largest: float) -> None:
@@ -239,4 +239,4 @@ def _spectra(spectra: dict[int, list[float]], axes: Axes) -> None:
     ):
         axes.plot(range(1, len(spectra[epoch]) + 1), spectra[epoch], color=colour, label=f"epoch {epoch}")
     _shares(axes, max(max(spectra[epoch]) for epoch in chosen))
-    axes.legend(fontsize=8)
+    pages.legend(axes)

@@ -61,6 +61,13 @@ def figure(title: str, draw: Callable[[Axes], None]) -> Markup:
     return Markup(f"<figure><figcaption>{escape(title)}</figcaption>{_in_page(buffer.getvalue(), title)}</figure>")
 
 
+def legend(axes: Axes) -> None:
+    """Names the curves above the axes, where no curve can cross the names."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, 62 // (max(map(len, labels)) + 8))  # about 62 letters fit beside each other; a line's sample takes 8
+    axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=8)
+
+
 def _in_page(svg: str, title: str) -> str:
     """Matplotlib's file as an element: without prologue, size and the names of groups, which would be the same in each."""
     svg = svg[svg.index("<svg") :]

@@ -54,12 +54,12 @@ class Sample:
 
 
 def figures_of(scores: Scores) -> dict[str, float]:
-    """The numbers of the table, in percent but for the rank."""
-    tar = {f"TAR at FAR {100 * far:g}%": 100 * value for far, value in scores.tar.items()}
+    """The numbers of the table. Names end in their unit; the effective rank has none."""
+    tar = {f"TAR at FAR {far:g}, %": 100 * value for far, value in scores.tar.items()}
     return {
-        "accuracy": 100 * scores.accuracy,
+        "accuracy, %": 100 * scores.accuracy,
         **tar,
-        "rank-1": 100 * scores.rank1,
+        "rank-1, %": 100 * scores.rank1,
         "effective rank": scores.effective_rank,
     }
 
@@ -83,9 +83,9 @@ def text_table(results: Mapping[Method, list[Result]]) -> str:
     """The table for a terminal."""
     rows = table(results)
     names = list(next(iter(rows.values())))
-    lines = [f"{'':<38}" + "".join(f"{name:>18}" for name in names)]
+    lines = [f"{'':<38}" + "".join(f"{name:>21}" for name in names)]
     for method, row in rows.items():
-        lines.append(f"{NAMES[method]:<38}" + "".join(f"{f'{m:.1f} ± {s:.1f}':>18}" for m, s in row.values()))
+        lines.append(f"{NAMES[method]:<38}" + "".join(f"{f'{m:.1f} ± {s:.1f}':>21}" for m, s in row.values()))
     return "\n".join(lines)
 
 
@@ -128,7 +128,7 @@ def _by_epoch(results: Mapping[Method, list[Result]], name: str, axes: Axes) -> 
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if name == next(iter(CURVES)):
-        axes.legend()
+        pages.legend(axes)
 
 
 def _spectra(results: Mapping[Method, list[Result]], axes: Axes) -> None:
@@ -143,7 +143,7 @@ def _roc(results: Mapping[Method, list[Result]], axes: Axes) -> None:
     for method, folds in results.items():
         _line_and_band(axes, method, grid, np.array([np.interp(grid, *fold.scores.roc()) for fold in folds]))
     axes.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.02))
-    axes.legend(loc="lower right")
+    pages.legend(axes)
 
 
 def _line_and_band(axes: Axes, method: Method, x: NDArray[Any], values: NDArray[Any]) -> None:
@@ -158,7 +158,7 @@ def _histogram(method: Method, folds: list[Result], axes: Axes) -> None:
     for kind, colour in (("impostor", pages.COLOURS["gray"]), ("genuine", COLOURS[method])):
         axes.hist(pairs.scores, bins, weights=getattr(pairs, kind), density=True, alpha=0.7, color=colour, label=kind)
     axes.set(xlabel="cosine", yticks=[])
-    axes.legend()
+    pages.legend(axes)
 
 
 def _image(image: Tensor) -> str:

@@ -1,8 +1,9 @@
-"""Other projects' heads by their own names and constructor arguments, made of ours: one module for each project.
+"""Other projects' heads by their own names and constructor arguments: one module for each project.
 
-They behave as there, in what a loss or a gradient is and in how weights start (the same seed gives the same weights, to rounding;
-partial FC's have the same distribution), but for this: a head gives the loss, not logits for a cross-entropy to follow, and takes
-embeddings as the network gives them. Keyword options of our own class may be added to any of them.
+Each is one of our heads (:mod:`sst_fast.nn.heads`). Loss, gradients and first weights are as in the other project: the same seed gives
+the same first weights, to rounding; those of partial FC have the same distribution. Two things differ. A head gives the loss, not
+logits for a cross-entropy. And it takes embeddings as the network gives them, since it normalises them itself. Keyword options of our
+own class may be added to any of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = ["classes_last", "unit_uniform"]
 
 
 def classes_last(fill: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
-    """``fill`` for projects that keep weights as [dim, classes]: the same numbers from the same seed."""
+    """``fill`` for our weights [classes, dim], as if for weights [dim, classes]: the same seed gives the same numbers as there."""
 
     def init(weight: Tensor) -> None:
         theirs = torch.empty(weight.shape[::-1], dtype=weight.dtype, device=weight.device)

@@ -12,9 +12,13 @@ def AdaFace(
     embedding_size: int = 512, classnum: int = 70722, m: float = 0.4, h: float = 0.333, s: float = 64.0,
     t_alpha: float = 1.0, *, clamps: bool = True, **options: Any,
 ) -> heads.AdaFace:  # fmt: skip
-    """Takes embeddings before their normalisation, ``head(embeddings * norms, label)`` where the network gives both.
+    """AdaFace; ``m`` is a number in [0, 1], ``s`` the scale.
 
-    ``clamps``: of cosines and angles, as there; False gives the formula without.
+    The head needs the norms of embeddings. Where the network gives unit embeddings and norms apart, call
+    ``head(embeddings * norms, label)``.
+
+    Args:
+        clamps: hold cosines and angles a little inside their range, as in AdaFace's code (default). False: the formula as it is.
     """
     options = {"init": unit_uniform} | options
     return heads.AdaFace(classnum, embedding_size, m, h, s, t_alpha=t_alpha, clamps=clamps, **options)

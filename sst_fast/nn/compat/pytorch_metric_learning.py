@@ -1,7 +1,7 @@
 """pytorch-metric-learning's classification losses (2.9, losses/*.py).
 
-``weight_init_func`` fills weights [embedding_size, num_classes] as there. Reducers, distances, regularizers and miners' tuples have
-no counterpart here: ``reduction``, and the regularizer added to the loss, take their place.
+``weight_init_func`` fills weights [embedding_size, num_classes], as in that library. Reducers, distances, regularizers and tuples of
+miners have no counterpart here. In the place of a reducer there is the option ``reduction``. A regularizer can be added to the loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def ArcFaceLoss(
     num_classes: int, embedding_size: int, margin: float = 28.6, scale: float = 64, *,
     weight_init_func: Init = nn.init.normal_, **options: Any,
 ) -> heads.ArcFace:  # fmt: skip
-    """``margin`` in degrees."""
+    """Additive angular margin; ``margin`` in degrees."""
     init = classes_last(weight_init_func)
     return heads.ArcFace(num_classes, embedding_size, math.radians(margin), scale, init=init, **options)
 
@@ -31,7 +31,7 @@ def CosFaceLoss(
     num_classes: int, embedding_size: int, margin: float = 0.35, scale: float = 64, *,
     weight_init_func: Init = nn.init.normal_, **options: Any,
 ) -> heads.CosFace:  # fmt: skip
-    """As there."""
+    """Additive cosine margin; ``margin`` is a cosine."""
     init = classes_last(weight_init_func)
     return heads.CosFace(num_classes, embedding_size, margin, scale, init=init, **options)
 
@@ -40,7 +40,10 @@ def SphereFaceLoss(
     num_classes: int, embedding_size: int, margin: int = 4, scale: float = 1, *, weight_init_func: Init = nn.init.normal_,
     **options: Any,
 ) -> heads.SphereFace:  # fmt: skip
-    """Without annealing, scaled by the embedding's norm. ValueError for another ``scale`` than 1."""
+    """Multiplicative angular margin without annealing; ``margin`` is a factor of the angle.
+
+    The embedding's norm is the scale. ValueError for another ``scale`` than 1.
+    """
     if scale != 1:
         raise ValueError(f"scale must be 1, the embedding's norm taking its place, got {scale!r}")
     return heads.SphereFace(
@@ -58,7 +61,7 @@ def NormalizedSoftmaxLoss(
     num_classes: int, embedding_size: int, temperature: float = 0.05, *, weight_init_func: Init = nn.init.normal_,
     **options: Any,
 ) -> heads.NormalizedSoftmax:  # fmt: skip
-    """As there."""
+    """Softmax of cosines without a margin; the scale is 1 / ``temperature``."""
     return heads.NormalizedSoftmax(
         num_classes, embedding_size, temperature, init=classes_last(weight_init_func), **options
     )
@@ -68,7 +71,7 @@ def SubCenterArcFaceLoss(
     num_classes: int, embedding_size: int, margin: float = 28.6, scale: float = 64, sub_centers: int = 3, *,
     weight_init_func: Init = nn.init.normal_, **options: Any,
 ) -> heads.SubCenterArcFace:  # fmt: skip
-    """``margin`` in degrees."""
+    """Additive angular margin with several weight vectors for each class; ``margin`` in degrees."""
     init = classes_last(weight_init_func)
     return heads.SubCenterArcFace(
         num_classes, embedding_size, math.radians(margin), scale, sub_centers=sub_centers, init=init, **options
