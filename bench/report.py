@@ -372,7 +372,7 @@ def _roofline(run: Run, colours: dict[str, str]) -> Figure | None:
         knee = min(max(roof / slope, span[0]), span[1])
         axes.plot(
             [span[0], knee, span[1]],
-            [slope * span[0], slope * knee, roof],
+            [min(slope * x, roof) for x in (span[0], knee, span[1])],
             color="black",
             linewidth=1,
             linestyle="--",
@@ -417,7 +417,14 @@ def _legend(figure: Figure) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=2 * len(figure.axes),
+        frameon=False,
+        fontsize=8,
+    )
 
 
 def keep(sources: list[Path], target: Path) -> None:

@@ -158,7 +158,9 @@ def _prepare_rows(
     if weight is not None:
         factor = tl.where(valid, tl.load(weight + i, mask=real, other=0.0).to(SUMS), 0.0)
     tl.store(unit + i[:, None] * BLOCK_D + d[None, :], hat.to(SUMS).to(unit.dtype.element_ty), mask=real[:, None])
-    tl.store(rows + INVERSE_NORM * N + i, inverse, mask=real)
+    # A row that is not finite must not pass for one that is too short, which has no gradient: 1 / infinity is 0 as well.
+    finite = tl.max((hat != hat).to(tl.int32), 1) == 0
+    tl.store(rows + INVERSE_NORM * N + i, tl.where(finite, inverse, float("nan")), mask=real)
     tl.store(rows + SCALE * N + i, scales, mask=real)
     tl.store(rows + PHI * N + i, r0, mask=real)
     tl.store(rows + (PHI + 1) * N + i, r1, mask=real)

@@ -205,10 +205,7 @@ def _adapt_margin(a: Arguments) -> Tensor | None:
     n, device = a.embedding.shape[0], a.embedding.device
     penalty = norm = None
     if a.margin.uses_norm:  # nothing is computed for the other margins
-        embedding = a.embedding
-        if a.target is not None:
-            embedding = embedding.masked_fill((a.target == a.ignore_index)[:, None], 0)
-        norm = embedding_norm(embedding.to(a.wide))
+        norm = embedding_norm(reference.embedding_that_counts(a).to(a.wide))
         penalty = a.margin.penalty(norm)
     a.scale = a.margin.scale_for(a.scale, a.slots, norm)
     if norm is not None:
@@ -306,7 +303,8 @@ def _margin_gradient(a: Arguments, residual: Tensor, row_weight: Tensor) -> Tens
     with torch.no_grad():
         unit, target, _ = reference.unit_probes(a)
         cosine, sine = reference.angle_to_target(unit, reference.target_rows(a, unit, target))
-        factor = row_weight * residual * a.scale
+        counts = row_weight != 0
+        factor = torch.where(counts, row_weight * residual * a.scale, 0)
     psi = a.margin.psi(cosine, sine=sine)
     each = torch.where(factor == 0, 0, factor * (psi - psi.detach())).to(residual.dtype)
     return each if a.reduction == "none" else each.sum()

@@ -111,17 +111,25 @@ def angle_to_target(unit: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return cosine, sine
 
 
-def unit_probes(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit embeddings, float64 [N, D]; targets [N], all within the slots; which probes count [N].
+def embedding_that_counts(a: Arguments) -> Tensor:
+    """``embedding`` [N, D], with zeros for rows that count for nothing and may hold anything: ignored ones, whatever they hold, and
+    those of weight 0 that are not finite. 0 times NaN would be NaN."""
+    embedding = a.embedding
+    if a.target is not None:
+        embedding = embedding.masked_fill((a.target == a.ignore_index)[:, None], 0)
+    if a.weight is not None:
+        embedding = embedding.masked_fill(((a.weight == 0) & ~embedding.isfinite().all(1))[:, None], 0)
+    return embedding
 
-    An ignored probe is a row of zeros, whatever it holds.
-    """
-    n = len(a.embedding)
+
+def unit_probes(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit embeddings, float64 [N, D]; targets [N], all within the slots; which probes count [N]. Rows of
+    :func:`embedding_that_counts`."""
+    unit = normalize(embedding_that_counts(a).double())
     if a.target is None:
-        target = torch.zeros(n, dtype=torch.int64, device=a.embedding.device)
-        return normalize(a.embedding.double()), target, torch.ones_like(target, dtype=torch.bool)
+        target = torch.zeros(len(unit), dtype=torch.int64, device=unit.device)
+        return unit, target, torch.ones_like(target, dtype=torch.bool)
     valid = a.target != a.ignore_index
-    unit = normalize(a.embedding.masked_fill(~valid[:, None], 0).double())
     return unit, a.target.where(valid, 0).clamp(0, a.slots - 1), valid
 
 

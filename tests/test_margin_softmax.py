@@ -392,6 +392,36 @@ def test_ignored_rows_may_hold_anything(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("margin", [AMSoftmax(0.35), MagFace(), AdaFace(mean=1.0, std=1.0)], ids=repr)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_rows_of_weight_zero_may_hold_anything(garbage, margin, backend):
+    """MagFace's term for the norms is no part of the kernels."""
+    p = make(6, 30, 8)
+    x = p.embedding.clone()
+    x[2, 1] = garbage
+    x.requires_grad_()
+    weight = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5, 1.0])
+    loss = margin_softmax(x, p.prototypes, p.target, margin=margin, weight=weight, reduction="mean", backend=backend)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("margin", [AMSoftmax(0.35), ArcSoftmax(0.5), MVSoftmax(0.5, 1.2, arc=True)], ids=repr)
+@pytest.mark.parametrize("scale", [30.0, 1000.0])
+def test_a_row_that_is_not_finite_has_no_gradient_that_is(scale, margin, backend):
+    """Its inverse norm is 0 like that of a row too short to have a direction, whose gradient is 0; there may be no negatives."""
+    for dtype in (torch.float64, torch.float32):
+        x = torch.tensor([[-math.inf, -0.4145, -0.5916]], dtype=dtype, requires_grad=True)
+        w = F.normalize(torch.tensor([[-0.1755, -0.2551, -0.9509]], dtype=dtype))
+        loss = margin_softmax(x, w, torch.tensor([0]), margin=margin, scale=scale, backend=backend)
+        loss.backward()
+        assert loss.isnan()
+        assert x.grad.isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_straight_through_is_the_gradient_of_a_margin_under_no_grad(backend):
     p = make(4, 40, 16, masks=False)
     x = p.embedding.requires_grad_()

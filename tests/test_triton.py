@@ -20,7 +20,7 @@ from sst_fast.backends import triton as backend
 from sst_fast.backends.backend import Problem
 from sst_fast.backends.choose import BACKENDS
 from sst_fast.functional import margin_softmax
-from sst_fast.margins import FUSED, KINDS, Margin
+from sst_fast.margins import FUSED, KINDS, Margin, MVSoftmax
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -424,6 +424,21 @@ def test_nothing_but_the_target_and_bad_rows(kernels):
     empty = torch.full((40,), -1)
     alone = margin_softmax(x[:2], problem.prototypes, problem.target[:2], slot_identity=empty, backend=kernels)
     assert alone.item() == 0
+
+
+@pytest.mark.parametrize("margin", [AMSoftmax(0.35), ArcSoftmax(0.5), MVSoftmax(0.5, 1.2, arc=True)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_that_is_not_finite_has_no_gradient_that_is(kernels, dtype, margin):
+    """Its inverse norm is 0 like that of a row too short to have a direction, whose gradient is 0; there may be no negatives."""
+    if kernels == "triton" and dtype == torch.float64:
+        pytest.skip("has no float64")
+    for scale in (30.0, 1000.0):
+        x = torch.tensor([[-math.inf, -0.4145, -0.5916]], dtype=dtype, requires_grad=True)
+        w = normalize(torch.tensor([[-0.1755, -0.2551, -0.9509]], dtype=dtype))
+        loss = margin_softmax(x, w, torch.tensor([0]), margin=margin, scale=scale, backend=kernels)
+        loss.backward()
+        assert loss.isnan()
+        assert x.grad.isnan().any()
 
 
 @pytest.mark.slow
