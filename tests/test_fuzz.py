@@ -228,7 +228,9 @@ def loss_case(data, small: bool, wide: bool = True) -> Case:
     masks = draw(st.sampled_from(["both", "both", "slots", "none"]), "masks")
     mask_empty = draw(st.booleans(), "mask_empty")
     if masks != "none" and mask_empty and queue_dtype != torch.float8_e4m3fn and target is None:
-        w = w.masked_fill((slot_identity < 0).repeat_interleave(sub_centers)[:, None], torch.nan)  # whatever an empty slot holds is masked
+        w = w.masked_fill(
+            (slot_identity < 0).repeat_interleave(sub_centers)[:, None], torch.nan
+        )  # whatever an empty slot holds is masked
     reduction = draw(st.sampled_from(["none", "mean", "sum"] if n else ["none", "sum"]), "reduction")
     scale = draw(st.sampled_from([30.0, 1.0, 64.0, 1e-3, 1000.0, "a tensor", "rows"]), "scale")
     scale = {"a tensor": torch.tensor(16.0), "rows": torch.linspace(1, 64, n)}.get(scale, scale)
