@@ -566,6 +566,7 @@ def combine_kernel(
         t = scale * psi
         # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.
         excess = tl.where(sum_z == 0, NEVER, highest + tl.log(tl.where(sum_z == 0, 1.0, sum_z)) - t)
+        excess = tl.where(exact == exact, excess, exact)  # a probe that is not finite may have no negatives
         small = tl.exp(-tl.abs(excess))
         # log(1 + x) as x log(1 + x) / ((1 + x) - 1): the rounding of 1 + x is in both.
         rounded = 1.0 + small - 1.0

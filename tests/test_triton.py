@@ -426,6 +426,20 @@ def test_nothing_but_the_target_and_bad_rows(kernels):
     assert alone.item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_probe_that_is_not_finite_has_no_gradient_even_without_negatives(kernels, dtype, smoothing):
+    if (kernels, dtype) == ("triton", torch.float64):
+        pytest.skip("float64 is the staged sweep's")
+    x = torch.full((1, 1), -torch.inf, dtype=dtype, requires_grad=True)
+    loss = margin_softmax(
+        x, torch.ones(1, 1, dtype=dtype), torch.tensor([0]), margin=ArcSoftmax(0.5), label_smoothing=smoothing,
+        backend=kernels,
+    )  # fmt: skip
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, x)[0].isnan()
+
+
 @pytest.mark.slow
 def test_every_configuration_compiles():
     """In a process of its own, without the interpreter: fits shared memory, spills nothing, uses tensor cores.
