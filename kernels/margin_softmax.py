@@ -158,9 +158,7 @@ def _prepare_rows(
     if weight is not None:
         factor = tl.where(valid, tl.load(weight + i, mask=real, other=0.0).to(SUMS), 0.0)
     tl.store(unit + i[:, None] * BLOCK_D + d[None, :], hat.to(SUMS).to(unit.dtype.element_ty), mask=real[:, None])
-    # A row that is not finite must not pass for one that is too short, which has no gradient: 1 / infinity is 0 as well.
-    finite = tl.max((hat != hat).to(tl.int32), 1) == 0
-    tl.store(rows + INVERSE_NORM * N + i, tl.where(finite, inverse, float("nan")), mask=real)
+    tl.store(rows + INVERSE_NORM * N + i, inverse, mask=real)
     tl.store(rows + SCALE * N + i, scales, mask=real)
     tl.store(rows + PHI * N + i, r0, mask=real)
     tl.store(rows + (PHI + 1) * N + i, r1, mask=real)
@@ -568,6 +566,7 @@ def combine_kernel(
         t = scale * psi
         # The target never enters the sum it is subtracted from: nothing cancels as its probability nears 1.
         excess = tl.where(sum_z == 0, NEVER, highest + tl.log(tl.where(sum_z == 0, 1.0, sum_z)) - t)
+        excess = tl.where(exact == exact, excess, exact)  # a probe that is not finite may have no negatives
         small = tl.exp(-tl.abs(excess))
         # log(1 + x) as x log(1 + x) / ((1 + x) - 1): the rounding of 1 + x is in both.
         rounded = 1.0 + small - 1.0

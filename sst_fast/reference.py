@@ -196,7 +196,7 @@ def _plain(
         others = w.masked_fill((slot_identity < 0).repeat_interleave(sub_centers)[:, None], 0)
     c = unit @ others.T
     if sub_centers > 1:
-        c = c.view(len(c), -1, sub_centers).max(2).values  # the gradient goes to the first of the largest
+        c = c.unflatten(1, (-1, sub_centers)).max(2).values  # the gradient goes to the first of the largest
     a, sine = angle_to_target(exact, own)
     live = torch.ones_like(c, dtype=torch.bool)
     if slot_identity is not None:

@@ -734,19 +734,8 @@ def test_e(): pass
 def test_what_a_test_has_spoilt_is_not_what_the_next_one_finds(tmp_path):
     """Processes follow one another until every test has an outcome; none is run twice."""
     (tmp_path / "test_it.py").write_text(POISONED)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "bench.resume",
-        "--rootdir",
-        str(tmp_path),
-    ]
-    command += ["-c", os.devnull, "--outcomes", str(tmp_path / "outcomes.jsonl"), str(tmp_path / "test_it.py")]
+    arguments = f"-q -p no:cacheprovider -p bench.resume --rootdir {tmp_path} -c {os.devnull} --outcomes {tmp_path}/outcomes.jsonl"
+    command = [sys.executable, "-m", "pytest", *arguments.split(), str(tmp_path / "test_it.py")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = str(ROOT)
     done = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(4)]

@@ -130,6 +130,15 @@ def test_a_row_that_is_not_finite_is_seen(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_no_probes(backend):
+    p = make_sub_centers(0, 6, 3, 8)
+    x, w = p.embedding.requires_grad_(), p.prototypes.requires_grad_()
+    loss = margin_softmax(x, w, p.target, sub_centers=3, reduction="none", backend=backend)
+    assert loss.shape == (0,)
+    assert not torch.autograd.grad(loss.sum(), w)[0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equally_near_rows_train_the_first(backend):
     p = make_sub_centers(6, 5, 1, 8)
     x, w = p.embedding, p.prototypes.repeat_interleave(3, 0).requires_grad_()

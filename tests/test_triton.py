@@ -432,10 +432,12 @@ def test_a_row_that_is_not_finite_has_no_gradient_that_is(kernels, dtype, margin
     """Its inverse norm is 0 like that of a row too short to have a direction, whose gradient is 0; there may be no negatives."""
     if kernels == "triton" and dtype == torch.float64:
         pytest.skip("has no float64")
-    for scale in (30.0, 1000.0):
+    for scale, smoothing in ((30.0, 0.0), (1000.0, 0.0), (30.0, 0.1)):
         x = torch.tensor([[-math.inf, -0.4145, -0.5916]], dtype=dtype, requires_grad=True)
         w = normalize(torch.tensor([[-0.1755, -0.2551, -0.9509]], dtype=dtype))
-        loss = margin_softmax(x, w, torch.tensor([0]), margin=margin, scale=scale, backend=kernels)
+        loss = margin_softmax(
+            x, w, torch.tensor([0]), margin=margin, scale=scale, label_smoothing=smoothing, backend=kernels
+        )
         loss.backward()
         assert loss.isnan()
         assert x.grad.isnan().any()
