@@ -186,7 +186,9 @@ def figures(results: Sequence[grid.Result], folder: Path, data: str) -> list[str
     def save(name: str, title: str) -> None:
         path = folder / f"{data}_{name}.svg"
         names = dict(zip(*pyplot.gcf().axes[0].get_legend_handles_labels()[::-1], strict=True))
-        pyplot.gcf().legend(list(names.values()), list(names), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+        pyplot.gcf().legend(
+            list(names.values()), list(names), loc="outside upper center", ncols=2, frameon=False, fontsize=8
+        )
         pyplot.savefig(path, metadata={"Date": None})
         pyplot.close()
         shown.append(f"![{title}]({folder.name}/{path.name})")

@@ -23,7 +23,10 @@ from sst_fast.arguments import (
 from sst_fast.loss import RunningMargin, over_shards, splits_over_shards
 from sst_fast.margins import AMSoftmax, Margin, Parameter
 
-IGNORED, ELSEWHERE = -100, -1  # row number of a probe's target where the probe is ignored, or another rank holds the target
+IGNORED, ELSEWHERE = (
+    -100,
+    -1,
+)  # row number of a probe's target where the probe is ignored, or another rank holds the target
 
 
 class PartialFC(nn.Module):

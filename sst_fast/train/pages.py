@@ -64,7 +64,9 @@ def figure(title: str, draw: Callable[[Axes], None]) -> Markup:
 def legend(axes: Axes) -> None:
     """Names the curves above the axes, where no curve can cross the names."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, 62 // (max(map(len, labels)) + 8))  # about 62 letters fit beside each other; a line's sample takes 8
+    columns = max(
+        1, 62 // (max(map(len, labels)) + 8)
+    )  # about 62 letters fit beside each other; a line's sample takes 8
     axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=8)
 
 
