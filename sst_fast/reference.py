@@ -188,7 +188,8 @@ def _plain(
         others = w.masked_fill((slot_identity < 0).repeat_interleave(sub_centers)[:, None], 0)
     c = unit @ others.T
     if sub_centers > 1:
-        c = c.view(len(c), -1, sub_centers).max(2).values  # the gradient goes to the first of the largest
+        # The gradient goes to the first of the largest. Without probes PyTorch infers no size.
+        c = c.view(len(c), c.shape[1] // sub_centers, sub_centers).max(2).values
     a, sine = angle_to_target(exact, own)
     live = torch.ones_like(c, dtype=torch.bool)
     if slot_identity is not None:
