@@ -437,7 +437,7 @@ def test_states_that_cannot_be_converted(state, source, message):
         (lambda: heads.ArcFace(5, 4)(torch.ones(3, 4), torch.tensor([0, -1, 1])), IndexError, r"target\[1\] is -1"),
         (lambda: heads.CosFace(5, 4)(torch.ones(3, 4), torch.ones(3)), TypeError, "target must be int64, got float32"),
         (lambda: heads.ArcFace(5, 4, 28.6), ValueError, r"margin must be radians in \[0, 3.14159\], got 28.6"),
-        (lambda: heads.NormalizedSoftmax(5, 4, 0.0), ValueError, "temperature must be a number > 0, got 0.0"),
+        (lambda: heads.NormalizedSoftmax(5, 4, 0.0), ValueError, "temperature must be a number of at least 0.001, got 0.0"),
         (lambda: heads.CosFace(5, 4, reducer=None), TypeError, "reducer is no option of CosFace, expected backend, "),
         (lambda: heads.CombinedMargin(5, 4, annealing=1.0, threshold=0.4), ValueError, "annealing must be 0 with threshold, got 1"),
         (lambda: heads.CosFace(5, 4).topk(torch.ones(3, 4), 6), ValueError, "k must be at most 5, the number of prototypes, got 6"),

@@ -77,8 +77,8 @@ class NormalizedSoftmax(MarginSoftmaxHead):
     """
 
     def __init__(self, classes: int, dim: int, temperature: float = 0.05, **options: Any) -> None:
-        if not is_number(temperature) or not temperature > 0:
-            raise ValueError(f"temperature must be a number > 0, got {temperature!r}")
+        if not is_number(temperature) or not temperature >= 1 / margins.MAX_SCALE:
+            raise ValueError(f"temperature must be a number of at least {1 / margins.MAX_SCALE:g}, got {temperature!r}")
         super().__init__(classes, dim, margins.Softmax(), 1 / temperature, **options)
 
 
