@@ -206,16 +206,6 @@ def test_head_has_rows_for_every_sub_center():
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_probes(backend):
-    rows = F.normalize(torch.randn(6, 4))
-    none, target = torch.randn(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.int64)
-    loss = margin_softmax(none, rows, target, reduction="none", sub_centers=2, backend=backend)
-    assert loss.shape == (0,)
-    loss.sum().backward()
-    assert none.grad.shape == (0, 4)
-
-
 def test_a_head_without_probes():
     head = MarginSoftmaxHead(3, 4, sub_centers=2)
     assert head.logits(torch.randn(0, 4)).shape == (0, 3)
