@@ -35,9 +35,8 @@ def main(arguments: list[str] | None = None) -> tuple[sst_fast.SemiSiamese, list
     mesh = dist.device_mesh.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world,))
     fully_shard(model.probe, mesh=mesh)  # the queue stays whole: all processes hold the same
     fully_shard(model.gallery, mesh=mesh)
-    if (
-        dist.get_backend() == "gloo"
-    ):  # PyTorch 2.8 adds gradients up over gloo where it should average them (its issue 162338)
+    # PyTorch 2.8 adds gradients up over gloo where it should average them (its issue 162338).
+    if dist.get_backend() == "gloo":
         model.probe.set_force_sum_reduction_for_comms(True)
     optimizer = torch.optim.SGD(model.probe.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
 

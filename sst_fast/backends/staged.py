@@ -56,7 +56,14 @@ LIFT = 8.0  # what is written in float16 is lifted by this many powers of e: it 
 PIECE_BYTES = 128  # of a row in product 1
 AGAIN = 16  # probes of a block of again_kernel
 COLUMNS = 256  # and columns of their moments
-_ADDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Its first two numbers."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+_ADDS = _release(torch.__version__) >= (2, 10)
 
 
 class Staged(Backend):
@@ -105,7 +112,7 @@ def _why_not_double() -> str | None:
     """``tl.dot`` takes float64 from Triton 3.5 on; in the interpreter it always did."""
     import triton
 
-    old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5)
+    old = _release(triton.__version__) < (3, 5)
     return f"float64 needs Triton 3.5, this is {triton.__version__}" if old else None
 
 
