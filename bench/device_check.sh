@@ -35,7 +35,9 @@ print('-'.join(''.join(c if c.isalnum() else ' ' for c in identity(torch.device(
     echo "device_check: PyTorch finds no device '$DEVICE'" >&2
     exit 1
 }
-base="$OUT/$name-$(date +%F)"
+# A folder that something was written into within twelve hours is gone on with: midnight does not begin everything anew.
+base=$(find "$OUT" -mindepth 1 -maxdepth 1 -type d -name "$name-????-??-??" -mmin -720 2> /dev/null | sort | tail -n 1)
+base=${base:-$OUT/$name-$(date +%F)}
 mkdir -p "$base"
 rows="$base/rows.jsonl"
 seconds=2

@@ -712,6 +712,8 @@ def test_a_stage_that_fails_or_takes_too_long_is_tried_again(tmp_path):
         command = ["bash", str(check_script), "build", "check"]
         done = subprocess.run(command, env=environment | {"BUILDING": building}, capture_output=True, text=True)
         told.append((done.returncode, done.stdout.splitlines()))
+        (folder,) = (tmp_path / "out").iterdir()
+        folder.rename(folder.with_name("mock-gpu-2001-02-03"))  # begun on another day
     assert [status for status, _ in told] == [1, 1, 0, 0]
     assert all("9.0a, 1, setup.py build_ext --inplace" in lines for _, lines in told[:3])  # for the card that is there
     assert any(line.startswith("-m sst_fast.check --device cuda --json") for line in told[0][1])
