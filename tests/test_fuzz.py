@@ -44,10 +44,9 @@ if INTERPRETED:
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 QUEUE_FLOATS = [*FLOATS, torch.float8_e4m3fn]
-# Of a profile as many as it says (tests/conftest.py), and 200 where none was chosen; the interpreter takes its time and has a tenth of these.
+# Of a profile as many as it says (tests/conftest.py), and 200 where none was chosen.
 EXAMPLES = settings.default.max_examples
 USUAL = settings(max_examples=200 if EXAMPLES == 100 else EXAMPLES, deadline=None)
-SLOW = settings(USUAL, max_examples=20 if EXAMPLES == 100 else EXAMPLES)
 MIN_NORM = 1e-12
 FEW_MARGINS = [
     *MARGINS, MagFace(), MagFace(0.1, 3.0, easy=False, weight=0.5), AdaFace(mean=1.0, std=1.0), AdaFace(clamps=True), AdaCos(), AdaCos(12.0),
@@ -543,7 +542,7 @@ def test_loss(backend, data):
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter and the extension")
 @pytest.mark.parametrize("backend", INTERPRETED)
-@SLOW
+@USUAL
 @given(data=st.data())
 def test_loss_in_the_interpreter(backend, data):
     check(loss_case(data, small=True, wide=backend == "staged"), backend)
