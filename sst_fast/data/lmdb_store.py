@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from array import array
 from pathlib import Path
@@ -59,11 +60,16 @@ def package() -> Any:
 
 
 def environment(path: Path) -> Any:
-    """This process's, opened for reading without a lock: nobody else may write meanwhile."""
+    """This process's, for images in any order."""
     key = str(path.resolve())
     if key not in _environments:
-        _environments[key] = package().open(key, subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+        _environments[key] = opened(path, in_order=False)
     return _environments[key]
+
+
+def opened(path: Path, in_order: bool) -> Any:
+    """For reading without a lock: nobody else may write meanwhile. ``in_order``: the system reads ahead."""
+    return package().open(str(path.resolve()), subdir=path.is_dir(), readonly=True, lock=False, readahead=in_order)
 
 
 def _close() -> None:
@@ -89,7 +95,13 @@ def open_lmdb(path: Path) -> Faces:
         names: dict[bytes, int] = {}
         keys, identities = Gathered(), array("q")
         try:
-            with environment(path).begin() as transaction, transaction.cursor() as cursor:
+            # A process may open an environment once: where images are being read from it, that one has to do.
+            known = str(path.resolve()) in _environments
+            with (
+                contextlib.nullcontext(environment(path)) if known else opened(path, in_order=True) as source,
+                source.begin() as transaction,
+                transaction.cursor() as cursor,
+            ):
                 for key in cursor.iternext(values=False):
                     keys.append(key)
                     identity, slash, _ = key.rpartition(b"/")
