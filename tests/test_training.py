@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import re
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from runs import config, make_faces
 
 import sst_fast
+from bench.claims.__main__ import main as claims_main
 from sst_fast import data, evaluation
 from sst_fast.data import commands as data_commands
 from sst_fast.margins import MARGINS, AMSoftmax, ArcSoftmax, CombinedMargin, MagFace, Margin
@@ -334,6 +336,17 @@ def test_version_needs_no_extra(monkeypatch, capsys):
     assert capsys.readouterr().out == f"sst-fast {sst_fast.__version__}\n"
     assert main(["info"]) == 1
     assert "pip install 'sst-fast[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [main, claims_main], ids=["sst-fast", "bench.claims"])
+def test_nothing_is_told_where_nobody_reads(command, monkeypatch, capsys):
+    """As in ``sst-fast info | head -1``."""
+    end, begin = os.pipe()
+    os.close(end)
+    with os.fdopen(begin, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert command(["info"] if command is main else ["--list"]) == 141
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

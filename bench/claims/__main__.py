@@ -19,6 +19,7 @@ import torch
 import sst_fast
 from bench.claims import grid, report, train
 from sst_fast.data.glyphs import glyphs
+from sst_fast.train.cli import UNREAD, output_unread
 
 RESULTS = Path("bench/results")
 
@@ -45,10 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("bench.claims: interrupted; the same command goes on after the last finished run", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and output_unread():
+            return UNREAD
         print(f"bench.claims: {error}", file=sys.stderr)
         return 1
     return 0

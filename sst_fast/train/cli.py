@@ -7,7 +7,9 @@ A command is a function in COMMANDS: its parameters and their description in its
 from __future__ import annotations
 
 import json
+import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -208,6 +210,8 @@ def data(chosen: Any) -> None:
     commands.run(chosen)
 
 
+UNREAD = 141  # the status of what a broken pipe ends: 128 and the number of its signal, which Windows lacks
+
 # What a command returns, if anything, is its exit status.
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train, "eval": evaluate, "embed": embed, "export": export, "data": data, "demo": demo, "info": info,
@@ -251,13 +255,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told = re.sub(r'Parser key "([^"]+)":', r"\1:", str(error))  # the parser's words for an option and a type
             told = re.sub(r"<class '([\w.]+)'>", r"\1", told).removesuffix(".")
             return fail(f"{told} ('{who} --help' explains the options)", 2)
-        return COMMANDS[settings.command](**values) or 0
+        status = COMMANDS[settings.command](**values) or 0
+        sys.stdout.flush()
+        return status
     except Stopped as stopped:
         return fail(stopped, 128 + stopped.signal)
     except KeyboardInterrupt:
         return fail("interrupted", 128 + signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:
-        return fail(error, 1)
+        return UNREAD if isinstance(error, BrokenPipeError) and output_unread() else fail(error, 1)
+
+
+def output_unread() -> bool:
+    """Whether what read standard output has gone, as ``head`` does; from then on it leads nowhere."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _parser(mode: str) -> tuple[Any, dict[str, type]]:
