@@ -314,6 +314,15 @@ def test_other_recordio_faults_are_named(tmp_path):
         data.Pairs(found, 8, 1, 0)._image(5)
 
 
+def test_an_lmdb_environment_is_opened_again_while_it_is_read(tmp_path):
+    """LMDB lets a process open an environment only once."""
+    root = as_lmdb(tmp_path)
+    one = data.faces(root)
+    first = one.store.read(0)
+    two = data.faces(root)  # searched while the other one's is open
+    assert (two.store.read(0), one.store.read(0)) == (first, first)
+
+
 def test_lmdb_faults_are_named(tmp_path):
     lmdb = pytest.importorskip("lmdb")
     (tmp_path / "bad.lmdb").write_bytes(b"x" * 10000)
