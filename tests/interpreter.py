@@ -46,8 +46,8 @@ def _mend():
     builder.create_dot = create_dot
     interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter.InterpretedFunction.__call__ = call_within
-    ours = interpreter.interpreter_builder
-    ours.options = replace(ours.options, sanitize_overflow=False)
+    used = interpreter.interpreter_builder
+    used.options = replace(used.options, sanitize_overflow=False)
 
 
 _mend()

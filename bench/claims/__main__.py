@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bench.claims: interrupted; the same command goes on after the last finished run", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
-        if isinstance(error, BrokenPipeError) and output_unread():
+        if output_unread(error):
             return UNREAD
         print(f"bench.claims: {error}", file=sys.stderr)
         return 1

@@ -263,12 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 128 + signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:
-        return UNREAD if isinstance(error, BrokenPipeError) and output_unread() else fail(error, 1)
+        return UNREAD if output_unread(error) else fail(error, 1)
 
 
-def output_unread() -> bool:
-    """Whether what read standard output has gone, as ``head`` does; from then on it leads nowhere."""
-    if not hasattr(select, "poll"):  # Windows
+def output_unread(error: Exception) -> bool:
+    """Whether ``error`` came since what read standard output has gone, as ``head`` does; from then on it leads nowhere."""
+    if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):  # Windows has none
         return False
     output = sys.stdout.fileno()
     poll = select.poll()
