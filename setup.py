@@ -36,6 +36,7 @@ CXX_FLAGS = [
     "-g0",
     "-std=c++20",
     "-ffp-contract=fast",
+    "-DAT_PER_OPERATOR_HEADERS",  # without it PyTorch's headers declare every operator, which takes long to compile
     "-Wall",
     "-Wextra",
     "-Wno-psabi",

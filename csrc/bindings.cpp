@@ -1,6 +1,6 @@
 // The extension module sst_fast._C: loading it registers the operators of operators.cpp; what it offers to Python by
 // name is for tests and for sst_fast.backends.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "arguments.h"
 #include "ops.h"

@@ -1,7 +1,13 @@
 // The operators sst_fast::* for PyTorch's dispatcher: schemas, autograd, and the shapes that torch.compile traces with.
 // Python calls them after it has checked the arguments (sst_fast/arguments.py); a C++ program finds them by name.
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>

@@ -16,8 +16,11 @@ from dataclasses import replace
 import pytest
 import torch
 from runs import Command, config, make_faces, options, ranks
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import worker
 
 from sst_fast import GalleryQueue, data
+from sst_fast.data.pairs import begun, outlast
 from sst_fast.margins import CurricularFace
 from sst_fast.train import checkpoint, loop
 from sst_fast.train.cli import main
@@ -91,6 +94,22 @@ def test_a_signal_to_every_process_saves(faces, tmp_path):
     assert process.wait() == 128 + signal.SIGTERM, process.told()
     assert "the same command goes on" in process.told()
     assert (out / "checkpoint.pt").exists()
+
+
+def test_a_signal_while_readers_start_ends_none_of_them(monkeypatch):
+    original = worker.signal_handling._set_worker_signal_handlers
+
+    def slow():
+        original()
+        time.sleep(1)
+
+    monkeypatch.setattr(worker.signal_handling, "_set_worker_signal_handlers", slow)
+    loader = DataLoader(range(3), num_workers=1, worker_init_fn=outlast, multiprocessing_context="fork")
+    batches = begun(loader)
+    time.sleep(0.5)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(batches._workers[0].pid, number)
+    assert [int(batch) for batch in batches] == [0, 1, 2]
 
 
 @pytest.mark.slow

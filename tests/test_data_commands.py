@@ -52,7 +52,7 @@ def test_the_suffix_chooses(tmp_path, name):
     assert list(data.faces(out).names) == list(PEOPLE)
 
 
-def test_independent_readers_read_what_is_written(tmp_path):
+def test_independent_readers_read_what_is_written(tmp_path, monkeypatch):
     webdataset, lmdb, datasets = map(pytest.importorskip, ("webdataset", "lmdb", "datasets"))
     faces = data.faces(as_folder(tmp_path))
     convert.convert(faces, tmp_path / "one.tar")
@@ -70,6 +70,10 @@ def test_independent_readers_read_what_is_written(tmp_path):
     made = datasets.load_from_disk(str(tmp_path / "three"))
     assert made.features["label"].names == list(PEOPLE)
     assert [np.asarray(row["image"])[0, 0] for row in made] == [0, 10, 20, 30, 40, 50]
+    monkeypatch.setattr(convert, "MOST_CLASSES", 2)
+    convert.convert(faces, tmp_path / "four", "huggingface")
+    assert datasets.load_from_disk(str(tmp_path / "four"))["label"][:] == ["ann", "ann", "ann", "bob", "cyd", "cyd"]
+    assert list(content(data.faces(tmp_path / "four"))) == sorted(PEOPLE)
 
 
 def test_several_shards(tmp_path, monkeypatch):

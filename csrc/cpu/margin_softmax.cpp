@@ -1,6 +1,6 @@
 // The fused loss on the CPU: rows are prepared, (block, chunk) tasks handed to the sweep, their sums combined.
-#include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 

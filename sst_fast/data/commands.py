@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from sst_fast.data.convert import Format, convert
 from sst_fast.data.emoji import emoji
 from sst_fast.data.formats import faces
 from sst_fast.data.glyphs import glyphs
 from sst_fast.data.identities import Faces, flat
-from sst_fast.data.images import FORMATS, DataError, decode, printable
+from sst_fast.data.images import FORMATS, DataError, decode, printable, progress
 from sst_fast.data.pairs import OnError, Unreadable
 from sst_fast.data.store import Selected
 
@@ -43,7 +42,7 @@ def info(root: str, decoded: bool = False, quick: bool = False, workers: int = 0
     loader = torch.utils.data.DataLoader(census, 64, num_workers=workers, collate_fn=list, generator=torch.Generator())
     rows: list[tuple[int, int, int, str]] = []
     try:
-        with tqdm(total=len(images), unit="image", leave=False, delay=1) as bar:
+        with progress(total=len(images), unit="image") as bar:
             for batch in loader:
                 rows += batch
                 bar.update(len(batch))

@@ -18,11 +18,10 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from sst_fast.data import lists, lmdb_store, objects, recordio
 from sst_fast.data.identities import SYSTEM, Faces
-from sst_fast.data.images import FORMATS, DataError, printable
+from sst_fast.data.images import FORMATS, DataError, printable, progress
 from sst_fast.data.pairs import Unreadable
 from sst_fast.data.store import Files, Strings
 
@@ -30,6 +29,9 @@ Format = Literal["auto", "folder", "list", "recordio", "lmdb", "webdataset", "hu
 SUFFIX_OF = dict(zip(FORMATS, (".jpg", ".png", ".bmp", ".gif", ".tif", ".webp", ".ppm"), strict=True))
 Writer = Callable[[Iterator["Record"], Path], int]
 SHARD = 10**9  # bytes of a WebDataset shard, about
+# A Hugging Face data set of more identities holds their names as text: the package reads all names of a ClassLabel anew with every
+# thousand rows, which takes seconds where there are a million.
+MOST_CLASSES = 10_000
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def encoded(faces: Faces, number: int) -> tuple[bytes, str]:
 
 def _records(faces: Faces, skipped: Unreadable | None) -> Iterator[Record]:
     written = 0
-    with tqdm(total=len(faces.numbers), unit="image", leave=False, delay=1) as bar:
+    with progress(total=len(faces.numbers), unit="image") as bar:
         for identity in range(len(faces.names)):
             name, place = faces.names[identity], 0
             for number in faces.images(identity).tolist():
@@ -301,13 +303,16 @@ def _huggingface(names: Strings, records: Iterator[Record], target: Path) -> int
     datasets = objects.package()
     from datasets.arrow_writer import ArrowWriter
 
-    numbers = {name: number for number, name in enumerate(names)}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(numbers))})
+    numbers = {name: number for number, name in enumerate(names)} if len(names) <= MOST_CLASSES else {}
+    label = datasets.ClassLabel(names=list(numbers)) if numbers else datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "label": label})
     count, rows = 0, target / ".rows"
     rows.mkdir(parents=True)
     with ArrowWriter(features=features, path=str(rows / "rows.arrow")) as writer:
         for record in records:
-            writer.write({"image": {"bytes": record.content, "path": None}, "label": numbers[record.name]})
+            writer.write(
+                {"image": {"bytes": record.content, "path": None}, "label": numbers.get(record.name, record.name)}
+            )
             count += 1
         writer.finalize()
     datasets.Dataset.from_file(str(rows / "rows.arrow")).save_to_disk(str(target))

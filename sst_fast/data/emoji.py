@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from sst_fast.data.convert import appearing
-from sst_fast.data.images import printable
+from sst_fast.data.images import printable, progress
 
 # npm's packages of whole emoji sets; of Microsoft's two, the flat one, because both are nearly the same drawings.
 PACKAGES = "noto noto-v1 openmoji twemoji emojione emojione-v1 fluent-emoji-flat fxemoji"
@@ -174,7 +173,7 @@ def emoji(
         held = min(max(2, round(test_share * len(mixed))), len(mixed) - 2)
         parts = {"train": mixed[held:], "test": mixed[:held]}
         counts, failed = dict.fromkeys(parts, 0), 0
-        with tqdm(total=len(found), unit="emoji", leave=False, delay=1) as bar:
+        with progress(total=len(found), unit="emoji") as bar:
             for part, codes in parts.items():
                 for code in codes:
                     chosen = sorted(found[code])

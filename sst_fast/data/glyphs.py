@@ -16,10 +16,9 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from tqdm import tqdm
 
 from sst_fast.data.convert import appearing
-from sst_fast.data.images import printable
+from sst_fast.data.images import printable, progress
 
 Script = Literal["kanji", "hangul", "latin-greek-cyrillic"]
 SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
@@ -99,7 +98,7 @@ def typefaces(files: Sequence[Path], characters: Sequence[str]) -> tuple[list[Ty
     found: list[Typeface] = []
     broken: list[str] = []
     wanted, names = set(characters), set[str]()
-    for path in tqdm(files, desc="fonts", unit="file", leave=False, delay=1):
+    for path in progress(files, desc="fonts", unit="file"):
         try:
             with path.open("rb") as file:
                 together = file.read(4) == b"ttcf"
@@ -164,7 +163,7 @@ def distinct(faces: Sequence[Typeface], characters: Sequence[str], similar: floa
     probes = random.Random(f"{seed}/probes").sample(sorted(characters), min(PROBES, len(characters)))
     kept: list[Typeface] = []
     seen: list[NDArray[np.float32]] = []
-    for face in tqdm(faces, desc="compare", unit="typeface", leave=False, delay=1):
+    for face in progress(faces, desc="compare", unit="typeface"):
         mine = _features(face, probes)
         if len({row.tobytes() for row in mine if row.any()}) < COVERAGE * len(probes):
             continue
@@ -243,7 +242,7 @@ def glyphs(
             characters = told_apart(faces, characters)
         parts = _split(faces, characters, test_typefaces, test_share, seed)
         told = []
-        with tqdm(total=sum(len(f) for f, _ in parts.values()), unit="typeface", leave=False, delay=1) as bar:
+        with progress(total=sum(len(f) for f, _ in parts.values()), unit="typeface") as bar:
             for part, (drawing, own) in parts.items():
                 for face in drawing:
                     _write(temporary / part, face, own, size)

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from sst_fast.data import index, lists
-from sst_fast.data.images import kind_of_file, printable
+from sst_fast.data.images import kind_of_file, printable, progress
 from sst_fast.data.store import Files, Gathered, Selected, Store, Strings
 
 # What file managers, archivers and notebooks leave behind, beside all that begins with a dot; in lower case.
@@ -164,7 +163,7 @@ def _search(root: Path) -> index.Arrays:
     names, paths, ends = Gathered(), Gathered(), array("q", [0])
     for file in beside:
         left_out.setdefault("files beside the identities' folders", []).append(file.path)
-    for person in tqdm(people, desc="index", unit="identity", leave=False, delay=1):
+    for person in progress(people, desc="index", unit="identity"):
         where = os.path.join(root, person)
         inner, files = entries(where)
         for name in inner:

@@ -7,6 +7,7 @@ same pixels whatever else is installed, which exact resuming needs. An augmentat
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import stat
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 MEAN, STD = 127.5, 128.0  # a network sees (pixel - MEAN) / STD
 EXTENSIONS = frozenset(
@@ -24,6 +26,9 @@ EXTENSIONS = frozenset(
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # what is decoded, whatever the suffix says
 MAX_PIXELS = 1 << 26  # 67 megapixels, 256 MiB decoded: more is refused before it is decoded
 MAX_BYTES = 1 << 28  # 256 MiB: larger files are refused before they are read
+
+# What goes through many images shows a bar, if it takes more than a second; a log, which would keep every state of it, gets none.
+progress = functools.partial(tqdm, leave=False, delay=1, disable=None)
 
 
 class DataError(ValueError):

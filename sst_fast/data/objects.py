@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from sst_fast.data.identities import Faces
-from sst_fast.data.images import DataError, eight_bits, read_file
+from sst_fast.data.images import DataError, eight_bits, progress, read_file
 from sst_fast.data.store import Strings
 
 
@@ -124,9 +123,7 @@ def from_dataset(
             (v for v in (labels, *(getattr(dataset, n, None) for n in ("targets", "labels"))) if v is not None), None
         )
         if labels is None:
-            labels = [
-                dataset[i][label] for i in tqdm(range(len(dataset)), unit="item", desc="labels", leave=False, delay=1)
-            ]
+            labels = [dataset[i][label] for i in progress(range(len(dataset)), unit="item", desc="labels")]
         names = getattr(dataset, "classes", None)
         format = "map-style dataset"
     values, identities = np.unique(np.asarray(labels), return_inverse=True)

@@ -8,7 +8,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageOps
@@ -22,6 +22,7 @@ from sst_fast.data.store import Selected, load
 OnError = Literal["stop", "skip"]
 Augment = Callable[[Image.Image, random.Random], "Image.Image | Tensor"]
 CACHED = 4096  # images: small data sets stay decoded
+OUTLASTED = (signal.SIGTERM, signal.SIGINT)
 TRIED = 100  # identities without a readable image, one after the other, before the data set is taken for broken
 
 
@@ -221,6 +222,17 @@ def outlast(_: int = 0) -> None:
     waits for the images decides when to stop. SIGINT and the first SIGTERM pass; a second one ends them: ``DataLoader``'s own."""
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLASTED)
+
+
+def begun(loader: torch.utils.data.DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader with ``worker_init_fn=outlast``. Signals wait while its processes start: before ``outlast`` has run
+    one would end them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLASTED)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def image_batches(
@@ -239,9 +251,10 @@ def image_batches(
     """
     some = False
     images = _Numbered(Images(paths, size, channels), skipped)
-    for places, found in torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         images, batch, num_workers=workers, generator=torch.Generator(), collate_fn=_stacked, worker_init_fn=outlast
-    ):
+    )
+    for places, found in begun(loader):
         if found is not None:
             some = True
             if kept is not None:

@@ -16,11 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from sst_fast.data import index
 from sst_fast.data.identities import Faces
-from sst_fast.data.images import MAX_BYTES, printable
+from sst_fast.data.images import MAX_BYTES, printable, progress
 from sst_fast.data.lists import is_image
 from sst_fast.data.store import Opened, Strings
 
@@ -79,9 +78,7 @@ def open_tars(root: Path, shards: list[Path]) -> Faces:
 def _build(root: Path, shards: list[Path]) -> index.Arrays:
     names: dict[str, int] = {}
     shard, begins, sizes, identities = (array("q") for _ in range(4))
-    with tqdm(
-        total=sum(path.stat().st_size for path in shards), unit="B", unit_scale=True, desc="index", leave=False, delay=1
-    ) as bar:
+    with progress(total=sum(path.stat().st_size for path in shards), unit="B", unit_scale=True, desc="index") as bar:
         for number, path in enumerate(shards):
             for name, image, identity in samples(path):
                 if identity is None:

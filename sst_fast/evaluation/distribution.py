@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import det_curve, roc_curve
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
@@ -70,11 +69,15 @@ class PairScores:
 
     def roc(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """False accept rates, true accept rates and thresholds, from the strictest to the mildest (scikit-learn's)."""
+        from sklearn.metrics import roc_curve  # here, since it takes a second that most trainings need not spend
+
         far, tar, thresholds = roc_curve(**self._weighted(), drop_intermediate=False)
         return far, tar, thresholds
 
     def det(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Detection error trade-off: false accept rates, false reject rates and thresholds (scikit-learn's)."""
+        from sklearn.metrics import det_curve
+
         far, frr, thresholds = det_curve(**self._weighted())
         return far, frr, thresholds
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.model_selection import KFold
 
 Rule = Literal["accuracy", "facexzoo"]
 STEPS = 1000  # of FaceX-Zoo's rule
@@ -87,6 +86,8 @@ def fold_numbers(genuine: NDArray[np.bool_], folds: int) -> NDArray[np.int64]:
     runs = [np.arange(len(genuine))]
     if len(turns) == 1 and genuine[0] and min(turns[0] + 1, len(genuine) - turns[0] - 1) >= folds:
         runs = [np.flatnonzero(genuine), np.flatnonzero(~genuine)]
+    from sklearn.model_selection import KFold  # here, since it takes a second that most trainings need not spend
+
     for run in runs:
         for fold, (_, test) in enumerate(KFold(folds).split(run)):
             number[run[test]] = fold

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from sst_fast import data, distributed, functional
-from sst_fast.data.pairs import outlast
+from sst_fast.data.pairs import begun, outlast
 from sst_fast.evaluation import Scores, collapse, evaluate
 from sst_fast.loss import MarginSoftmaxHead, SemiSiameseLoss
 from sst_fast.margins import Margin
@@ -286,7 +286,7 @@ def train_epoch(
     ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
     sums = torch.tensor(state.sums, dtype=torch.float64, device=device)
     sizes = [len(each) for each in sampler]
-    for number, batch in enumerate(loader, 1):
+    for number, batch in enumerate(begun(loader), 1):
         a, b = (images.to(device, non_blocking=True, memory_format=layout) for images in batch[:2])
         identity = batch[2].to(device, non_blocking=True)
         steps = number % config.accumulate == 0 or number == len(sizes)
