@@ -43,22 +43,30 @@ def options(root, out, **changes) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def forkserver():
+    """Makes processes by forking one that has imported everything already, which takes longer than what tests run in them."""
+    context = multiprocessing.get_context("forkserver")
+    # Optimizers, logs and FSDP2 import the second to fourth, late.
+    modules = [
+        "sst_fast.train.loop",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "torch.distributed.fsdp",
+        "sst_fast.train.demo",
+        "sst_fast.evaluation",
+        "jsonargparse",
+        "pytest",
+    ]
+    context.set_forkserver_preload(modules)
+    return context
+
+
 class Command:
-    """``sst-fast ...`` in a process of its own, forked from one that has imported everything already."""
+    """``sst-fast ...`` in a process of its own."""
 
     def __init__(self, arguments, errors: Path, environment=None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # The second and third are imported late otherwise, by optimizers and logs, and take longer than the runs.
-        modules = [
-            "sst_fast.train.loop",
-            "torch._dynamo",
-            "torch.utils.tensorboard",
-            "sst_fast.train.demo",
-            "jsonargparse",
-        ]
-        context.set_forkserver_preload(modules)
         self.errors = errors
-        self.process = context.Process(target=_run, args=(list(arguments), errors, environment or {}))
+        self.process = forkserver().Process(target=_run, args=(list(arguments), errors, environment or {}))
         self.process.start()
 
     def poll(self):
@@ -97,10 +105,10 @@ def ranks(arguments, errors: Path, count: int):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
+    told = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
     return [
-        Command(arguments, errors.with_suffix(f".{rank}"), together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Command(arguments, errors.with_suffix(f".{rank}"), told | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
 
@@ -126,7 +134,15 @@ def _rank(rank, world, store, checks) -> None:
 
 def on_ranks(world, *checks) -> None:
     """``check(rank, world)`` for each of them, in ``world`` processes of one gloo group."""
+    together(_rank, world, checks)
+
+
+def together(worker, world, *arguments) -> None:
+    """``worker(rank, world, file for the group, *arguments)`` in ``world`` processes; their errors are raised here."""
     import torch.multiprocessing as mp
 
+    forkserver()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, str(Path(folder) / "store"), checks), nprocs=world)
+        mp.start_processes(
+            worker, (world, str(Path(folder) / "store"), *arguments), nprocs=world, start_method="forkserver"
+        )

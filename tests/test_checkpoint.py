@@ -1,7 +1,6 @@
 """Runs that were interrupted: exactly where they were, or as well as can be under other sizes."""
 
 import csv
-import multiprocessing
 import os
 import random
 import resource
@@ -15,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import Command, config, make_faces, options, ranks
+from runs import Command, config, forkserver, make_faces, options, ranks
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import worker
 
@@ -536,7 +535,7 @@ def test_shards_travel_to_the_rank_that_writes_alone(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
+    context = forkserver()
     received = context.Queue()
     processes = [context.Process(target=_save_on, args=(rank, port, tmp_path, received)) for rank in range(2)]
     for process in processes:

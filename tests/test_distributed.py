@@ -2,16 +2,14 @@
 
 import contextlib
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from runs import gallery_features
+from runs import gallery_features, together
 from torch import nn
 
 from sst_fast import (
@@ -197,8 +195,7 @@ def worker(rank, world, store, checks):
 @pytest.mark.parametrize("checks", CHECKS)
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_equal_one_process(world, checks):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (world, str(Path(folder) / "store"), checks), nprocs=world)
+    together(worker, world, checks)
 
 
 def test_one_process_needs_no_group():

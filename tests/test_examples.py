@@ -1,13 +1,12 @@
 """Every example trains on the embedded faces, and the loss falls."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from runs import together
 
 from sst_fast import distributed
 
@@ -39,8 +38,7 @@ def worker(rank, world, store):
 
 @pytest.mark.slow
 def test_several_processes():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (2, str(Path(folder) / "store")), nprocs=2)
+    together(worker, 2)
 
 
 def test_partial_fc_in_one_process():

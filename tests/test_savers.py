@@ -1,12 +1,11 @@
 """A model half way through its training, saved and loaded by the libraries that people save with."""
 
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing as mp
+from runs import together
 from torch import nn
 
 from sst_fast import AMSoftmax, CurricularFace, GalleryQueue, SemiSiamese, SemiSiameseLoss
@@ -117,9 +116,10 @@ def by_pytorch_in_shards(folder: str, rank: int) -> None:
     assert (new.criterion.queue.identities[:8] // 3 == rank).all()
 
 
-def worker(rank: int, world: int, folder: str) -> None:
+def worker(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    folder = str(Path(store).parent)
     by_pytorch(folder, rank)
     by_pytorch_in_shards(folder, rank)
     dist.destroy_process_group()
@@ -130,5 +130,4 @@ def test_torch_distributed_checkpoint(tmp_path):
 
 
 def test_torch_distributed_checkpoint_of_two_processes():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (2, str(Path(folder))), nprocs=2)
+    together(worker, 2)
