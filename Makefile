@@ -6,6 +6,7 @@
 # make fuzz   set up, then set every backend and instruction set beside the reference, 2,000 random problems each
 #
 # TORCH=torch==2.13.0   another PyTorch      PYTHON=python3.12   another Python      VENV=.venv   another place      JOBS=2   processes that run tests
+# TESTS="-m slow"   only these tests
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
@@ -19,7 +20,7 @@ demo: $(VENV)/.ready
 	$(BIN)/sst-fast demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -99,3 +102,14 @@ def test_evaluation(
         times[case.contender], f"M {case.images}, D {case.dim}", suite="evaluation", provider=case.contender,
         problem={"images": case.images, "dim": case.dim}, extra_mib=extra.get(case.contender),
     )  # fmt: skip
+
+
+if __name__ == "__main__":  # one comparison of so many images and features: seconds and MiB beside the embeddings
+    given = int(sys.argv[1]), int(sys.argv[2])
+    compare, begin = dict(ready(*given, torch.device("cpu")))["ours"], time.perf_counter()
+    extra_mib = timing.extra_memory(compare, torch.device("cpu"))
+    print(
+        json.dumps(
+            {"images": given[0], "dim": given[1], "seconds": time.perf_counter() - begin, "extra_mib": extra_mib}
+        )
+    )
