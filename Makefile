@@ -3,6 +3,7 @@
 # make docs   set up, then build the documentation in build/site
 # make package   set up, then source archive -> wheel -> empty environment, and try what was installed
 # make sanitize   set up, then run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs gcc's)
+# make oldest   in build/oldest, set up with the oldest PyTorch that is supported, then run the slow tests
 # make fuzz   set up, then set every backend and instruction set beside the reference, 2,000 random problems each
 #
 # TORCH=torch==2.13.0   another PyTorch      PYTHON=python3.12   another Python      VENV=.venv   another place      JOBS=2   processes that run tests
@@ -14,7 +15,7 @@ TORCH ?= torch
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test docs package fuzz sanitize sanitize-address sanitize-thread lint clean
+.PHONY: demo test docs package oldest fuzz sanitize sanitize-address sanitize-thread lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sst-fast demo
@@ -42,6 +43,14 @@ package: $(VENV)/.ready
 	tar xzf $(PACKAGE)/*.tar.gz --strip-components 1 -C $(PACKAGE)/archive && rm -r $(PACKAGE)/archive/sst_fast
 	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider --collect-only > collected || { tail collected; exit 1; }
 	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider tests/test_docs.py tests/test_queue.py
+
+# A copy of the sources, since an extension for another PyTorch has a file of the same name.
+OLDEST = build/oldest
+oldest:
+	rm -rf $(OLDEST)/source && mkdir -p $(OLDEST)/source
+	git ls-files -z | tar c --null -T - | tar x -C $(OLDEST)/source
+	SST_FAST_SKIP_CUDA=1 SST_FAST_FORCE_CUDA=0 SST_FAST_REQUIRE_EXTENSION=1 $(MAKE) -C $(OLDEST)/source test \
+	  VENV=../venv TORCH="torch==$$(sed -n 's/^requires.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml).*" TESTS="-m slow"
 
 # Every instruction set that this machine has; those that it has not are skipped.
 FUZZ = $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
