@@ -1,6 +1,8 @@
 """``sst-fast data glyphs``: characters as identities, typefaces as their images, by the fonts that matplotlib ships."""
 
+import gc
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -155,6 +157,10 @@ def test_interrupted_it_leaves_nothing(tmp_path, fonts, monkeypatch, capsys):
 
     monkeypatch.setattr(glyphs, "_with_two", stops)
     out = tmp_path / "made" / "out"
+    gc.disable()  # it would close what is left open
     assert draw(out, fonts) == 1
+    opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    gc.enable()
+    assert not [file for file in opened if file.startswith(str(tmp_path))]
     assert capsys.readouterr().err.splitlines()[-1] == f"sst-fast data: interrupted; nothing has been written to {out}"
     assert list(out.parent.iterdir()) == []

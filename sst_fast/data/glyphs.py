@@ -102,20 +102,20 @@ def typefaces(files: Sequence[Path], characters: Sequence[str]) -> tuple[list[Ty
         try:
             with path.open("rb") as file:
                 together = file.read(4) == b"ttcf"
-            fonts = TTCollection(str(path), lazy=True).fonts if together else [TTFont(str(path), lazy=True)]
-            for number, font in enumerate(fonts):
-                has = wanted & {chr(code) for code in font.getBestCmap() or ()}
-                if len(has) < COVERAGE * len(wanted):
-                    continue
-                # A font that fontTools reads may still be one that FreeType does not.
-                family = ImageFont.truetype(str(path), 16, number).getname()
-                name = base = re.sub(r"[^\w.-]+", "-", " ".join(filter(None, family))).strip("-.") or path.stem
-                count = 1
-                while name in names:
-                    count += 1
-                    name = f"{base}-{count}"
-                names.add(name)
-                found.append(Typeface(path, number, name, frozenset(has)))
+            with (TTCollection if together else TTFont)(str(path), lazy=True) as opened:
+                for number, font in enumerate(opened.fonts if together else [opened]):
+                    has = wanted & {chr(code) for code in font.getBestCmap() or ()}
+                    if len(has) < COVERAGE * len(wanted):
+                        continue
+                    # A font that fontTools reads may still be one that FreeType does not.
+                    family = ImageFont.truetype(str(path), 16, number).getname()
+                    name = base = re.sub(r"[^\w.-]+", "-", " ".join(filter(None, family))).strip("-.") or path.stem
+                    count = 1
+                    while name in names:
+                        count += 1
+                        name = f"{base}-{count}"
+                    names.add(name)
+                    found.append(Typeface(path, number, name, frozenset(has)))
         except Exception as error:  # whatever a broken table leads to
             broken.append(f"{printable(path)}: {error or type(error).__name__}")
     return sorted(found, key=lambda face: face.name), broken
