@@ -63,7 +63,7 @@ fuzz: $(VENV)/.ready
 # A comma that is none of call's.
 , = ,
 LIBRARY = $(shell $(or $(CXX),g++) -print-file-name=$(1))
-INSTRUMENTED = SST_FAST_SKIP_CUDA=1 SST_FAST_REQUIRE_EXTENSION=1 SST_FAST_SANITIZE=$(1) LDFLAGS=-fsanitize=$(1) \
+INSTRUMENTED = SST_FAST_SKIP_CUDA=1 SST_FAST_FORCE_CUDA=0 SST_FAST_REQUIRE_EXTENSION=1 SST_FAST_SANITIZE=$(1) LDFLAGS=-fsanitize=$(1) \
 	  $(BIN)/python setup.py -q build --build-base build/$(2) --build-lib build/$(2)/lib
 OF_C = $(BIN)/python -m pytest -s -o pythonpath=build/$(1)/lib -p no:cacheprovider --hypothesis-profile=few -m "not slow" $(2) \
 	  -k "not triton and not interpreter and not reference and not compile"
