@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -440,3 +441,13 @@ def test_the_bar_counts_epochs(tmp_path, monkeypatch, capsys):
         assert (progress.bar.n, progress.bar.total) == (2.0, 4)
         assert "epoch 2.0/4" in str(progress.bar)
     assert "sst: epoch 2/4, 4 steps, 50 images" in capsys.readouterr().err
+
+
+def test_a_training_imports_no_more_than_it_needs():
+    """What evaluation, figures and compiling need takes longer to import than all the rest."""
+    code = """
+import sys, sst_fast.train.loop
+print([name for name in ("sklearn", "scipy", "pandas", "matplotlib", "torch._dynamo") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
