@@ -105,11 +105,8 @@ def test_evaluation(
 
 
 if __name__ == "__main__":  # one comparison of so many images and features: seconds and MiB beside the embeddings
-    given = int(sys.argv[1]), int(sys.argv[2])
-    compare, begin = dict(ready(*given, torch.device("cpu")))["ours"], time.perf_counter()
-    extra_mib = timing.extra_memory(compare, torch.device("cpu"))
-    print(
-        json.dumps(
-            {"images": given[0], "dim": given[1], "seconds": time.perf_counter() - begin, "extra_mib": extra_mib}
-        )
-    )
+    cpu, (images, dim) = torch.device("cpu"), map(int, sys.argv[1:])
+    compare = dict(ready(images, dim, cpu))["ours"]
+    begin = time.perf_counter()
+    extra_mib = timing.extra_memory(compare, cpu)
+    print(json.dumps({"seconds": time.perf_counter() - begin, "extra_mib": extra_mib}))

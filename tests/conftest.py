@@ -16,7 +16,10 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-usual = settings(deadline=None, print_blob=True)
+# A busy machine or a first import must fail no test: none has a time limit.
+settings.register_profile("untimed", settings.default, deadline=None)
+settings.load_profile("untimed")
+usual = settings(print_blob=True)
 settings.register_profile("fuzz", usual, max_examples=2000, derandomize=False)  # make fuzz
 settings.register_profile("few", usual, max_examples=30)  # make sanitize
 

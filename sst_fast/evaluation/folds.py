@@ -81,13 +81,13 @@ def verify_in_folds(scores: ArrayLike, genuine: ArrayLike, *, folds: int = 10, r
 
 def fold_numbers(genuine: NDArray[np.bool_], folds: int) -> NDArray[np.int64]:
     """Which fold [P] each pair belongs to, see :func:`verify_in_folds`."""
+    from sklearn.model_selection import KFold  # here, since it takes a second that most trainings need not spend
+
     number = np.empty(len(genuine), np.int64)
     turns = np.flatnonzero(np.diff(genuine.astype(np.int8)))
     runs = [np.arange(len(genuine))]
     if len(turns) == 1 and genuine[0] and min(turns[0] + 1, len(genuine) - turns[0] - 1) >= folds:
         runs = [np.flatnonzero(genuine), np.flatnonzero(~genuine)]
-    from sklearn.model_selection import KFold  # here, since it takes a second that most trainings need not spend
-
     for run in runs:
         for fold, (_, test) in enumerate(KFold(folds).split(run)):
             number[run[test]] = fold
