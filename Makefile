@@ -1,9 +1,8 @@
 # make demo   set up, then train and compare both methods on the embedded faces
 # make test   set up, then run the whole test suite
 # make docs   set up, then build the documentation in build/site
-# make package   set up, then source archive -> wheel -> empty environment, and try what was installed
+# make package   source archive -> wheel -> an environment of its own with the oldest PyTorch; try what was installed, then the slow tests
 # make sanitize   set up, then run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs gcc's)
-# make oldest   in build/oldest, set up with the oldest PyTorch that is supported, then run the slow tests
 # make fuzz   set up, then set every backend and instruction set beside the reference, 2,000 random problems each
 #
 # TORCH=torch==2.13.0   another PyTorch      PYTHON=python3.12   another Python      VENV=.venv   another place      JOBS=2   processes that run tests
@@ -15,7 +14,7 @@ TORCH ?= torch
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test docs package oldest fuzz sanitize sanitize-address sanitize-thread lint clean
+.PHONY: demo test docs package fuzz sanitize sanitize-address sanitize-thread lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sst-fast demo
@@ -26,31 +25,28 @@ test: $(VENV)/.ready
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The new environment sees torch, NumPy and pytest of the other one, but not its sst-fast: a folder named in a .pth file is searched,
-# .pth files in it are not read. The tests of the archive run without the archive's own package, so that they import what is installed.
+# The archive's wheel, in an environment that has seen no checkout, with the oldest PyTorch that is supported. The tests of the archive
+# run without the archive's own package, so that they import what is installed.
 PACKAGE = build/package
-NEW = $(abspath $(PACKAGE))/venv/bin
-package: $(VENV)/.ready
-	rm -rf $(PACKAGE) && mkdir -p $(PACKAGE)/archive
-	$(BIN)/python setup.py -q sdist --dist-dir $(PACKAGE)
-	SST_FAST_SKIP_CUDA=1 SST_FAST_FORCE_CUDA=0 SST_FAST_REQUIRE_EXTENSION=1 \
-	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(PACKAGE) $(PACKAGE)/*.tar.gz
-	$(BIN)/python -m venv --without-pip $(PACKAGE)/venv
-	$(BIN)/python -m pip --python $(NEW)/python install --quiet --no-deps --no-index $(PACKAGE)/*.whl
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-	  > $$($(NEW)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/other.pth
-	cd $(PACKAGE) && $(NEW)/sst-fast --version && $(NEW)/python ../../tests/smoke.py
-	tar xzf $(PACKAGE)/*.tar.gz --strip-components 1 -C $(PACKAGE)/archive && rm -r $(PACKAGE)/archive/sst_fast
-	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider --collect-only > collected || { tail collected; exit 1; }
-	cd $(PACKAGE)/archive && $(NEW)/python -m pytest -q -p no:cacheprovider tests/test_docs.py tests/test_queue.py
+NEW = $(abspath $(PACKAGE))/venv
+PACKAGED = setup.py pyproject.toml MANIFEST.in README.md $(shell find csrc sst_fast kernels tests bench examples docs -type f \
+	  -not -name '*.so' -not -path '*/__pycache__/*')
+package: $(PACKAGE)/.installed
+	cd $(PACKAGE) && $(NEW)/bin/sst-fast --version && $(NEW)/bin/python archive/tests/smoke.py
+	cd $(PACKAGE)/archive && $(NEW)/bin/python -m pytest -q tests/test_docs.py tests/test_queue.py
+	cd $(PACKAGE)/archive && $(NEW)/bin/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
-# A copy of the sources, since an extension for another PyTorch has a file of the same name.
-OLDEST = build/oldest
-oldest:
-	rm -rf $(OLDEST)/source && mkdir -p $(OLDEST)/source
-	git ls-files -z | tar c --null -T - | tar x -C $(OLDEST)/source
-	SST_FAST_SKIP_CUDA=1 SST_FAST_FORCE_CUDA=0 SST_FAST_REQUIRE_EXTENSION=1 $(MAKE) -C $(OLDEST)/source test \
-	  VENV=../venv TORCH="torch==$$(sed -n 's/^requires.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml).*" TESTS="-m slow"
+$(PACKAGE)/.installed: $(NEW)/.torch $(PACKAGED)
+	rm -rf $(PACKAGE)/archive $(PACKAGE)/*.tar.gz $(PACKAGE)/*.whl && mkdir -p $(PACKAGE)/archive
+	$(NEW)/bin/python setup.py -q egg_info --egg-base $(PACKAGE) sdist --dist-dir $(PACKAGE)
+	SST_FAST_SKIP_CUDA=1 SST_FAST_FORCE_CUDA=0 SST_FAST_REQUIRE_EXTENSION=1 \
+	  $(NEW)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(PACKAGE) $(PACKAGE)/*.tar.gz
+	$(NEW)/bin/python -m pip install --quiet --force-reinstall --no-deps $(PACKAGE)/*.whl
+	$(NEW)/bin/python -m pip install --quiet "sst-fast[test]"
+	tar xzf $(PACKAGE)/*.tar.gz --strip-components 1 -C $(PACKAGE)/archive && rm -r $(PACKAGE)/archive/sst_fast
+	touch $@
+
+$(NEW)/.torch: override TORCH = torch==$(shell sed -n 's/^requires.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
 
 # Every instruction set that this machine has; those that it has not are skipped.
 FUZZ = $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
@@ -88,11 +84,14 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
+%/.torch:
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade pip setuptools wheel ninja pybind11 numpy
+	$*/bin/python -c "import torch" 2>/dev/null || $*/bin/python -m pip install "$(TORCH)"
+	touch $@
+
 # The extension is built against the torch of this environment, hence no build isolation.
-$(VENV)/.ready: $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja pybind11 numpy
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+$(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
 	touch $@
 
