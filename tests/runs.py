@@ -62,11 +62,13 @@ def forkserver():
 
 
 class Command:
-    """``sst-fast ...`` in a process of its own."""
+    """``sst-fast ...`` in a process of its own. start_method: of the processes that it starts, by default Python's."""
 
-    def __init__(self, arguments, errors: Path, environment=None) -> None:
+    def __init__(self, arguments, errors: Path, environment=None, start_method=None) -> None:
         self.errors = errors
-        self.process = forkserver().Process(target=_run, args=(list(arguments), errors, environment or {}))
+        self.process = forkserver().Process(
+            target=_run, args=(list(arguments), errors, environment or {}, start_method)
+        )
         self.process.start()
 
     def poll(self):
@@ -83,12 +85,14 @@ class Command:
         return self.errors.read_text()
 
 
-def _run(arguments, errors, environment):
+def _run(arguments, errors, environment, start_method):
     import sys
 
     import torch
 
     os.environ.update(environment)
+    if start_method:
+        multiprocessing.set_start_method(start_method, force=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     with errors.open("w") as file:

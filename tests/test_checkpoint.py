@@ -68,23 +68,40 @@ def test_interrupted_training_resumes_exactly(faces, tmp_path, method):
 
 
 def readers(pid):
-    """The processes that read images for this one and are ready: they ignore SIGINT."""
-    found = []
+    """The processes that read images for this one and are ready: they ignore SIGINT and handle SIGTERM. Python forks them from it,
+    from a server that it has begun, or from the server that forked it."""
+    states = {}
     for number in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{number}/status") as file:
-                status = dict(line.split(":", 1) for line in file)
+                states[int(number)] = dict(line.split(":", 1) for line in file)
         except OSError:
-            continue  # it has ended meanwhile
-        if int(status["PPid"]) == pid and int(status.get("SigIgn", "0"), 16) >> (signal.SIGINT - 1) & 1:
-            found.append(int(number))
-    return found
+            pass  # it has ended meanwhile
+
+    def has(state, what, number):
+        return int(state.get(what, "0"), 16) >> (number - 1) & 1
+
+    if pid not in states:
+        return []
+    parents = {pid, int(states[pid]["PPid"])} | {
+        number for number, state in states.items() if int(state["PPid"]) == pid
+    }
+    return [
+        number
+        for number, state in states.items()
+        if number != pid
+        and int(state["PPid"]) in parents
+        and has(state, "SigIgn", signal.SIGINT)
+        and has(state, "SigCgt", signal.SIGTERM)
+    ]
 
 
-def test_a_signal_to_every_process_saves(faces, tmp_path):
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_a_signal_to_every_process_saves(faces, tmp_path, start_method):
     """Schedulers send SIGTERM to the processes that read images too: the training must not miss them before it has saved."""
     out = tmp_path / "run"
-    process = Command(["train", *options(faces, out, epochs=500, **{"data.workers": 1})], tmp_path / "told.txt")
+    arguments = ["train", *options(faces, out, epochs=500, **{"data.workers": 1})]
+    process = Command(arguments, tmp_path / "told.txt", start_method=start_method)
     while process.poll() is None:
         if found := readers(process.process.pid):
             os.kill(found[0], signal.SIGTERM)
