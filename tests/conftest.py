@@ -39,8 +39,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: one that begins last would keep the other processes waiting."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
