@@ -24,6 +24,11 @@ settings.register_profile("fuzz", usual, max_examples=2000, derandomize=False)  
 settings.register_profile("few", usual, max_examples=30)  # make sanitize
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: the last two tests of a process are never taken over by another that has nothing left to do."""
+    items.sort(key=lambda item: "in_the_interpreter" not in item.name)
+
+
 @pytest.fixture
 def faces(tmp_path):
     """Twelve people with three images each, for this test alone."""

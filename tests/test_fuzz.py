@@ -135,10 +135,9 @@ PROBES = ["near", "random", "target", "opposite", "almost", "zero", "axis", "nan
 LENGTHS = [1.0, 30.0, 1e-6, 1e-30, 1e3, 1e30]
 
 
-def loss_case(data, small: bool, wide: bool = True) -> Case:
+def loss_case(data, windowed: bool, small: bool, wide: bool = True) -> Case:
     """Anything that the loss takes; ``wide``: float64 too."""
     draw = data.draw
-    windowed = draw(st.booleans(), "window")
     groups = draw(st.integers(1, 3), "groups") if windowed else 1
     k = draw(st.integers(1, 40 if small else 260), "k")
     n = groups * draw(
@@ -537,15 +536,16 @@ def test_loss(backend, data):
     if backend == "cpu" and asked not in (None, "", compiled.instruction_set()):
         pytest.skip(f"no {asked} here")
     with drawn_threads(data):
-        check(loss_case(data, small=False), backend)
+        check(loss_case(data, data.draw(st.booleans(), "window"), small=False), backend)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter and the extension")
+@pytest.mark.parametrize("windowed", [False, True])  # two tests, so that two processes share them
 @pytest.mark.parametrize("backend", INTERPRETED)
-@USUAL
+@settings(USUAL, max_examples=USUAL.max_examples // 2)
 @given(data=st.data())
-def test_loss_in_the_interpreter(backend, data):
-    check(loss_case(data, small=True, wide=backend == "staged"), backend)
+def test_loss_in_the_interpreter(backend, windowed, data):
+    check(loss_case(data, windowed, small=True, wide=backend == "staged"), backend)
 
 
 # --- the queue -------------------------------------------------------------------------------------------------------
