@@ -195,9 +195,16 @@ def wrong_with_loop(code: str, sm: int, dim: int, blocks: Blocks, plain: bool) -
     if not loops:
         return ["no loop with tensor-core instructions"]
     wrong = []
-    spills = sum(name.startswith(("LDL", "STL")) for name in loops[0])
-    if SPILL_FREE and spills:
-        wrong.append(f"{spills} spill instructions in the loop")
+    spills = [name for name in loops[0] if name.startswith(("LDL", "STL"))]
+    # A register that a warp spills is a cycle of the first-level cache, in which four schedulers issue an instruction each. Its other
+    # traffic leaves a quarter of the products' time free at least.
+    own = len(loops[0]) * blocks.warps / 4
+    spilling = sum(4 if ".128" in name else 2 if ".64" in name else 1 for name in spills) * blocks.warps
+    products = 2 * blocks.rows * blocks.slots * PIECE_BYTES // 2 / model.RATES[sm].flops
+    if SPILL_FREE and spills and (own + spilling > products or spilling > products / 8):
+        wrong.append(
+            f"{len(spills)} spill instructions in the loop, which takes {own:.0f} + {spilling} cycles, its products {products:.0f}"
+        )
     if sm == 90 and blocks.rows >= 64 and not any(name.startswith("HGMMA") for name in loops[0]):  # which takes 64 rows
         wrong.append("no wgmma in the loop")
     if dim == 512 and plain and SPILL_FREE:
