@@ -1,4 +1,4 @@
-# make demo   set up, then train and compare both methods on the embedded faces
+# make demo   set up, then train and compare both methods on the ORL faces
 # make test   set up, then run the whole test suite
 # make docs   set up, then build the documentation in build/site
 # make package   source archive -> wheel -> an environment of its own with the oldest PyTorch; try what was installed, then the slow tests

@@ -1,4 +1,4 @@
-"""Semi-Siamese Training under Accelerate, on the embedded faces: ``pip install accelerate``.
+"""Semi-Siamese Training under Accelerate, on the ORL faces: ``pip install accelerate``.
 
 ``accelerate launch examples/accelerate_sst.py``, or python for one process. What differs from a usual script: the gallery network
 follows after each optimizer step, and only the probe network has an optimizer.

@@ -1,4 +1,4 @@
-"""Class weights shared out over processes, the network in DistributedDataParallel, on the embedded faces.
+"""Class weights shared out over processes, the network in DistributedDataParallel, on the ORL faces.
 
 ``torchrun --nproc_per_node=2 examples/ddp_partial_fc.py``, or without torchrun for one process.
 """

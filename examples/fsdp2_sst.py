@@ -1,4 +1,4 @@
-"""Semi-Siamese Training with both networks fully sharded (FSDP2), on the embedded faces.
+"""Semi-Siamese Training with both networks fully sharded (FSDP2), on the ORL faces.
 
 ``torchrun --nproc_per_node=2 examples/fsdp2_sst.py``
 """

@@ -1,4 +1,4 @@
-"""Semi-Siamese Training under Lightning, on the embedded faces: ``pip install lightning``, then run this file.
+"""Semi-Siamese Training under Lightning, on the ORL faces: ``pip install lightning``, then run this file.
 
 The model is used as it is. What it needs beyond a usual LightningModule: the gallery network follows after each optimizer
 step, and the sampler's place goes into the checkpoint (queue and gallery network are there already, as buffers and weights).

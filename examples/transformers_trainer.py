@@ -1,4 +1,4 @@
-"""A margin head in the Trainer of Hugging Face's transformers, on the embedded faces: ``pip install transformers accelerate``.
+"""A margin head in the Trainer of Hugging Face's transformers, on the ORL faces: ``pip install transformers accelerate``.
 
 The network gives embeddings; the loss is the Trainer's to ask for (``compute_loss``). The head is a part of the model, so that
 its class weights are trained, saved and moved with it.

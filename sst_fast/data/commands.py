@@ -29,9 +29,9 @@ def info(root: str, decoded: bool = False, quick: bool = False, workers: int = 0
 
     Args:
         root: the data set.
-        decoded: decode every image, which finds all that cannot be read; otherwise only headers are looked at.
-        quick: no image is looked at: no sizes, duplicates, unreadable ones.
-        workers: processes that read.
+        decoded: decode every image, which finds all that cannot be read; otherwise only headers are read.
+        quick: read no image: sizes, duplicates and unreadable images are not reported.
+        workers: processes that read images.
     """
     found = faces(root)
     print("\n".join(summary(found)))
@@ -59,10 +59,10 @@ def shallow(
     Args:
         root: the data set.
         out: a new file or folder.
-        images: of each identity; those with fewer keep all.
-        seed: another one chooses other images.
-        format: of ``out``; 'auto': by its suffix.
-        on_error: what an image that cannot be read does; 'skip' notes it in OUT.unreadable.txt.
+        images: most images of each identity; identities with fewer keep all.
+        seed: another seed chooses other images.
+        format: format of the result; 'auto': by the suffix of OUT.
+        on_error: what happens if an image cannot be read: 'stop', or 'skip' it and note it in OUT.unreadable.txt.
     """
     write(faces(root).shallow(images, seed), out, format, on_error)
 
@@ -73,8 +73,8 @@ def change(root: str, out: str, format: Format = "auto", on_error: OnError = "st
     Args:
         root: the data set.
         out: a new file or folder.
-        format: of ``out``; 'auto': by its suffix (a list file, .lmdb, .tar), else a folder per identity.
-        on_error: what an image that cannot be read does; 'skip' notes it in OUT.unreadable.txt.
+        format: format of the result; 'auto': by the suffix of OUT (a list file, .lmdb, .tar), else a folder per identity.
+        on_error: what happens if an image cannot be read: 'stop', or 'skip' it and note it in OUT.unreadable.txt.
     """
     write(faces(root), out, format, on_error)
 

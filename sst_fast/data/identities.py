@@ -1,4 +1,4 @@
-"""Identities and their images in files: a folder per identity, a list file, the embedded ORL faces; subsets of them."""
+"""Identities and their images in files: a folder per identity, a list file, the ORL faces; subsets of them."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def orl() -> Faces:
     numbers = sorted(range(1, 11), key=lambda number: f"{number}.pgm")
     paths = [f"s{person}/{number}.pgm" for person in range(1, 41) for number in numbers]
     names = Strings.of(f"s{person}" for person in range(1, 41))
-    return Faces.by_identity(names, Files(root, Strings.of(paths), "embedded ORL faces"), np.repeat(np.arange(40), 10))
+    return Faces.by_identity(names, Files(root, Strings.of(paths), "ORL faces"), np.repeat(np.arange(40), 10))
 
 
 def flat(faces: Faces) -> tuple[Selected, Tensor]:

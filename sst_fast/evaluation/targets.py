@@ -40,16 +40,16 @@ class Options:
         flip: the features of an image and of its mirror image are added (flip test).
         size: side of the network's input in pixels; 0: that of its training. Few backbones take another.
         images: folder of the images of a list of pairs, of BLUFR or of IJB. Without it they are beside the list or BLUFR's file, and
-            in ``loose_crop`` of IJB's folder.
+            in loose_crop of IJB's folder.
         aligned: IJB's images are aligned crops already. Without it they are aligned by their landmarks.
         distractors: folder of images, in any sub-folder, among which each identity's images are searched for (MegaFace).
-        on_error: what an unreadable image does: 'stop', or 'skip', which leaves it out and names it.
+        on_error: what happens if an image cannot be read: 'stop', or 'skip', which leaves it out and names it.
         rule: how a fold's threshold is chosen, 'accuracy' or 'facexzoo'.
         folds: number of folds; 0: what the list says, or 10.
         batch: images at a time.
         workers: processes that read images; 0: this one.
         device: where the network runs; 'auto': a GPU if there is one.
-        json: file for the results (.json). The report is written beside it (.html). Without it: ``evaluation.json`` in the run's
+        json: file for the results (.json). The report is written beside it (.html). Without it: evaluation.json in the run's
             folder, or beside the run's file.
     """
 

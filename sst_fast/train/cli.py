@@ -1,4 +1,4 @@
-"""The command ``sst-fast``: train, eval, embed, export, demo, info, check, tune. Settings come from a YAML or TOML file plus overrides.
+"""The command ``sst-fast``: train, eval, embed, export, data, demo, info, check, tune. Settings come from a YAML or TOML file plus overrides.
 
 A command is a function in COMMANDS: its parameters and their description in its docstring are its options, but for
 ``train`` and ``demo``, whose options are the fields of a dataclass.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def train(config: Config) -> None:
-    """Train on a folder of one sub-folder per identity; an interrupted run goes on."""
+    """Train a network on a data set; the same command continues an interrupted run."""
     from sst_fast.train import loop
 
     done = loop.train(config, *loop.split(config))
@@ -43,13 +43,13 @@ def evaluate(
     run: str, targets: Sequence[str], options: Options, backbone: str = "", dim: int = 512, width: float = 1.0,
     channels: int = 3,
 ) -> None:  # fmt: skip
-    """Evaluate a trained run on the test sets of the field, by what each file is.
+    """Evaluate a trained network on test sets; the kind of each file decides how.
 
     Args:
         run: the run's folder, a checkpoint, an exported .safetensors or a file of plain weights
-        targets: folders of identities, lists, 'orl', .bin files, lists of pairs, BLUFR's .mat, IJB's folder
-        options: how
-        backbone: of plain weights: 'mobilefacenet' or 'timm:NAME'; --size is then the side of their input, 112 if not given
+        targets: data sets of identities, 'orl', .bin files, lists of pairs, BLUFR's .mat, IJB's folder
+        options: how targets are evaluated
+        backbone: of plain weights: 'mobilefacenet' or 'timm:NAME'; --size is then the side of the input, 112 if not given
         dim: of plain weights: size of the embedding
         width: of plain weights: factor on MobileFaceNet's channel counts
         channels: of plain weights: 1 (gray) or 3 (RGB)
@@ -81,11 +81,11 @@ def embed(
 
     Args:
         run: the run's folder, a checkpoint, an exported .safetensors or a file of plain weights
-        root: folder of images, searched to the bottom
+        root: folder of images; sub-folders are searched too
         out: a .npy (paths beside it as .txt) or .parquet file
         device: where the network runs: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
         workers: processes that read images
-        on_error: what an image that cannot be read does: 'stop' all, or 'skip', which notes it in OUT.unreadable.txt
+        on_error: what happens if an image cannot be read: 'stop', or 'skip' it and note it in OUT.unreadable.txt
         backbone: of plain weights: 'mobilefacenet' or 'timm:NAME'
         dim: of plain weights: size of the embedding
         width: of plain weights: factor on MobileFaceNet's channel counts
@@ -106,7 +106,7 @@ def embed(
 def export(
     run: str, out: str, backbone: str = "", dim: int = 512, width: float = 1.0, size: int = 112, channels: int = 3
 ) -> None:
-    """Write the probe network alone, its preprocessing recorded.
+    """Write the probe network alone, with a record of its preprocessing.
 
     Args:
         run: the run's folder, a checkpoint, an exported .safetensors or a file of plain weights
@@ -124,7 +124,7 @@ def export(
 
 
 def demo(config: DemoConfig) -> None:
-    """Compare Semi-Siamese with conventional training on the embedded faces."""
+    """Compare Semi-Siamese with conventional training on the ORL faces (400 photos of 40 people)."""
     from sst_fast.train import demo
 
     demo.run(config)
@@ -134,18 +134,18 @@ def info(
     device: str = "", dtype: str = "float32", queue_dtype: str = "", dim: int = 512, window: bool = False,
     positive: bool = False, trains_prototypes: bool = False, normalize: bool = False, smooths: bool = False,
 ) -> None:  # fmt: skip
-    """Print versions, device and, for each operation, which backend would run such a problem and why not the others.
+    """Print versions, device and, for each operation, which backend would run a problem and why not the others.
 
     Args:
-        device: where its tensors are, 'cpu' or 'cuda'; a GPU if there is one
-        dtype: of the embeddings
-        queue_dtype: of the queue or the prototypes; as the embeddings' if not given
+        device: device of the tensors, 'cpu' or 'cuda'; by default a GPU if there is one
+        dtype: dtype of the embeddings
+        queue_dtype: dtype of the queue or the prototypes; by default that of the embeddings
         dim: number of features
-        window: with the batch's own slots, as in Semi-Siamese Training
-        positive: with targets that are not rows of the prototypes
-        trains_prototypes: with a gradient for the prototypes
-        normalize: with prototypes that are normalised inside
-        smooths: with label smoothing
+        window: whether there is a batch window, as in Semi-Siamese Training
+        positive: whether targets are given explicitly, not as rows of the prototypes
+        trains_prototypes: whether the prototypes get a gradient
+        normalize: whether the loss normalises the prototypes
+        smooths: whether there is label smoothing
     """
     import torch
 
@@ -169,11 +169,11 @@ def info(
 
 
 def check(device: str = "auto", json: str = "") -> int:
-    """Compare every backend that exists here with the reference, and its time with bare matrix products.
+    """Compare every backend of this machine with the reference, and its time with that of bare matrix products.
 
     Args:
         device: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
-        json: a file for the rows
+        json: a file to which the results are also written
     """
     from sst_fast import check
     from sst_fast.train.config import device_named
@@ -186,14 +186,14 @@ def tune(
     n: int, k: int, d: int = 512, dtype: str = "bfloat16", prototypes: bool = False, float8_products: bool = False,
     device: str = "auto",
 ) -> None:  # fmt: skip
-    """Measure every backend that can compute a loss of your size, and remember the fastest that is right.
+    """Measure every backend that can compute a loss of your size, and store the fastest right one as the choice.
 
     Args:
         n: probes of a batch; in Semi-Siamese Training both images of each identity count
         k: slots of the queue, or classes
         d: features of an embedding
-        dtype: of the queue or the prototypes
-        prototypes: train the prototypes too, normalised inside
+        dtype: dtype of the queue or the prototypes
+        prototypes: whether the prototypes are trained too (learned class weights)
         float8_products: allow products over a float8 queue to be rounded to float8
         device: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one)
     """
@@ -204,7 +204,7 @@ def tune(
 
 
 def data(chosen: Any) -> None:
-    """What is in a data set; its shallow subsets; other formats."""
+    """Inspect data sets, make shallow subsets, convert, or draw new ones."""
     from sst_fast.data import commands
 
     commands.run(chosen)
@@ -325,7 +325,9 @@ def _parser(mode: str) -> tuple[Any, dict[str, type]]:
         elif name == "eval":
             sub.add_function_arguments(function, as_positional=True, skip={"targets", "options"})
             sub.add_argument(
-                "targets", nargs="+", help="folders of identities, lists, 'orl', .bin files, pairs, .mat, IJB's folder"
+                "targets",
+                nargs="+",
+                help="data sets of identities, 'orl', .bin files, lists of pairs, BLUFR's .mat, IJB's folder",
             )
             sub.add_class_arguments(Options)
         elif name != "data":

@@ -29,15 +29,15 @@ class DataConfig:
 
     Attributes:
         root: any data set that sst_fast.data.faces knows (a folder with one sub-folder per identity, a list file, RecordIO, LMDB,
-            WebDataset, Hugging Face, 'module:dataset'), or 'orl' for the embedded faces; must be given.
+            WebDataset, Hugging Face, 'module:dataset'), or 'orl' for the ORL faces; must be given.
         size: side of the square input in pixels.
         channels: 1 (gray) or 3 (RGB).
-        images_per_identity: keep so many of each identity, chosen by seed; 0 keeps all.
+        images_per_identity: how many images of each identity are kept, chosen by seed; 0 keeps all.
         test_share: share of identities held out for verification, in [0, 1).
-        test_root: data set to verify on instead.
+        test_root: another data set to verify on, instead of held-out identities.
         workers: processes that read images (for each training process); -1: up to 8 with a GPU, else none.
         augment: 'sst' (the paper's), 'flip', 'none' or a function, 'package.module:function'; see sst_fast.data.augmentation.
-        on_error: what an image that cannot be read does: 'stop' the run, or 'skip' it, noted in unreadable.txt in out.
+        on_error: what happens if an image cannot be read: 'stop' the run, or 'skip' the image and note it in unreadable.txt in out.
     """
 
     root: str = ""
@@ -78,31 +78,33 @@ class Config:
             (softmax, am, arc, combined, sphereface, mv, curricular, npc, circle, arc_neg, adacos, magface, adaface, filtered).
         scale: inverse temperature s > 0 of the softmax.
         queue_size: slots K of the gallery queue, over all processes.
-        queue_dtype: of the queue's features.
+        queue_dtype: dtype of the queue's features.
         momentum: m of the gallery network's moving average, in [0, 1].
         momentum_warmup: updates over which m rises: update number t uses min(m, t / (t + momentum_warmup)), so that short runs
             move the gallery network too; 0: m from the start, as in the authors' codes.
         batchnorm: how the gallery network normalises: 'own' (by its own batch), 'copy' or 'average' (by the probe network's
             running statistics, copied or averaged).
         galleries: number of gallery networks, which take turns.
-        keep: which gallery feature of an identity enters the queue.
+        keep: which gallery feature of an identity enters the queue: that of the 'first' or 'second' image, of one drawn by 'coin' for the
+            whole batch, the 'mean' of both, or 'both'.
         shard: each process keeps its part of the queue instead of the whole.
-        sampler: how identities that the queue holds are kept out of a batch, see sst_fast.IdentitySampler.
+        sampler: how identities that the queue holds are treated: 'shuffle' (drawn like others, masked in the loss), 'spaced' (not drawn
+            while the queue holds them) or 'left_out' (of the next epoch).
         epochs: passes over the identities.
         batch: identities per step over all processes, two images each.
         accumulate: batches per optimizer step.
         lr: learning rate of SGD with momentum 0.9.
-        weight_decay: of SGD, on all weights.
+        weight_decay: weight decay of SGD, on all weights.
         warmup: epochs over which the learning rate rises.
         schedule: 'step' (the rate falls tenfold at each of milestones) or 'cosine'.
         milestones: shares of all epochs, each in (0, 1].
-        precision: of the networks, by autocast; float16 with a gradient scaler.
-        compile: the networks, by torch.compile.
-        channels_last: memory format of images and weights.
-        seed: every random choice follows from it.
+        precision: dtype of the networks' products, by autocast; float16 uses a gradient scaler.
+        compile: whether the networks are compiled by torch.compile.
+        channels_last: whether images and weights have this memory format.
+        seed: of all random choices.
         init: a run's folder, checkpoint, exported .safetensors or file of plain weights whose probe network is the start
             (fine-tuning).
-        out: folder for checkpoint, logs and metrics; an interrupted run there goes on.
+        out: folder for checkpoint, logs and metrics; an interrupted run there is continued.
         device: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one).
         verify_every: epochs between verifications on the test identities; 0: at the end only. The best state by accuracy
             is kept as best.pt.

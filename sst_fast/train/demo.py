@@ -1,4 +1,4 @@
-"""The demo: Semi-Siamese against conventional training on the embedded ORL faces, open-set, several folds."""
+"""The demo: Semi-Siamese against conventional training on the ORL faces, open-set, several folds."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class DemoConfig:
 
     Attributes:
         folds: how many of the four folds over identities are trained.
-        epochs: of each run.
-        out: folder for the runs and the report; an interrupted demo there goes on.
-        seed: every random choice follows from it.
+        epochs: epochs of each run.
+        out: folder for the runs and the report; an interrupted demo there is continued.
+        seed: of all random choices.
         device: 'cpu', 'cuda', 'cuda:N' or 'auto' (a GPU if there is one).
     """
 
