@@ -667,7 +667,9 @@ def script(path, text):
 def test_every_stage_of_the_device_check_runs_on_the_cpu(tmp_path):
     """Twice: what is finished is not run again. A mock stands in for compute-sanitizer; the two tools get the same command, run once."""
     command = ["bash", str(ROOT / "bench" / "device_check.sh"), "--device", "cpu", "--size", "smoke"]
-    script(tmp_path / "bin" / "compute-sanitizer", 'echo "sanitizing: $*"; [ "$2" = racecheck ] || { shift 4; exec "$@"; }')
+    script(
+        tmp_path / "bin" / "compute-sanitizer", 'echo "sanitizing: $*"; [ "$2" = racecheck ] || { shift 4; exec "$@"; }'
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "TRITON_INTERPRET": "0"}
     environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
@@ -682,7 +684,9 @@ def test_every_stage_of_the_device_check_runs_on_the_cpu(tmp_path):
     sanitized = [line for line in done.stdout.splitlines() if line.startswith("sanitizing: ")]
     assert len(set(sanitized)) == 8
     assert all(" --error-exitcode 9 " in line and " -m sst_fast.check " in line for line in sanitized)
-    of_tool = [{line.partition(tool)[2] for line in sanitized if f" {tool} " in line} for tool in ("memcheck", "racecheck")]
+    of_tool = [
+        {line.partition(tool)[2] for line in sanitized if f" {tool} " in line} for tool in ("memcheck", "racecheck")
+    ]
     assert of_tool[0] == of_tool[1]
     (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
     outcomes = {row["outcome"] for row in rows.read(folder / "tests.jsonl")}

@@ -54,16 +54,11 @@ def run(config: DemoConfig) -> Path:
     if not 1 <= config.folds <= 4:
         raise ValueError(f"folds must be in [1, 4] (40 identities, 10 held out in each), got {config.folds}")
     begin = time.monotonic()
-    faces = data.orl()
-    order = list(range(len(faces.names)))
-    random.Random(config.seed).shuffle(order)
     results: dict[Method, list[report.Result]] = {"sst": [], "conventional": []}
     samples: list[report.Sample] = []
     settings: dict[str, object] = {}
     for fold in range(config.folds):
-        held = order[fold * 10 : fold * 10 + 10]
-        train_faces = faces.subset([i for i in order if i not in held]).shallow(2, config.seed + fold)
-        test_faces = faces.subset(held)
+        train_faces, test_faces = split(config, fold)
         embeddings = {}
         for method in results:
             settings_of_run = settings_for(config, method, fold)
@@ -84,6 +79,15 @@ def run(config: DemoConfig) -> Path:
     print(report.text_table(results))
     print(f"\n{time.monotonic() - begin:.0f} s; report: {path.resolve()}")
     return path
+
+
+def split(config: DemoConfig, fold: int) -> tuple[data.Faces, data.Faces]:
+    """Two images of each of 30 people, and all images of the 10 others."""
+    faces = data.orl()
+    order = list(range(len(faces.names)))
+    random.Random(config.seed).shuffle(order)
+    held = order[fold * 10 : fold * 10 + 10]
+    return faces.subset([i for i in order if i not in held]).shallow(2, config.seed + fold), faces.subset(held)
 
 
 def settings_for(config: DemoConfig, method: Method, fold: int) -> Config:
