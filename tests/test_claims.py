@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import yaml
 from bench.claims import grid, report, train
 from bench.claims.__main__ import main
 from sst_fast.data import glyphs
+from sst_fast.train.report import claim
 
 SMALL = {
     "training": {"dim": 8, "channels": [2, 2, 2, 2], "batch": 16, "steps": 4, "warmup": 1, "points": 2},
@@ -115,6 +117,7 @@ def test_quick_needs_no_tuning(small, tmp_path, capsys):
 def test_the_page_holds_what_the_results_say(small, finished, tmp_path, capsys):
     page, readme = tmp_path / "docs" / "claim.md", tmp_path / "README.md"
     page.parent.mkdir()
+    (tmp_path / "sst_fast" / "train").mkdir(parents=True)
     readme.write_text("first\n<!-- claim: kanji -->\nold\n<!-- end -->\nlast\n")
     page.write_text("before\n<!-- kanji -->\nold\n<!-- end -->\nafter\n")
     arguments = ["--config", str(small / "claims.yaml"), "--out", str(finished), "--report", str(page)]
@@ -141,12 +144,23 @@ def test_the_page_holds_what_the_results_say(small, finished, tmp_path, capsys):
         score = re.search(rf"^\| am-softmax \| {method} \|.*\| (\S+ ± \S+) \| [^|]+ \|$", text, re.MULTILINE)[1]
         assert f"**{score} %**" in told
     assert re.fullmatch(r"first\n<!-- claim: kanji -->\n.*\(AM-softmax, 2 seeds; .*\)\.\n<!-- end -->\nlast\n", told)
+    short = json.loads((tmp_path / "sst_fast" / "train" / "claim.json").read_text())
+    assert short["sentence"] in told.replace("**", "")
+    for method, (mean, deviation) in short["losses"]["am-softmax"].items():
+        assert re.search(rf"^\| am-softmax \| {method} \|.*\| {mean} ± {deviation} \| [^|]+ \|$", text, re.MULTILINE)
     assert main(arguments) == 0
     assert page.read_text() == text
     assert readme.read_text() == told
     (tmp_path / "empty.md").write_text("nothing")
     assert main([*arguments[:-1], str(tmp_path / "empty.md")]) == 1
     assert "has no place for the results of 'kanji'" in capsys.readouterr().err
+
+
+def test_the_demo_shows_what_readme_says():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("**", "")
+    told = claim()
+    assert told["sentence"] in readme
+    assert set(told["losses"]["am-softmax"]) == {"sst", "conventional"}
 
 
 def test_statistics_are_those_of_the_textbook():

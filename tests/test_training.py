@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from bench.claims.__main__ import main as claims_main
 from sst_fast import data, evaluation
 from sst_fast.data import commands as data_commands
 from sst_fast.margins import MARGINS, AMSoftmax, ArcSoftmax, CombinedMargin, MagFace, Margin
-from sst_fast.train import backbones, loop
+from sst_fast.train import backbones, loop, report
 from sst_fast.train.cli import COMMANDS, main
 from sst_fast.train.config import Config, DataConfig
 from sst_fast.train.progress import Progress
@@ -147,14 +148,35 @@ def test_info_tells_what_would_run(capsys):
 
 def test_demo_writes_one_self_contained_page(tmp_path, capsys):
     assert main(["demo", "--folds", "1", "--epochs", "2", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    assert "Semi-Siamese Training" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Semi-Siamese Training" in told
+    assert "One fold does not tell" in told
     page = (tmp_path / "report.html").read_text()
+    assert report.claim()["sentence"] in page
+    (link,) = re.findall('<a href="([^"]*claim.md)"', page)
+    assert (tmp_path / link).resolve().exists()
     assert "AT&amp;T Laboratories Cambridge" in page
     assert 'src="http' not in page
-    assert page.count("<svg") == 12  # nine of the training, a ROC, two histograms
+    assert page.count("<svg") == 13  # the claim, nine of the training, a ROC, two histograms
     for title in ("Effective rank of the test embeddings", "Singular spectrum of the test embeddings"):
         assert f'aria-label="{title}"' in page
     assert page.count("data:image/png") == 16
+
+
+def test_the_difference_is_taken_fold_by_fold():
+    def folds(*accuracies):
+        return [report.Result([], SimpleNamespace(accuracy=a, tar={}, rank1=a, effective_rank=9.0)) for a in accuracies]
+
+    row, *_ = rows = report.table({"sst": folds(0.81, 0.86, 0.91), "conventional": folds(0.80, 0.84, 0.88)})
+    assert row.methods["sst"] == pytest.approx((86.0, 5.0))
+    assert row.difference == pytest.approx((2.0, 1 / 3**0.5))
+    assert rows[-1].difference == (0.0, 0.0)
+    assert report.verdict(row, 3) == (
+        "The difference in accuracy is +2.0 ± 0.6 (standard error, 3 folds): more than twice its standard error, in favour of "
+        "Semi-Siamese Training."
+    )
+    alike, *_ = report.table({"sst": folds(0.81, 0.86, 0.91), "conventional": folds(0.80, 0.90, 0.88)})
+    assert "do not tell which method is better" in report.verdict(alike, 3)
 
 
 def test_shallow_split_is_disjoint_and_of_two():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
@@ -271,6 +272,19 @@ def headline(results: Sequence[grid.Result]) -> str:
     )
 
 
+def in_short(results: Sequence[grid.Result]) -> dict[str, Any]:
+    """For the demo's report: of each loss with runs of both methods mean and standard deviation of MAIN, percent, and the sentence."""
+    losses = {}
+    for loss in dict.fromkeys(r["loss"] for r in results if r["stage"] == "test"):
+        found = {method: values(results, MAIN, stage="test", loss=loss, method=method) for method in COLOURS}
+        if all(len(some) > 1 for some in found.values()):
+            losses[loss] = {
+                method: [round(100 * statistics.fmean(some), 1), round(100 * statistics.stdev(some), 1)]
+                for method, some in found.items()
+            }
+    return {"sentence": headline(results).replace("**", ""), "losses": losses}
+
+
 def fill(text: str, name: str, content: str) -> str | None:
     """``text`` with ``content`` between ``<!-- name -->`` and ``<!-- end -->``; None where it has no such place."""
     found = re.search(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", text, re.DOTALL)
@@ -279,7 +293,8 @@ def fill(text: str, name: str, content: str) -> str | None:
 
 def write(page: Path, files: Sequence[Path], config: grid.Config) -> None:
     """Fills in what stands between ``<!-- NAME -->`` and ``<!-- end -->`` for each data set NAME that has results, and, between
-    ``<!-- claim: NAME -->`` and ``<!-- end -->`` in the README above the page's folder, the main result in a sentence.
+    ``<!-- claim: NAME -->`` and ``<!-- end -->`` in the README above the page's folder, the main result in a sentence. What the
+    demo's report shows of it goes into the package beside that README.
 
     Raises:
         ValueError: the page has no such place, or there are no results.
@@ -316,4 +331,7 @@ def write(page: Path, files: Sequence[Path], config: grid.Config) -> None:
             shown = fill(readme.read_text(encoding="utf-8"), f"claim: {data}", sentence + "\n")
             if shown is not None:
                 readme.write_text(shown, encoding="utf-8")
+                short = readme.parent / "sst_fast" / "train" / "claim.json"
+                if short.parent.exists():
+                    short.write_text(json.dumps(in_short(listed), indent=1) + "\n", encoding="utf-8")
     page.write_text(text, encoding="utf-8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,29 +66,67 @@ def figures_of(scores: Scores) -> dict[str, float]:
     }
 
 
-def table(results: Mapping[Method, list[Result]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """method -> figure -> (mean, standard deviation over folds; 0 for one fold)."""
-    out: dict[str, dict[str, tuple[float, float]]] = {}
-    for method, folds in results.items():
-        rows = [figures_of(fold.scores) for fold in folds]
-        out[method] = {
-            name: (
-                statistics.mean(r[name] for r in rows),
-                statistics.stdev(r[name] for r in rows) if len(rows) > 1 else 0.0,
+@dataclass
+class Row:
+    """One figure over the folds."""
+
+    name: str
+    methods: dict[str, tuple[float, float]]  # by method: mean, standard deviation over folds (0 for one fold)
+    difference: (
+        tuple[float, float] | None
+    )  # SST less conventional, by fold: mean, its standard error; None for one fold
+
+
+def table(results: Mapping[Method, list[Result]]) -> list[Row]:
+    """What both methods reach, and how far they are apart: folds are the same for both, so differences are taken fold by fold."""
+    found = {method: [figures_of(fold.scores) for fold in folds] for method, folds in results.items()}
+    rows = []
+    for name in found["sst"][0]:
+        values = {method: [figures[name] for figures in folds] for method, folds in found.items()}
+        apart = [a - b for a, b in zip(values["sst"], values["conventional"], strict=True)]
+        several = len(apart) > 1
+        rows.append(
+            Row(
+                name,
+                {m: (statistics.mean(v), statistics.stdev(v) if several else 0.0) for m, v in values.items()},
+                (statistics.mean(apart), statistics.stdev(apart) / len(apart) ** 0.5) if several else None,
             )
-            for name in rows[0]
-        }
-    return out
+        )
+    return rows
+
+
+def verdict(row: Row, folds: int) -> str:
+    """In a sentence, whether the methods differ in one figure."""
+    if row.difference is None:
+        return "One fold does not tell how far chance moves the difference."
+    mean, error = row.difference
+    found = f"The difference in {row.name.removesuffix(', %')} is {mean:+.1f} ± {error:.1f} (standard error, {folds} folds): "
+    if abs(mean) < 2 * error:
+        return found + "less than twice its standard error, so these folds do not tell which method is better."
+    return found + f"more than twice its standard error, in favour of {NAMES['sst' if mean > 0 else 'conventional']}."
+
+
+def shown(value: tuple[float, float] | None, sign: str = "") -> str:
+    """Mean and spread."""
+    return "" if value is None else f"{value[0]:{sign}.1f} ± {value[1]:.1f}"
 
 
 def text_table(results: Mapping[Method, list[Result]]) -> str:
     """The table for a terminal."""
     rows = table(results)
-    names = list(next(iter(rows.values())))
-    lines = [f"{'':<38}" + "".join(f"{name:>21}" for name in names)]
-    for method, row in rows.items():
-        lines.append(f"{NAMES[method]:<38}" + "".join(f"{f'{m:.1f} ± {s:.1f}':>21}" for m, s in row.values()))
-    return "\n".join(lines)
+    lines = [f"{'':<22}" + "".join(f"{NAMES[m]:>39}" for m in results) + f"{'difference':>15}"]
+    for row in rows:
+        values = "".join(f"{shown(row.methods[m]):>39}" for m in results)
+        lines.append(f"{row.name:<22}{values}{shown(row.difference, '+'):>15}")
+    folds = len(results["sst"])
+    about = "Mean ± standard deviation over folds; differences: mean ± standard error."
+    return "\n".join([*lines, about, verdict(rows[0], folds)])
+
+
+def claim() -> dict[str, Any]:
+    """What ``bench.claims`` has found on a larger set: of each loss and method mean and standard deviation, and a sentence."""
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("claim.json").read_text(encoding="utf-8"))
+    return found
 
 
 def write(
@@ -100,7 +140,13 @@ def write(
     pages.render(
         "report.html",
         path,
-        rows={NAMES[m]: row for m, row in table(results).items()},
+        rows=table(results),
+        verdict=verdict(table(results)[0], len(results["sst"])),
+        names=[NAMES[m] for m in results],
+        shown=shown,
+        claim=claim()["sentence"],
+        claim_page=_page_of_claim(path),
+        claim_figure=pages.figure("Kanji: true accept rate at a false accept rate of 0.001, %", _claim),
         training=[
             *(pages.figure(title, partial(_by_epoch, results, name)) for name, title in CURVES.items()),
             pages.figure("Singular spectrum of the test embeddings", partial(_spectra, results)),
@@ -136,6 +182,31 @@ def _spectra(results: Mapping[Method, list[Result]], axes: Axes) -> None:
         values = np.array([fold.scores.spectrum for fold in folds])
         _line_and_band(axes, method, np.arange(1, values.shape[1] + 1), values)
     axes.set(yscale="log", ylim=(1e-5, 1), xlabel="singular value", ylabel="share of their sum")
+
+
+def _page_of_claim(report: Path) -> str:
+    """From the report to docs/claim.md; empty where the package lies without its source."""
+    page = Path(__file__).parents[2] / "docs" / "claim.md"
+    return Path(os.path.relpath(page, report.parent)).as_posix() if page.exists() else ""
+
+
+def _claim(axes: Axes) -> None:
+    found = claim()["losses"]
+    for i, method in enumerate(("conventional", "sst")):
+        places = [j + 0.38 * (i - 0.5) for j in range(len(found))]
+        means, deviations = zip(*(methods[method] for methods in found.values()), strict=True)
+        axes.bar(
+            places,
+            means,
+            0.36,
+            yerr=deviations,
+            color=COLOURS[method],
+            ecolor=pages.COLOURS["ink"],
+            label=NAMES[method],
+        )
+    axes.set_xticks(range(len(found)), list(found))
+    axes.grid(False, axis="x")
+    pages.legend(axes)
 
 
 def _roc(results: Mapping[Method, list[Result]], axes: Axes) -> None:
