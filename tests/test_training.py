@@ -22,7 +22,7 @@ from bench.claims.__main__ import main as claims_main
 from sst_fast import data, evaluation
 from sst_fast.data import commands as data_commands
 from sst_fast.margins import MARGINS, AMSoftmax, ArcSoftmax, CombinedMargin, MagFace, Margin
-from sst_fast.train import backbones, loop, report
+from sst_fast.train import backbones, demo, loop, report
 from sst_fast.train.cli import COMMANDS, main
 from sst_fast.train.config import Config, DataConfig
 from sst_fast.train.progress import Progress
@@ -163,6 +163,18 @@ def test_demo_writes_one_self_contained_page(tmp_path, capsys):
     assert page.count("data:image/png") == 16
 
 
+def test_every_four_folds_hold_out_everyone_once(capsys):
+    held = [set(demo.split(demo.DemoConfig(), fold)[1].names) for fold in range(8)]
+    for four in (held[:4], held[4:]):
+        assert len(set.union(*four)) == sum(map(len, four)) == 40
+    assert held[0] not in held[4:]
+    for fold in range(8):
+        trained, _ = demo.split(demo.DemoConfig(), fold)
+        assert not set(trained.names) & held[fold]
+    assert main(["demo", "--folds", "0"]) == 1
+    assert "folds must be in [1, 100], got 0" in capsys.readouterr().err
+
+
 def test_the_difference_is_taken_fold_by_fold():
     def folds(*accuracies):
         return [report.Result([], SimpleNamespace(accuracy=a, tar={}, rank1=a, effective_rank=9.0)) for a in accuracies]
@@ -171,12 +183,15 @@ def test_the_difference_is_taken_fold_by_fold():
     assert row.methods["sst"] == pytest.approx((86.0, 5.0))
     assert row.difference == pytest.approx((2.0, 1 / 3**0.5))
     assert rows[-1].difference == (0.0, 0.0)
-    assert report.verdict(row, 3) == (
-        "The difference in accuracy is +2.0 ± 0.6 (standard error, 3 folds): more than twice its standard error, in favour of "
-        "Semi-Siamese Training."
-    )
-    alike, *_ = report.table({"sst": folds(0.81, 0.86, 0.91), "conventional": folds(0.80, 0.90, 0.88)})
-    assert "do not tell which method is better" in report.verdict(alike, 3)
+    told = report.verdict(rows, 3)
+    assert told.startswith("Semi-Siamese Training is better in accuracy, rank-1. That is where ")
+    worse = report.table({"sst": folds(0.80, 0.84, 0.88), "conventional": folds(0.81, 0.86, 0.91)})
+    assert report.verdict(worse, 3).startswith("Conventional (learned class weights) is better in accuracy, rank-1. ")
+    alike = report.table({"sst": folds(0.81, 0.86, 0.91), "conventional": folds(0.80, 0.90, 0.88)})
+    assert report.verdict(alike, 3).startswith("No difference is more than twice its standard error (3 folds)")
+    alone = report.table({"sst": folds(0.81), "conventional": folds(0.80)})
+    assert alone[0].difference is None
+    assert report.verdict(alone, 1).startswith("One fold does not tell")
 
 
 def test_shallow_split_is_disjoint_and_of_two():

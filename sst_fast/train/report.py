@@ -26,6 +26,7 @@ from sst_fast.train.config import Method
 
 COLOURS: dict[str, str] = {"sst": pages.COLOURS["green"], "conventional": pages.COLOURS["red"]}
 NAMES: dict[str, str] = {"sst": "Semi-Siamese Training", "conventional": "Conventional (learned class weights)"}
+RANK = "effective rank"  # which is no merit in itself
 CURVES = {
     "loss": "Loss",
     "target_cosine": "Cosine with the target prototype",
@@ -62,7 +63,7 @@ def figures_of(scores: Scores) -> dict[str, float]:
         "accuracy, %": 100 * scores.accuracy,
         **tar,
         "rank-1, %": 100 * scores.rank1,
-        "effective rank": scores.effective_rank,
+        RANK: scores.effective_rank,
     }
 
 
@@ -95,15 +96,21 @@ def table(results: Mapping[Method, list[Result]]) -> list[Row]:
     return rows
 
 
-def verdict(row: Row, folds: int) -> str:
-    """In a sentence, whether the methods differ in one figure."""
-    if row.difference is None:
-        return "One fold does not tell how far chance moves the difference."
-    mean, error = row.difference
-    found = f"The difference in {row.name.removesuffix(', %')} is {mean:+.1f} ± {error:.1f} (standard error, {folds} folds): "
-    if abs(mean) < 2 * error:
-        return found + "less than twice its standard error, so these folds do not tell which method is better."
-    return found + f"more than twice its standard error, in favour of {NAMES['sst' if mean > 0 else 'conventional']}."
+def verdict(rows: list[Row], folds: int) -> str:
+    """In a sentence or two, in which figures the methods differ by more than chance would move them."""
+    if folds == 1:
+        return "One fold does not tell how far chance moves the differences."
+    better: dict[Method, list[str]] = {"sst": [], "conventional": []}
+    for row in rows:
+        if row.difference and row.name != RANK and abs(row.difference[0]) > 2 * row.difference[1]:
+            better["sst" if row.difference[0] > 0 else "conventional"].append(row.name.removesuffix(", %"))
+    told = [f"{NAMES[method]} is better in {', '.join(names)}." for method, names in better.items() if names]
+    about = f"more than twice its standard error ({folds} folds)"
+    if not told:
+        return f"No difference is {about}: these folds do not tell which method is better."
+    return " ".join(
+        [*told, f"That is where the difference is {about}; the other figures do not tell which method is better."]
+    )
 
 
 def shown(value: tuple[float, float] | None, sign: str = "") -> str:
@@ -120,7 +127,7 @@ def text_table(results: Mapping[Method, list[Result]]) -> str:
         lines.append(f"{row.name:<22}{values}{shown(row.difference, '+'):>15}")
     folds = len(results["sst"])
     about = "Mean ± standard deviation over folds; differences: mean ± standard error."
-    return "\n".join([*lines, about, verdict(rows[0], folds)])
+    return "\n".join([*lines, about, verdict(rows, folds)])
 
 
 def claim() -> dict[str, Any]:
@@ -141,7 +148,7 @@ def write(
         "report.html",
         path,
         rows=table(results),
-        verdict=verdict(table(results)[0], len(results["sst"])),
+        verdict=verdict(table(results), len(results["sst"])),
         names=[NAMES[m] for m in results],
         shown=shown,
         claim=claim()["sentence"],
