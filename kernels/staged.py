@@ -223,24 +223,19 @@ def weigh_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "T"])
-def gather_kernel(
-    partial, counts, rows, own_rows, partial_out, counts_out, again, N, T, lift,
-    KIND: tl.constexpr, COMMON: tl.constexpr, SMOOTH: tl.constexpr, SCALE_SLOPE: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+@triton.jit
+def _gathered(
+    partial, counts, i, real, zero, N, T, KIND: tl.constexpr, COMMON: tl.constexpr, SMOOTH: tl.constexpr, SCALE_SLOPE: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of probes over the T tiles of a chunk: their sums, as one part for ``combine_kernel``.
+    """Probes i over the T tiles of a chunk: what :func:`store_part` takes, their largest logit first. ``zero``: 0.0 for each.
 
-    COMMON: the tiles' sums are relative to the common shift; ``again`` int32 [N] then names the rows for which that was not good
-    enough, and these get their largest logit as the shift. Otherwise the shift is the largest logit less ``lift``.
+    COMMON: the tiles' sums are all relative to the same shift; otherwise each to the tile's largest logit, as the result is then.
     """
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    real = i < N
     field = T.to(tl.int64) * N
-    _, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
-    highest = scale * 0.0 + NEVER
-    top, at = scale * 0.0 + NEVER, tl.zeros([BLOCK_N], tl.int32) - 1
-    total, weighed_phi, phi_sum, hard_sum = scale * 0.0, scale * 0.0, scale * 0.0, scale * 0.0
+    highest = zero + NEVER
+    top, at = zero + NEVER, tl.zeros([BLOCK_N], tl.int32) - 1
+    total, weighed_phi, phi_sum, hard_sum = zero, zero, zero, zero
     live, beats, hard = tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_N], tl.int32)
     for t0 in range(0, T, TILES):
         t = t0 + tl.arange(0, TILES)
@@ -254,7 +249,7 @@ def gather_kernel(
         shift = tl.load(partial + SHIFT * field + of, mask=inside, other=NEVER)
         sums = tl.load(partial + SUM * field + of, mask=inside, other=0.0)
         higher = tl.maximum(highest, tl.max(shift, 0))
-        fade, part = scale * 0.0 + 1.0, sums * 0.0 + 1.0
+        fade, part = zero + 1.0, sums * 0.0 + 1.0
         if not COMMON:
             fade, part = tl.exp(highest - higher), tl.exp(shift - higher[None, :])
         total = total * fade + tl.sum(sums * part, 0)
@@ -269,19 +264,26 @@ def gather_kernel(
             hard_sum += tl.sum(tl.load(partial + HARD_SUM * field + of, mask=inside, other=0.0), 0)
         if SMOOTH:
             phi_sum += tl.sum(tl.load(partial + PHI_SUM * field + of, mask=inside, other=0.0), 0)
-    if COMMON:
-        shift = common_shift(scale, r0, r1, r2, r3, KIND)
-        over = highest - shift
-        wanting = (live > 0) & ((over < LEAST) | (over > MOST))
-        tl.store(again + i, wanting.to(tl.int32), mask=real)
-        shift = tl.where(wanting, highest, shift)
-    else:
-        shift = highest - lift
-        total *= tl.exp(scale * 0.0 + lift)
-        weighed_phi *= tl.exp(scale * 0.0 + lift)
+    return highest, total, weighed_phi, top, at, beats, live, hard, hard_sum, phi_sum
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def gather_kernel(
+    partial, counts, rows, partial_out, counts_out, N, T, lift,
+    KIND: tl.constexpr, SMOOTH: tl.constexpr, SCALE_SLOPE: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of probes over the T tiles of a chunk, each relative to its own largest logit: their sums, as one part for
+    ``combine_kernel``, relative to the largest logit of all less ``lift``."""
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    real = i < N
+    zero = tl.load(rows + SCALE * N + i, mask=real, other=0.0) * 0.0
+    highest, total, weighed_phi, top, at, beats, live, hard, hard_sum, phi_sum = _gathered(
+        partial, counts, i, real, zero, N, T, KIND, False, SMOOTH, SCALE_SLOPE, TILES, BLOCK_N
+    )
+    lifted = tl.exp(zero + lift)
     store_part(
-        partial_out, counts_out, N, i, real, shift, total, weighed_phi, top, at, beats, live, hard, hard_sum, phi_sum, KIND,
-        SMOOTH, SCALE_SLOPE,
+        partial_out, counts_out, N, i, real, highest - lift, total * lifted, weighed_phi * lifted, top, at, beats, live, hard,
+        hard_sum, phi_sum, KIND, SMOOTH, SCALE_SLOPE,
     )  # fmt: skip
 
 
@@ -352,16 +354,18 @@ def _sweep_again(
 
 @triton.jit(do_not_specialize=COUNTS)
 def again_kernel(
-    again, unit, w, window, inverse, start, own_rows, identity, slot_identity, window_identity, rows, shifts, partial, moment,
-    kept, N, K, D, B, rows_in_group, blocks_in_group, stride, lift,
-    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, EVEN: tl.constexpr, SCALE_SLOPE: tl.constexpr,
-    SUB: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PIECE: tl.constexpr, COLUMNS: tl.constexpr,
+    tiles, tile_counts, unit, w, window, inverse, start, own_rows, identity, slot_identity, window_identity, rows, shifts, partial,
+    counts, moment, kept, N, K, D, B, T, rows_in_group, blocks_in_group, stride, lift,
+    KIND: tl.constexpr, MASK_EMPTY: tl.constexpr, STRAIGHT: tl.constexpr, SMOOTH: tl.constexpr,
+    SCALE_SLOPE: tl.constexpr, SUB: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A block of probes and some columns of their moments; ends at once unless one of these probes needs it.
+    """A block of probes and some columns of their moments: adds up what the tiles of a chunk have seen of them, as ``gather_kernel``
+    does, where their sums are relative to the common shift (``tiles`` and ``tile_counts``; None: it was done before, relative to
+    ``shifts``), and ends there unless one of these probes needs more.
 
-    Those are the ones that ``again`` names (None: nobody), whose sum and moment are taken anew, relative to the shift in
-    ``shifts``; and those whose moment is NaN though their sum is not: an empty slot was not finite, which the library's product
+    Those are the ones for which the common shift was not good enough: they get their largest logit as the shift, and sum and moment are
+    taken anew. And those whose moment is NaN though their sum is not: an empty slot was not finite, which the library's product
     does not know, and the moment is taken anew without it. ``kept`` [N, stride], if not None, gets the weights of the former.
     """
     block = tl.program_id(0)
@@ -374,22 +378,33 @@ def again_kernel(
     inside = real[:, None] & (columns < D)[None, :]
     old = tl.load(moment + at, mask=inside, other=0.0)
     nan = tl.max((old != old).to(tl.int32), 1)
-    total = tl.load(partial + SUM * N + i, mask=real, other=0.0)
-    wanting = tl.where(total == total, nan, 0)
-    anew = wanting * 0
-    if again is not None:
-        anew = tl.load(again + i, mask=real, other=0)
-        wanting = tl.maximum(tl.where(total == total, wanting, 0), anew)
+    own_row, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
+    first = real & (r * 0 + tl.program_id(1) == 0)  # by one program for all columns
+    anew = nan * 0
+    if tiles is not None:
+        highest, total, weighed_phi, top, seen_at, beats, live, hard, hard_sum, phi_sum = _gathered(
+            tiles, tile_counts, i, real, scale * 0.0, N, T, KIND, True, SMOOTH, SCALE_SLOPE, TILES, BLOCK_N
+        )
+        shift = common_shift(scale, r0, r1, r2, r3, KIND)
+        over = highest - shift
+        anew = ((live > 0) & ((over < LEAST) | (over > MOST))).to(tl.int32)
+        shift = tl.where(anew > 0, highest, shift)
+        store_part(
+            partial, counts, N, i, first, shift, total, weighed_phi, top, seen_at, beats, live, hard, hard_sum, phi_sum, KIND, SMOOTH,
+            SCALE_SLOPE,
+        )  # fmt: skip
+    else:
+        total = tl.load(partial + SUM * N + i, mask=real, other=0.0)
+        shift = tl.load(shifts + i, mask=real, other=0.0)
+    wanting = tl.maximum(tl.where(total == total, nan, 0), anew)
     if tl.max(wanting, 0) == 0:
         return
-    own_row, scale, r0, r1, r2, r3 = probes_of(rows, own_rows, i, real, N)
     y = tl.where(own_row < 0, -1, own_row // SUB)
     mine = y
     if identity is not None:
         mine = tl.load(identity + i, mask=real, other=-2)
-    shift = tl.load(shifts + i, mask=real, other=0.0)
     even = scale * 0.0
-    if EVEN:
+    if SMOOTH:
         even = tl.load(rows + UNIFORM * N + i, mask=real, other=0.0)
     begin = K * 0
     if start is not None:
@@ -398,7 +413,7 @@ def again_kernel(
     found = tl.zeros([BLOCK_N, COLUMNS], rows.dtype.element_ty)
     sums, weighed, found = _sweep_again(
         w, slot_identity, inverse, begin, begin < 0, K, unit, i, real, y, mine, identity, scale, r0, r1, r2, r3, shift, even,
-        lift, sums, weighed, found, start, kept, (anew > 0) & (r * 0 + tl.program_id(1) == 0), stride, K, D, B, columns,
+        lift, sums, weighed, found, start, kept, first & (anew > 0), stride, K, D, B, columns,
         KIND, MASK_EMPTY, STRAIGHT, SUB, PADDED, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
     )  # fmt: skip
     if window is not None:
@@ -414,11 +429,11 @@ def again_kernel(
             KIND, MASK_EMPTY, STRAIGHT, SUB, PADDED, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D, PIECE,
         )  # fmt: skip
     tl.store(moment + at, found, mask=inside & (wanting > 0)[:, None])
-    if again is not None:
-        first = real & (anew > 0) & (r * 0 + tl.program_id(1) == 0)
-        tl.store(partial + SUM * N + i, sums, mask=first)
+    if tiles is not None:
+        tl.debug_barrier()  # other threads may have stored the sums that these replace
+        tl.store(partial + SUM * N + i, sums, mask=first & (anew > 0))
         if SCALE_SLOPE:
-            tl.store(partial + WEIGHED_PHI * N + i, weighed, mask=first)
+            tl.store(partial + WEIGHED_PHI * N + i, weighed, mask=first & (anew > 0))
 
 
 @triton.jit(do_not_specialize=["N", "K", "B", "stride", "words"])

@@ -42,13 +42,13 @@ NUMBERS = {
 WITHOUT_TENSOR_CORES = ("ieee", "fp64")  # in our own kernels: the staged sweep leaves these products to the library
 # What is no tensor of the inputs' dtypes.
 FLOATS = {  # float64 where the inputs are
-    "inverse", "cosine", "rows", "lse", "partial", "moment", "moment_out", "row_weight", "target_slope",
+    "inverse", "cosine", "rows", "lse", "partial", "tiles", "moment", "moment_out", "row_weight", "target_slope",
     "shifts", "incoming", "partial_out", "sums", "factor", "loss_out", "lse_out", "hardest_out", "residual_out", "slope_out", "gradient_out",
     "scale_slope_out", "kept_words",
 }  # fmt: skip
 DOUBLES = {"exact_cosine", "margin_rows", "scale_rows", "smoothing"}
 SCALARS = {"lift", "label_smoothing", "p0", "p1", "p2", "p3", "p4", "p5", "scale"}
-INTEGERS = {"own_rows", "counts", "counts_out", "again"}
+INTEGERS = {"own_rows", "counts", "counts_out", "tile_counts"}
 LONGS = {
     "start", "target", "identity", "slot_identity", "ids", "window_identity", "negatives", "slot_out", "beats_out", "live_out",
 }  # fmt: skip
@@ -72,7 +72,7 @@ def source(kernel: str, dtype: str, dim: int, kind: int, blocks: Blocks, **chang
         "BLOCK_N": blocks.rows, "BLOCK_K": blocks.slots, "BLOCK_D": dim, "ROWS": max(1, 512 // dim),
         "NORMALIZE": kernel == "prepare_kernel", "positive": None, "SCALE_SLOPE": False, "SUB": 1, "PADDED": 1,
         "OF_WINDOW": False, "SEEN": True, "STORE": True, "KEEP": False, "EVEN": False, "WEIGHED": True, "PARALLEL": PARALLEL,
-        "GIVEN": dtype in WITHOUT_TENSOR_CORES, "COMMON": True, "TILES": 32, "COLUMNS": min(dim, COLUMNS),
+        "GIVEN": dtype in WITHOUT_TENSOR_CORES, "TILES": 32, "COLUMNS": min(dim, COLUMNS),
         "PIECE": min(dim, PIECE_BYTES // DTYPES[{"tf32": "fp32", "ieee": "fp32"}.get(dtype, dtype)]),
     }  # fmt: skip
     if kernel == "sweep_kernel":
@@ -240,6 +240,7 @@ def work_of(sm: int) -> list[tuple[str, int, str, int, int, dict[str, object]]]:
     work += [(kernel, sm, dtype, 512, 1, {}) for kernel, dtype in product(STAGED, ("bf16", "tf32", "ieee", "fp64"))]
     work += [(kernel, sm, "fp64", 512, 3, {}) for kernel in ("prepare_kernel", "combine_kernel", "weigh_kernel")]
     work.append(("again_kernel", sm, "fp64", 2048, 3, {}))
+    work.append(("again_kernel", sm, "bf16", 512, 1, {"tiles": None, "tile_counts": None, "SMOOTH": True}))
     work += [("weigh_kernel", sm, "bf16", 2048, 1, {}), ("weigh_kernel", sm, "bf16", 512, 8, {})]
     work += [
         ("weigh_kernel", sm, "bf16", 512, 1, {"STORE": False}),

@@ -99,7 +99,7 @@ def staged_terms(problem: Problem, architecture: int, processors: int) -> Terms:
     second = max(2 * n * k * d / (LIBRARY * flops * processors * CLOCK), k * d * size / rates.cache)
     weights = 2 * n * k * size / rates.cache
     moments = 8 * chunks * n * d / rates.cache
-    launches = (1 + sweeps) * chunks + 4
+    launches = (1 + sweeps) * chunks + 2 + sweeps
     if problem.trains_prototypes:
         second, launches = 2 * second, launches + (1 + again) * chunks + 2
         weights += 2 * n * k * size / (rates.cache if again else rates.memory)  # what is kept leaves the cache

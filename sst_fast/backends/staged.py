@@ -5,12 +5,12 @@ The slots are taken in chunks whose weights P [N, C] fit :data:`WEIGHTS`, so tha
 1. ``weigh_kernel`` multiplies probes and slots in tiles and turns the cosines into weights and partial sums where they are made;
    product 1 of float32 without tf32 and of float64 is the library's, into the memory of P, which the kernel then replaces.
 2. The library multiplies P by the chunk, which is in the cache still, and adds to the moments [N, D] in float32 at least.
-3. Behind the last chunk ``gather_kernel`` adds up the tiles' sums, ``again_kernel`` sweeps those rows again whose weights the
-   exponents' range did not hold, and ends at once if there are none, and ``combine_kernel`` of the fused sweep finishes.
+3. Behind the last chunk ``again_kernel`` adds up the tiles' sums and sweeps those rows again, if there are any, whose weights the
+   exponents' range did not hold. ``combine_kernel`` of the fused sweep finishes.
 
 One sweep takes a common shift, which is known beforehand. A float16 queue has too narrow a range for that, and so has a scale so large that
-every row's sum would vanish: there, and for label smoothing, a sweep without weights finds each row's own shift first. Without a gradient
-it is the only one.
+every row's sum would vanish: there, and for label smoothing, a sweep without weights finds each row's own shift first, and ``gather_kernel``
+adds up its tiles' sums. Without a gradient it is the only one.
 
 Sub-centres are columns of P like any others: those that are not nearest to a probe hold 0. float64 takes the same way, all of it in
 float64.
@@ -439,11 +439,9 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
         *p.partials(1),
         *p.memory(),
         *p.partials(p.tiles)[:2],
-        (torch.int32, (0 if twice else n,)),
     )
     scratch, partials, (weights, converted), tiles = memory[:5], memory[5:8], memory[8:10], memory[10:12]
     unit, rows, own_rows, _, inverse = scratch
-    again = None if twice else memory[12]
     shifts = partials[0][0, 0]
     with torch.autocast(p.device.type, enabled=False):
         p.prepare(scratch, found.target_cosine, found.row_weight)
@@ -452,10 +450,11 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
             p.weigh(chunk, scratch, found.target_cosine, into, tiles, store=not twice, keep=p.keeps, fresh=at == 0)
             if not twice:
                 p.add_moments(chunk, into, partials[2][0], first=at == 0)
-        launch(
-            gather_kernel, (-(-n // 32),), p.device, *tiles, rows, own_rows, *partials[:2], again, n, p.tiles, p.lift,
-            KIND=p.kind, COMMON=not twice, SMOOTH=smooths, SCALE_SLOPE=p.need_scale_gradient, TILES=32, BLOCK_N=32,
-        )  # fmt: skip
+        if twice:
+            launch(
+                gather_kernel, (-(-n // 32),), p.device, *tiles, rows, *partials[:2], n, p.tiles, p.lift,
+                KIND=p.kind, SMOOTH=smooths, SCALE_SLOPE=p.need_scale_gradient, TILES=32, BLOCK_N=32,
+            )  # fmt: skip
         if twice and p.need_gradient:
             if smooths:
                 p.combine(scratch, partials, found, with_loss=True, with_moment=False)
@@ -470,13 +469,14 @@ def margin_softmax(*received: Any) -> tuple[Tensor, ...]:
             blocks_in_group = -(-rows_in_group // AGAIN)
             columns = min(p.block_d, COLUMNS)
             launch(
-                again_kernel, (n // rows_in_group * blocks_in_group, -(-dim // columns)), p.device, again, unit, p.prototypes,
-                p.window, inverse if p.normalize else None, p.window_start, own_rows, p.identity, p.slot_identity,
-                p.window_identity, rows, shifts, partials[0], partials[2],
-                found.kept.view(p.product_dtype) if p.keeps and not twice else None, n, k, dim, b, rows_in_group,
-                blocks_in_group, found.kept.shape[1] // p.product_dtype.itemsize, p.lift if smooths else 0.0, KIND=p.kind, MASK_EMPTY=p.mask_empty, STRAIGHT=p.unit_slope, EVEN=smooths,
-                SCALE_SLOPE=p.need_scale_gradient, SUB=p.sub_centers, PADDED=p.padded, PRECISION=p.precision, BLOCK_N=AGAIN, BLOCK_K=32, BLOCK_D=p.block_d, PIECE=min(p.piece, 32),
-                COLUMNS=columns, num_warps=4, num_stages=1,
+                again_kernel, (n // rows_in_group * blocks_in_group, -(-dim // columns)), p.device,
+                *((None, None) if twice else tiles), unit, p.prototypes, p.window, inverse if p.normalize else None,
+                p.window_start, own_rows, p.identity, p.slot_identity, p.window_identity, rows, shifts, *partials,
+                found.kept.view(p.product_dtype) if p.keeps and not twice else None, n, k, dim, b, p.tiles, rows_in_group,
+                blocks_in_group, found.kept.shape[1] // p.product_dtype.itemsize, p.lift if smooths else 0.0, KIND=p.kind,
+                MASK_EMPTY=p.mask_empty, STRAIGHT=p.unit_slope, SMOOTH=smooths, SCALE_SLOPE=p.need_scale_gradient,
+                SUB=p.sub_centers, PADDED=p.padded, PRECISION=p.precision, TILES=32, BLOCK_N=AGAIN, BLOCK_K=32,
+                BLOCK_D=p.block_d, PIECE=min(p.piece, 32), COLUMNS=columns, num_warps=4, num_stages=1,
             )  # fmt: skip
         if smooths and p.need_gradient:
             partials[2] *= math.exp(-p.lift)
