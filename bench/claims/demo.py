@@ -67,6 +67,8 @@ def read(path: Path) -> list[Row]:
 def one(row: Row, config: grid.Config, out: Path) -> None:
     """Trains and writes a line."""
     values = grid.drawn(config, "am-softmax", row["configuration"])
+    if row["method"] == "conventional":
+        del values["queue_size"], values["momentum"]
     asked = demo.DemoConfig(seed=row["split"], epochs=row["epochs"], device="cpu")
     settings = replace(
         demo.settings_for(asked, row["method"], row["fold"]),
