@@ -167,9 +167,21 @@ def stages(config: Config, data: str, results: Mapping[str, Result]) -> Iterator
         yield from tuned([pair])
     for depth in config["stages"]["depths"]:
         yield f"depth {depth}", tested("depth", both, str(depth), depth=depth)
-    for name, values in config["ablations"].items():
-        for value in values:
-            yield f"{name} {value}", tested("ablation", both[1:], f"{name}={value}", **{name: value})
+    chosen = best(config, data, *both[1], results)
+    for name, value in ablations(config):
+        yield f"{name} {value}", None if chosen is None else ablated(config, chosen, name, value)
+
+
+def ablations(config: Config) -> list[tuple[str, Any]]:
+    """(setting, value) of each."""
+    return [(name, value) for name, values in config["ablations"].items() for value in values]
+
+
+def ablated(config: Config, chosen: Run, name: str, value: Any) -> list[Run]:
+    """SST's best configuration with one setting changed; if that is its value anyway, the runs of the test, which are not repeated."""
+    if getattr(chosen, name) == value:
+        return seeds(config, "test", chosen, "best")
+    return seeds(config, "ablation", chosen, f"{name}={value}", **{name: value})
 
 
 def quick(config: Config, data: str, results: Mapping[str, Result]) -> list[Run]:

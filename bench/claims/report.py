@@ -144,13 +144,22 @@ def by(stage: str, title: str, results: Sequence[grid.Result]) -> list[str]:
     return table([title, *COLOURS, "difference"], rows)
 
 
-def ablations(results: Sequence[grid.Result]) -> list[str]:
-    """SST with one setting changed."""
-    rows = []
-    for variant in dict.fromkeys(r["variant"] for r in results if r["stage"] == "ablation"):
-        found = [values(results, name, stage="ablation", variant=variant) for name in SCORES]
-        rows.append([variant.replace("=", " "), *map(spread, found)])
-    return table(["", *SCORES.values()], rows)
+def ablations(results: dict[str, grid.Result], config: grid.Config, data: str) -> list[str]:
+    """SST's best configuration, and with one setting changed."""
+    chosen = grid.best(config, data, "sst", "am-softmax", results)
+    if chosen is None:
+        return []
+    own, rows = [], []
+    for name, value in grid.ablations(config):
+        runs = grid.ablated(config, chosen, name, value)
+        found = [results[run.key] for run in runs if run.key in results]
+        if runs[0].stage == "test":
+            own.append(f"{name} {value}")
+        elif found:
+            rows.append([f"{name} {value}", *(spread(values(found, score)) for score in SCORES)])
+    tested = [results[run.key] for run in grid.seeds(config, "test", chosen, "best") if run.key in results]
+    unchanged = [", ".join(own), *(spread(values(tested, score)) for score in SCORES)]
+    return table(["", *SCORES.values()], [unchanged, *rows] if rows else [])
 
 
 def diagnosis(results: Sequence[grid.Result]) -> list[str]:
@@ -320,7 +329,7 @@ def write(page: Path, files: Sequence[Path], config: grid.Config) -> None:
             *section("Tuning: TAR@1e-3 on the validation identities, %", tuned(results, config, data)),
             *section("Longer training: TAR@1e-3, AM-softmax", by("length", "times as many steps", listed)),
             *section("Images per identity: TAR@1e-3, AM-softmax", by("depth", "images", listed)),
-            *section("Ablations of SST, AM-softmax", ablations(listed)),
+            *section("Ablations of SST, AM-softmax", ablations(results, config, data)),
             *section("Features: effective rank, mean cosine within and between identities", diagnosis(listed)),
         ]
         filled = fill(text, data, "\n".join(lines))
