@@ -94,11 +94,8 @@ def progress(results: dict[str, grid.Result], config: grid.Config, data: str) ->
         f"{first['date']}, configuration {grid.digest(config, data)}."
     )
     if waiting or done < total:
-        begun = [name for name, runs in known if any(run.key in results for run in runs)]
-        text += (
-            f" **The grid is not complete**: {len(begun)} of its {len(stages)} stages have runs, the last of them {begun[-1]}. "
-            "Tables hold what there is."
-        )
+        missing = [name for name, runs in known if any(run.key not in results for run in runs)] + waiting
+        text += f" **The grid is not complete**. Runs are missing of: {', '.join(missing)}. Tables hold what there is."
     return [text, ""]
 
 
