@@ -352,7 +352,7 @@ def _sweep_again(
     return total, weighed_phi, moment
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "T"])
 def again_kernel(
     tiles, tile_counts, unit, w, window, inverse, start, own_rows, identity, slot_identity, window_identity, rows, shifts, partial,
     counts, moment, kept, N, K, D, B, T, rows_in_group, blocks_in_group, stride, lift,
