@@ -204,6 +204,18 @@ def test_statistics_of_many_chunks(short_chunks, margin):
     check("staged", make(12, 600, 24, identities=500, empty=0.1).to(torch.float32), margin=margin, scale=30.0)
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=repr)
+def test_statistics_of_many_tiles(options):
+    """More than are added up at a time: the hardest negatives are among the first of them, the last, and between."""
+    problem = make(5, 34 * staged.TILE, 16, identities=3000, empty=0.1)
+    hardest = torch.tensor([7, 34 * staged.TILE - 1, 33 * staged.TILE + 5, 2000, 32 * staged.TILE])
+    problem.prototypes[hardest] = normalize(problem.embedding)
+    problem.slot_identity[hardest] = 5000
+    check("staged", problem.to(torch.float32), margin=NPCFace(), scale=30.0, **options)
+    _, seen, _ = both("staged", problem.to(torch.float32), **options)[0]
+    assert torch.equal(seen.hardest_slot, hardest)
+
+
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize(("n", "k", "d"), [(3, 40, 1100), (130, 140, 33)])
 def test_any_number_of_features(precision, n, k, d):
