@@ -147,8 +147,8 @@ def neighbours(cut: Blocks, most_slots: int = 256) -> list[tuple[int, int, int, 
 # (kernel, architecture, what is multiplied) -> (rows, slots, warps, stages) for D up to 64, 128, 256, 512 and 1024; None: nothing
 # fits. The accumulator stays in registers: tests/compile_triton.py holds every entry to the card's shared memory and next to no
 # spills. The largest tiles that meet that, by machine code alone: which of them is fastest has not been measured on a GPU.
-# Made for Triton 3.8 and 3.9; older ones spill in some. 8.6, 8.9 and 12.0 have 99 KiB of shared memory and share their tiles; without
-# tensor cores (ieee) these are the same everywhere.
+# Made for Triton 3.8 and 3.9; older ones spill in some, but all fit with 3.4 too. 8.6, 8.9 and 12.0 have 99 KiB of shared memory and
+# share their tiles; without tensor cores (ieee) these are the same everywhere.
 _TABLE: dict[tuple[str, int, str], tuple[tuple[int, int, int, int] | None, ...]] = {
     ("sweep", 80, "16 bits"): ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 1), (16, 32, 8, 2)),
     ("sweep", 80, "tf32"): ((64, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 2), (32, 16, 8, 1), None),
@@ -176,10 +176,10 @@ _TABLE: dict[tuple[str, int, str], tuple[tuple[int, int, int, int] | None, ...]]
     ("prototypes", 80, "tf32"): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
     ("prototypes", 80, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
     ("prototypes", 86, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 86, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
+    ("prototypes", 86, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 2), (16, 16, 8, 2), None),
     ("prototypes", 86, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
     ("prototypes", 89, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 89, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
+    ("prototypes", 89, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 2), (16, 16, 8, 2), None),
     ("prototypes", 89, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
     ("prototypes", 90, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
     ("prototypes", 90, "tf32"): ((64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 2), (32, 16, 8, 1), None),
@@ -188,7 +188,7 @@ _TABLE: dict[tuple[str, int, str], tuple[tuple[int, int, int, int] | None, ...]]
     ("prototypes", 100, "tf32"): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), None),
     ("prototypes", 100, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
     ("prototypes", 120, "16 bits"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
-    ("prototypes", 120, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), None),
+    ("prototypes", 120, "tf32"): ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 2), (16, 16, 8, 2), None),
     ("prototypes", 120, "ieee"): ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), None),
 }  # fmt: skip
 _DIMS = (64, 128, 256, 512, 1024)
