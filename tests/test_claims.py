@@ -8,9 +8,12 @@ import pytest
 import torch
 import yaml
 
+from bench.claims import demo as demo_tuning
 from bench.claims import grid, report, train
 from bench.claims.__main__ import main
 from sst_fast.data import glyphs
+from sst_fast.margins import AMSoftmax
+from sst_fast.train import demo
 from sst_fast.train.report import claim
 
 SMALL = {
@@ -155,6 +158,29 @@ def test_the_page_holds_what_the_results_say(small, finished, tmp_path, capsys):
     (tmp_path / "empty.md").write_text("nothing")
     assert main([*arguments[:-1], str(tmp_path / "empty.md")]) == 1
     assert "has no place for the results of 'kanji'" in capsys.readouterr().err
+
+
+def test_the_demo_takes_the_settings_that_were_found():
+    """The best of its own file of results, by the configuration's score."""
+    score = grid.read_config()["demo"]["score"]
+    rows = demo_tuning.read(Path(__file__).parents[1] / "bench" / "results" / "demo-orl.jsonl")
+    assert len(rows) == 2 * 2 * grid.read_config()["demo"]["configurations"]
+    for method, settings in demo.TUNED.items():
+        of_method = [row for row in rows if row["method"] == method]
+        best = demo_tuning.summary(of_method, score)[0]
+        number = re.match(rf"{method} (\d+): ", best)[1]
+        found = next(row["settings"] for row in of_method if row["configuration"] == int(number))
+        assert settings == found | {"margin": AMSoftmax(found["margin"])}
+
+
+def test_the_demos_search_trains_and_goes_on(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path / "found.jsonl"), "--part", "3/32", "--epochs", "1"]
+    for _ in range(2):
+        assert demo_tuning.main(arguments) == 0
+        assert re.search(r"^sst 0: \d+\.\d, folds 1, ", capsys.readouterr().out, re.MULTILINE)
+    (row,) = demo_tuning.read(tmp_path / "found.3of32.jsonl")
+    assert (row["fold"], row["settings"]["queue_size"]) == (1, 20)
+    assert 0.5 <= row["scores"]["accuracy"] <= 1
 
 
 def test_the_demo_shows_what_readme_says():

@@ -84,20 +84,20 @@ def one(row: Row, config: grid.Config, out: Path) -> None:
         file.write(line + "\n")
 
 
-def summary(rows: Sequence[Row], score: str) -> list[str]:
-    """Of each method, its configurations by their mean over folds."""
+def summary(rows: Sequence[Row], score: Sequence[str]) -> list[str]:
+    """Of each method, its configurations by the mean of these scores over folds."""
     lines = []
     for method in get_args(Method):
         by_number: dict[int, list[Row]] = {}
         for row in rows:
             if row["method"] == method:
                 by_number.setdefault(row["configuration"], []).append(row)
-        means = {n: statistics.mean(row["scores"][score] for row in some) for n, some in by_number.items()}
+        means = {
+            n: statistics.mean(row["scores"][name] for row in some for name in score) for n, some in by_number.items()
+        }
         for number in sorted(means, key=lambda n: -means[n]):
             some = by_number[number]
-            lines.append(
-                f"{method} {number}: {score} {100 * means[number]:.1f}, folds {len(some)}, {some[0]['settings']}"
-            )
+            lines.append(f"{method} {number}: {100 * means[number]:.1f}, folds {len(some)}, {some[0]['settings']}")
     return lines
 
 
