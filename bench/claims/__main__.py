@@ -168,7 +168,7 @@ def tell(config: grid.Config, name: str, results: dict[str, grid.Result]) -> Non
     """A line for each stage."""
     for stage, runs in grid.stages(config, name, results):
         done = "waits for tuning" if runs is None else f"{sum(r.key in results for r in runs)} of {len(runs)}"
-        print(f"{stage:<50}{done}")
+        print(f"{stage:<55} {done}")
 
 
 if __name__ == "__main__":
