@@ -138,10 +138,12 @@ RESULTS = [
 
 
 def cuda_headers():
-    """Folder of cuda_fp16.h: the toolkit's, or the one that comes with PyTorch."""
+    """Folder of cuda_fp8.h: the toolkit's, or the one that comes with PyTorch, where that has all that is included from there."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *Path("/usr/local").glob("cuda-*")]
     homes += Path(torch.__file__).parents[1].glob("nvidia/*/")
-    return next((Path(h, "include") for h in homes if h and Path(h, "include", "cuda_fp8.h").exists()), None)
+    folders = [Path(home, "include") for home in homes if home]
+    whole = (f for f in folders if (f / "cuda_fp8.h").exists() and (f / "crt" / "host_defines.h").exists())
+    return next(whole, None)
 
 
 @pytest.fixture(scope="module")
