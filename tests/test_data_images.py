@@ -138,7 +138,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     ]:
         with pytest.raises(data.DataError, match=rf"{name}.jpg cannot be read as an image: {reason}"):
             data.read(tmp_path / f"{name}.jpg", 32, 1)
-    with pytest.raises(data.DataError, match="null (byte|character)"):
+    with pytest.raises(data.DataError, match=r"null (byte|character)"):
         data.read("a\0.png", 32, 1)
 
 
