@@ -1,6 +1,7 @@
 """Compiles every configuration that the Triton launcher can choose, for every architecture, without a GPU; says what is wrong.
 
-``python tests/compile_triton.py [sm ...]``: a line each, then status 1 if one does not fit, spills or misses tensor cores.
+``python tests/compile_triton.py [sm ...]``: a line each, then status 1 if one does not fit, spills so much that it
+costs time, or misses tensor cores.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ DIMS = (64, 128, 256, 512, 1024)
 SWEEPS = ("sweep_kernel", "prototypes_kernel")
 STAGED = ("weigh_kernel", "again_kernel", "gather_kernel", "keep_kernel", "finish_prototypes_kernel")
 # What a sm_90's issue slots allow a tile of the staged sweep at D = 512 in bfloat16: share of the time of both products at the tensor
-# cores' full rate. The loop alone must allow all of it.
+# cores' full rate.
 LEAST_SHARE = 0.67
 NUMBERS = {
     "bf16": "16 bits",

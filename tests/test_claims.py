@@ -162,25 +162,32 @@ def test_the_page_holds_what_the_results_say(small, finished, tmp_path, capsys):
 
 def test_the_demo_takes_the_settings_that_were_found():
     """The best of its own file of results, by the configuration's score."""
-    score = grid.read_config()["demo"]["score"]
+    config = grid.read_config()["demo"]
     rows = demo_tuning.read(Path(__file__).parents[1] / "bench" / "results" / "demo-orl.jsonl")
-    assert len(rows) == 2 * 2 * grid.read_config()["demo"]["configurations"]
+    runs = demo_tuning.wanted(config, demo.DemoConfig.epochs)
+    assert len(rows) == len(runs)
+    assert all(run in map(demo_tuning.asked_for, rows) for run in runs)
     for method, settings in demo.TUNED.items():
         of_method = [row for row in rows if row["method"] == method]
-        best = demo_tuning.summary(of_method, score)[0]
+        best = demo_tuning.summary(of_method, config["score"])[0]
         number = re.match(rf"{method} (\d+): ", best)[1]
         found = next(row["settings"] for row in of_method if row["configuration"] == int(number))
         assert settings == found | {"margin": AMSoftmax(found["margin"])}
 
 
-def test_the_demos_search_trains_and_goes_on(tmp_path, capsys):
-    arguments = ["--out", str(tmp_path / "found.jsonl"), "--part", "3/32", "--epochs", "1"]
+def test_the_demos_search_trains_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_tuning, "FOLDER", tmp_path / "runs")
+    out = tmp_path / "found.jsonl"
+    begun = {"method": "sst", "configuration": 0, "fold": 1, "epochs": 7, "scores": {}, "split": 100, "settings": {}}
+    out.write_text(json.dumps(begun) + "\n")  # of another search: it counts for nothing
     for _ in range(2):
-        assert demo_tuning.main(arguments) == 0
+        assert demo_tuning.main(["--out", str(out), "--part", "3/32", "--epochs", "1"]) == 0
         assert re.search(r"^sst 0: \d+\.\d, folds 1, ", capsys.readouterr().out, re.MULTILINE)
-    (row,) = demo_tuning.read(tmp_path / "found.3of32.jsonl")
+    _, row = demo_tuning.read(out)
     assert (row["fold"], row["settings"]["queue_size"]) == (1, 20)
     assert 0.5 <= row["scores"]["accuracy"] <= 1
+    assert demo_tuning.main(["--out", str(out), "--part", "0/1"]) == 1
+    assert capsys.readouterr().err.startswith("bench.claims.demo: --part must be I/N")
 
 
 def test_the_demo_shows_what_readme_says():

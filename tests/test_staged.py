@@ -229,13 +229,14 @@ def test_any_number_of_features(precision, n, k, d):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("far", [range(12), range(0, 12, 5)], ids=len)
-def test_rows_that_need_a_shift_of_their_own(launches, dtype, far):
+@pytest.mark.parametrize("d", [24, 300])  # more columns than one program takes
+def test_rows_that_need_a_shift_of_their_own(launches, dtype, far, d):
     """Every cosine near -0.97 where the scale leaves the common shift no room, and logits far above what cosines allow.
 
     A large scale magnifies the rounding of bfloat16: what is asked for is the exactness of the fused sweep.
     """
-    problem = make(12, 50, 24, identities=30)
-    w = normalize(problem.prototypes + 5 * normalize(torch.ones(1, 24, dtype=torch.float64)))
+    problem = make(12, 50, d, identities=30)
+    w = normalize(problem.prototypes + 5 * normalize(torch.ones(1, d, dtype=torch.float64)))
     x = problem.embedding.clone()
     x[list(far)] -= 100
     below = replace(problem, prototypes=w, embedding=x).to(dtype)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from runs import config, make_faces
 
@@ -146,15 +147,18 @@ def test_info_tells_what_would_run(capsys):
     assert "dtype must be one of float64" in capsys.readouterr().err
 
 
-def test_demo_writes_one_self_contained_page(tmp_path, capsys):
+def test_demo_writes_one_self_contained_page(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--folds", "1", "--epochs", "2", "--out", str(tmp_path), "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert "Semi-Siamese Training" in told
     assert "One fold does not tell" in told
     page = (tmp_path / "report.html").read_text()
     assert report.claim()["sentence"] in page
+    assert "1,600 identities" in page
     (link,) = re.findall('<a href="([^"]*claim.md)"', page)
     assert (tmp_path / link).resolve().exists()
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "a" / "b" / "report.py"))
+    assert report._page_of_claim(tmp_path / "report.html") == ""  # in a wheel
     assert "AT&amp;T Laboratories Cambridge" in page
     assert 'src="http' not in page
     assert page.count("<svg") == 13  # the claim, nine of the training, a ROC, two histograms
@@ -175,23 +179,47 @@ def test_every_four_folds_hold_out_everyone_once(capsys):
     assert "folds must be in [1, 100], got 0" in capsys.readouterr().err
 
 
-def test_the_difference_is_taken_fold_by_fold():
-    def folds(*accuracies):
-        return [report.Result([], SimpleNamespace(accuracy=a, tar={}, rank1=a, effective_rank=9.0)) for a in accuracies]
+def folds(*accuracies, rank=9.0):
+    return [
+        report.Result([], SimpleNamespace(accuracy=a, tar={0.001: a}, rank1=0.5, effective_rank=rank + a))
+        for a in accuracies
+    ]
 
+
+def test_the_difference_is_taken_fold_by_fold():
     row, *_ = rows = report.table({"sst": folds(0.81, 0.86, 0.91), "conventional": folds(0.80, 0.84, 0.88)})
     assert row.methods["sst"] == pytest.approx((86.0, 5.0))
     assert row.difference == pytest.approx((2.0, 1 / 3**0.5))
-    assert rows[-1].difference == (0.0, 0.0)
-    told = report.verdict(rows, 3)
-    assert told.startswith("Semi-Siamese Training is better in accuracy, rank-1. That is where ")
-    worse = report.table({"sst": folds(0.80, 0.84, 0.88), "conventional": folds(0.81, 0.86, 0.91)})
-    assert report.verdict(worse, 3).startswith("Conventional (learned class weights) is better in accuracy, rank-1. ")
-    alike = report.table({"sst": folds(0.81, 0.86, 0.91), "conventional": folds(0.80, 0.90, 0.88)})
-    assert report.verdict(alike, 3).startswith("No difference is more than twice its standard error (3 folds)")
-    alone = report.table({"sst": folds(0.81), "conventional": folds(0.80)})
-    assert alone[0].difference is None
-    assert report.verdict(alone, 1).startswith("One fold does not tell")
+    assert [r.difference for r in rows if r.name == "rank-1, %"] == [(0.0, 0.0)]
+
+
+def test_the_verdict_is_a_t_test_for_all_figures_together():
+    def told(ours, theirs):
+        return report.verdict(report.table({"sst": ours, "conventional": theirs}), len(ours))
+
+    low, high = folds(0.800, 0.840, 0.880, 0.840), folds(0.901, 0.940, 0.979, 0.940, rank=50.0)
+    assert told(high, low).startswith(
+        "Semi-Siamese Training is better in accuracy. That is more than chance may make (4 folds"
+    )
+    assert told(low, high).startswith("Conventional (learned class weights) is better in accuracy. ")
+    # Two standard errors are not enough for four folds, nor is the same difference in two of them.
+    for ours in (folds(0.82, 0.85, 0.93, 0.85, rank=50.0), folds(0.81, 0.85, rank=50.0)):
+        assert told(ours, low[: len(ours)]).startswith(
+            "No difference in accuracy, TAR at FAR 0.1 and 0.01, or rank-1 is more "
+        )
+    assert told(folds(0.81), folds(0.80)).startswith("One fold does not tell")
+
+
+def test_a_demo_does_not_tell_scores_of_other_settings(tmp_path, capsys):
+    command = ["demo", "--folds", "1", "--out", str(tmp_path), "--device", "cpu"]
+    settings = demo.settings_for(demo.DemoConfig(folds=1, epochs=3, out=str(tmp_path)), "sst", 0)
+    (tmp_path / "sst-0").mkdir()
+    (tmp_path / "sst-0" / "config.yaml").write_text(yaml.safe_dump(replace(settings, lr=0.5).as_dict()))
+    assert main([*command, "--epochs", "3"]) == 1
+    assert "sst-0 was begun with lr=0.5, now it is 0.0117; give another --out" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "sst-0"]
+    (tmp_path / "sst-0" / "config.yaml").write_text(yaml.safe_dump(settings.as_dict()))
+    demo.begun_alike(replace(settings, device="cuda"))
 
 
 def test_shallow_split_is_disjoint_and_of_two():

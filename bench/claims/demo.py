@@ -24,64 +24,79 @@ from sst_fast.train.config import Method
 from sst_fast.train.loop import train
 
 Row = dict[str, Any]
+FOLDER = Path("runs/claims/demo")  # of the runs themselves
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """One line on stderr for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m bench.claims.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "demo-orl.jsonl", help="file of results")
-    parser.add_argument("--part", default="1/1", help="I/N: every Nth configuration, into a file of its own")
+    parser.add_argument("--part", default="1/1", help="I/N: every Nth run, into a file of its own")
     parser.add_argument("--epochs", type=int, default=demo.DemoConfig.epochs)
     options = parser.parse_args(arguments)
-    config = grid.read_config()["demo"]
-    part, parts = part_of(options.part)
-    mine = options.out if parts == 1 else options.out.with_suffix(f".{part}of{parts}.jsonl")
-    cut_off(mine)
-    done = {key_of(row) for row in read(mine)}
-    numbers = range(config["configurations"])
-    wanted = itertools.product(numbers, range(config["folds"]), get_args(Method))
-    for number, fold, method in itertools.islice(wanted, part - 1, None, parts):
-        row = {
-            "method": method,
-            "configuration": number,
-            "fold": fold,
-            "epochs": options.epochs,
-            "split": config["tuning"]["seed"],
-        }
-        if key_of(row) not in done:
-            one(row, config, mine)
-    print("\n".join(summary(read(mine), config["score"])))
+    try:
+        search(options.out, part_of(options.part), options.epochs)
+    except (ValueError, OSError) as error:
+        print(f"bench.claims.demo: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
-def key_of(row: Row) -> tuple[Any, ...]:
-    """What makes a run another."""
-    return tuple(row[name] for name in ("method", "configuration", "fold", "epochs", "split"))
+def search(out: Path, part: tuple[int, int], epochs: int) -> None:
+    """Trains what is missing in the files of all parts, and prints what they hold."""
+    config = grid.read_config()["demo"]
+    mine = out if part[1] == 1 else out.with_suffix(f".{part[0]}of{part[1]}.jsonl")
+    cut_off(mine)
+    runs = wanted(config, epochs)
+    for run in itertools.islice(runs, part[0] - 1, None, part[1]):
+        if run not in map(asked_for, read(out)):
+            one(run, config, mine)
+    found = [row for row in read(out) if asked_for(row) in runs]
+    print("\n".join(summary(found, config["score"])))
 
 
-def read(path: Path) -> list[Row]:
-    """Finished runs."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def wanted(config: grid.Config, epochs: int) -> list[Row]:
+    """All runs: what each is asked for."""
+    runs = []
+    numbers = range(config["configurations"])
+    for number, fold, method in itertools.product(numbers, range(config["folds"]), get_args(Method)):
+        settings = grid.drawn(config, "am-softmax", number)
+        if method == "conventional":
+            del settings["queue_size"], settings["momentum"]
+        runs.append(
+            {"method": method, "configuration": number, "fold": fold, "epochs": epochs, "split": config["tuning"]["seed"],
+             "settings": settings}
+        )  # fmt: skip
+    return runs
 
 
-def one(row: Row, config: grid.Config, out: Path) -> None:
+def asked_for(row: Row) -> Row:
+    """Of a finished run."""
+    return {name: row[name] for name in ("method", "configuration", "fold", "epochs", "split", "settings")}
+
+
+def read(out: Path) -> list[Row]:
+    """Finished runs, of all parts."""
+    files = [path for path in (out, *sorted(out.parent.glob(f"{out.stem}.*of*.jsonl"))) if path.exists()]
+    return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def one(run: Row, config: grid.Config, out: Path) -> None:
     """Trains and writes a line."""
-    values = grid.drawn(config, "am-softmax", row["configuration"])
-    if row["method"] == "conventional":
-        del values["queue_size"], values["momentum"]
-    asked = demo.DemoConfig(seed=row["split"], epochs=row["epochs"], device="cpu")
+    asked = demo.DemoConfig(seed=run["split"], epochs=run["epochs"], device="cpu")
+    name = "-".join(str(run[name]) for name in ("method", "configuration", "fold", "epochs"))
     settings = replace(
-        demo.settings_for(asked, row["method"], row["fold"]),
-        **values | {"margin": AMSoftmax(values["margin"])},
-        out=str(out.with_suffix("") / "-".join(map(str, key_of(row)))),
+        demo.settings_for(asked, run["method"], run["fold"]),
+        **run["settings"] | {"margin": AMSoftmax(run["settings"]["margin"])},
+        out=str(FOLDER / name),
     )
-    done = train(settings, *demo.split(asked, row["fold"]), row["method"])
+    demo.begun_alike(settings)
+    done = train(settings, *demo.split(asked, run["fold"]), run["method"])
     assert done.scores is not None
     found = {f"tar_at_far_{far:g}": value for far, value in done.scores.tar.items()}
     found |= {"accuracy": done.scores.accuracy, "rank1": done.scores.rank1}
-    line = json.dumps(row | {"settings": values, "scores": found, "versions": versions()})
     with out.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write(json.dumps(run | {"scores": found, "versions": versions()}) + "\n")
 
 
 def summary(rows: Sequence[Row], score: Sequence[str]) -> list[str]:

@@ -278,17 +278,24 @@ def headline(results: Sequence[grid.Result]) -> str:
     )
 
 
-def in_short(results: Sequence[grid.Result]) -> dict[str, Any]:
-    """For the demo's report: of each loss with runs of both methods mean and standard deviation of MAIN, percent, and the sentence."""
-    losses = {}
+def in_short(results: Sequence[grid.Result], config: grid.Config, data: str) -> dict[str, Any] | None:
+    """For the demo's report: of each loss with all seeds of both methods mean and standard deviation of MAIN, percent, and the sentence.
+    None without such a loss."""
+    losses, seeds = {}, config["seeds"]["test"]
     for loss in dict.fromkeys(r["loss"] for r in results if r["stage"] == "test"):
         found = {method: values(results, MAIN, stage="test", loss=loss, method=method) for method in COLOURS}
-        if all(len(some) > 1 for some in found.values()):
+        if seeds > 1 and all(len(some) == seeds for some in found.values()):
             losses[loss] = {
                 method: [round(100 * statistics.fmean(some), 1), round(100 * statistics.stdev(some), 1)]
                 for method, some in found.items()
             }
-    return {"sentence": headline(results).replace("**", ""), "losses": losses}
+    identities = grid.of_set(config, data)["data"]["identities"]
+    sentence = headline(results).replace("**", "")
+    return (
+        {"data": data, "identities": identities, "seeds": seeds, "sentence": sentence, "losses": losses}
+        if losses
+        else None
+    )
 
 
 def fill(text: str, name: str, content: str) -> str | None:
@@ -338,6 +345,7 @@ def write(page: Path, files: Sequence[Path], config: grid.Config) -> None:
             if shown is not None:
                 readme.write_text(shown, encoding="utf-8")
                 short = readme.parent / "sst_fast" / "train" / "claim.json"
-                if short.parent.exists():
-                    short.write_text(json.dumps(in_short(listed), indent=1) + "\n", encoding="utf-8")
+                told = in_short(listed, config, data)
+                if told and short.parent.exists():
+                    short.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     page.write_text(text, encoding="utf-8")

@@ -155,15 +155,15 @@ def load(path: Path, state: State) -> list[str]:
     needed = {"config", "names", "model", "optimizer", "scaler", "sampler", "ranks", *PLAIN}
     if not isinstance(saved, dict) or not needed <= saved.keys():
         raise ValueError(f"{path} is not the checkpoint of a run (weights alone are a start by 'init')")
-    changes = _changes(path, json.loads(saved["config"]), state.config.as_dict())
+    changed = changes(path, json.loads(saved["config"]), state.config.as_dict())
     rank, world = distributed.ranks()
     ranks = saved["ranks"]
-    said = [f"{path} was written with {name}={was!r}, now it is {now!r}" for name, (was, now) in changes.items()]
+    said = [f"{path} was written with {name}={was!r}, now it is {now!r}" for name, (was, now) in changed.items()]
     if len(ranks) != world:
         said.append(f"{path} was written by {len(ranks)} processes, now there are {world}")
     said += _renumber(path, saved, state)
-    resized = len(ranks) != world or not RESIZES.isdisjoint(changes)
-    said += _load_model(path, saved, state, resized, "margin" in changes)
+    resized = len(ranks) != world or not RESIZES.isdisjoint(changed)
+    said += _load_model(path, saved, state, resized, "margin" in changed)
     groups = state.optimizer.param_groups
     settings = [{name: group[name] for name in ("lr", "weight_decay")} for group in groups]
     state.optimizer.load_state_dict(saved["optimizer"])
@@ -242,8 +242,8 @@ def _renumber(path: Path, saved: dict[str, Any], state: State) -> list[str]:
     return [f"data.root: {count} identities are new since {path} was written; they come after the current epoch"]
 
 
-def _changes(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ and are worth telling: name -> (was, is); ValueError at one of FIXED."""
+def changes(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings (:meth:`Config.as_dict`) that differ and are worth telling: name -> (was, is); ValueError at one of FIXED."""
     was, now = (
         {**found, **{f"data.{k}": v for k, v in found["data"].items()}, "data": None} for found in (theirs, ours)
     )
