@@ -69,12 +69,12 @@ def run(options: argparse.Namespace) -> None:
         report.write(options.report, files, grid.read_config(options.config))
         print(options.report)
         return
-    mine = out if part[1] == 1 else out.with_suffix(f".{part[0]}of{part[1]}.jsonl")
+    mine = file_of(out, part)
 
     def results() -> dict[str, grid.Result]:
         """Of all parts."""
         found: dict[str, grid.Result] = {}
-        for path in {out, mine, *out.parent.glob(f"{out.stem}.*of*.jsonl")}:
+        for path in all_parts(out):
             found |= grid.read_results(path, protocol)
         return found
 
@@ -152,6 +152,16 @@ def part_of(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise ValueError(f"--part must be I/N with 1 <= I <= N, got {text!r}")
     return int(number), int(count)
+
+
+def file_of(out: Path, part: tuple[int, int]) -> Path:
+    """Where a part's results go; ``out`` itself is that of the whole."""
+    return out if part[1] == 1 else out.with_suffix(f".{part[0]}of{part[1]}.jsonl")
+
+
+def all_parts(out: Path) -> list[Path]:
+    """The files of results that there are: of the whole, and of parts."""
+    return [path for path in (out, *sorted(out.parent.glob(f"{out.stem}.*of*.jsonl"))) if path.exists()]
 
 
 def cut_off(path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bench.claims import grid
-from bench.claims.__main__ import RESULTS, cut_off, part_of, versions
+from bench.claims.__main__ import RESULTS, all_parts, cut_off, file_of, part_of, versions
 from sst_fast.margins import AMSoftmax
 from sst_fast.train import demo
 from sst_fast.train.config import Method
@@ -45,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def search(out: Path, part: tuple[int, int], epochs: int) -> None:
     """Trains what is missing in the files of all parts, and prints what they hold."""
     config = grid.read_config()["demo"]
-    mine = out if part[1] == 1 else out.with_suffix(f".{part[0]}of{part[1]}.jsonl")
+    mine = file_of(out, part)
     cut_off(mine)
-    runs = wanted(config, epochs)
+    runs, done = wanted(config, epochs), [asked_for(row) for row in read(out)]
     for run in itertools.islice(runs, part[0] - 1, None, part[1]):
-        if run not in map(asked_for, read(out)):
-            one(run, config, mine)
+        if run not in done:
+            one(run, mine)
     found = [row for row in read(out) if asked_for(row) in runs]
     print("\n".join(summary(found, config["score"])))
 
@@ -77,11 +77,10 @@ def asked_for(row: Row) -> Row:
 
 def read(out: Path) -> list[Row]:
     """Finished runs, of all parts."""
-    files = [path for path in (out, *sorted(out.parent.glob(f"{out.stem}.*of*.jsonl"))) if path.exists()]
-    return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for path in all_parts(out) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def one(run: Row, config: grid.Config, out: Path) -> None:
+def one(run: Row, out: Path) -> None:
     """Trains and writes a line."""
     asked = demo.DemoConfig(seed=run["split"], epochs=run["epochs"], device="cpu")
     name = "-".join(str(run[name]) for name in ("method", "configuration", "fold", "epochs"))

@@ -289,13 +289,11 @@ def in_short(results: Sequence[grid.Result], config: grid.Config, data: str) -> 
                 method: [round(100 * statistics.fmean(some), 1), round(100 * statistics.stdev(some), 1)]
                 for method, some in found.items()
             }
+    if not losses:
+        return None
     identities = grid.of_set(config, data)["data"]["identities"]
     sentence = headline(results).replace("**", "")
-    return (
-        {"data": data, "identities": identities, "seeds": seeds, "sentence": sentence, "losses": losses}
-        if losses
-        else None
-    )
+    return {"data": data, "identities": identities, "seeds": seeds, "sentence": sentence, "losses": losses}
 
 
 def fill(text: str, name: str, content: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Mapping
@@ -113,8 +112,8 @@ def begun_alike(settings: Config) -> None:
     """ValueError if a run in its folder was begun with other settings: its scores would be told as those of these settings."""
     file = Path(settings.out) / "config.yaml"
     if file.exists():
-        now = json.loads(json.dumps(settings.as_dict()))
-        for name, (was, is_) in checkpoint.changes(file, yaml.safe_load(file.read_text(encoding="utf-8")), now).items():
+        begun = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for name, (was, is_) in checkpoint.changes(file, begun, settings.as_dict()).items():
             raise ValueError(
                 f"the run in {settings.out} was begun with {name}={was!r}, now it is {is_!r}; give another --out or remove it"
             )
