@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from bench.claims import grid
 from bench.claims.__main__ import RESULTS, all_parts, cut_off, file_of, part_of, versions
+from bench.claims.train import recorded
 from sst_fast.margins import AMSoftmax
 from sst_fast.train import demo
 from sst_fast.train.config import Method
@@ -92,10 +93,8 @@ def one(run: Row, out: Path) -> None:
     demo.begun_alike(settings)
     done = train(settings, *demo.split(asked, run["fold"]), run["method"])
     assert done.scores is not None
-    found = {f"tar_at_far_{far:g}": value for far, value in done.scores.tar.items()}
-    found |= {"accuracy": done.scores.accuracy, "rank1": done.scores.rank1}
     with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run | {"scores": found, "versions": versions()}) + "\n")
+        file.write(json.dumps(run | {"scores": recorded(done.scores), "versions": versions()}) + "\n")
 
 
 def summary(rows: Sequence[Row], score: Sequence[str]) -> list[str]:

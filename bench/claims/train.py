@@ -27,7 +27,7 @@ from sst_fast import (
     data,
 )
 from sst_fast.data.images import MEAN, STD
-from sst_fast.evaluation import collapse, evaluate
+from sst_fast.evaluation import Scores, collapse, evaluate
 from sst_fast.margins import Margin
 from sst_fast.train import backbones
 from sst_fast.train.loop import Conventional
@@ -262,9 +262,13 @@ def judged(network: nn.Module, found: Split) -> dict[str, Any]:
         embeddings = backbones.embed(network, part.batches())
         seen = collapse(embeddings, part.labels)
         result[name] = seen.row() | {"spectrum": [float(f"{share:.4g}") for share in seen.spectrum]}
-    scores = evaluate(embeddings, found.judged.labels)
-    result["scores"] = {
+    result["scores"] = recorded(evaluate(embeddings, found.judged.labels))
+    return result
+
+
+def recorded(scores: Scores) -> dict[str, float]:
+    """As files of results hold them."""
+    return {
         "accuracy": scores.accuracy, "eer": scores.eer, "rank1": scores.rank1,
         **{f"tar_at_far_{far:g}": rate for far, rate in scores.tar.items()},
     }  # fmt: skip
-    return result
